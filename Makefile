@@ -1,0 +1,47 @@
+# make reproduce [SUITE=published|pocket|FILE.toml] [DATA=DIR] [OUT=DIR] [ARGS="--only cosines"]
+# make test
+# Both do all the set-up they need in .venv, from python3, pip, make and git alone.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint types reproduce clean
+
+help:
+	@echo "make test         install what is needed, then lint, type-check and run the tests"
+	@echo "make reproduce    install what is needed, then regenerate tables, figures and report"
+	@echo "                  SUITE=published DATA=DIR [OUT=DIR] [ARGS='--only cosines']"
+	@echo "make clean        remove the virtual environment"
+
+# A python3 without the venv module (Debian's) gets virtualenv from pip, kept inside the tree.
+$(BIN)/python:
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
+	  rm -rf $(VENV) && \
+	  $(PYTHON) -m pip install --quiet --target .venv-bootstrap virtualenv && \
+	  PYTHONPATH=.venv-bootstrap $(PYTHON) -m virtualenv --quiet $(VENV); }
+
+$(STAMP): $(BIN)/python pyproject.toml constraints.txt
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+install: $(STAMP)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+test: lint types
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+reproduce: install
+	$(BIN)/em-interp reproduce $(if $(SUITE),--suite "$(SUITE)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+clean:
+	rm -rf $(VENV) .venv-bootstrap

@@ -1,0 +1,62 @@
+"""Typed errors. Every message says what was wrong, what was found, and what to do."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class EmInterpError(Exception):
+    """Base of every error that em_interp raises on purpose."""
+
+
+class InputFileError(EmInterpError):
+    """A file that was given cannot be used. Carries the path and the remedy."""
+
+    def __init__(self, path: str | PathLike[str], problem: str, remedy: str) -> None:
+        self.path = str(path)
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{self.path}: {problem}. To fix it: {remedy}.")
+
+    def __reduce__(self) -> tuple[type[InputFileError], tuple[str, str, str]]:
+        return type(self), (self.path, self.problem, self.remedy)
+
+
+class UnreadableFileError(InputFileError):
+    """Truncated, not the expected format, or not permitted to be read."""
+
+
+class UnsafeFileError(InputFileError):
+    """A pickle that carries code. It was not executed."""
+
+
+class BadValueError(InputFileError):
+    """NaN, infinite or non-numeric values where numbers are needed."""
+
+
+class ShapeError(InputFileError):
+    """A tensor of another width, or another number of layers, than its companions."""
+
+
+class MissingDataError(InputFileError):
+    """Something that should be there is not: a cell, a column, a checkpoint, a folder's content."""
+
+
+class AmbiguousDataError(InputFileError):
+    """Two things claim the same place: duplicate checkpoint numbers, two reference runs."""
+
+
+class DirectionError(EmInterpError):
+    """A Direction that cannot be made, combined, or used with this model or layer."""
+
+
+class StatisticsError(EmInterpError):
+    """A statistic asked of data that cannot give it: no rows, NaN, a probability outside [0, 1]."""
+
+
+class OutputError(EmInterpError):
+    """A result could not be written. What was there before is untouched."""
+
+
+class UsageError(EmInterpError):
+    """A command or call that does not say enough, or contradicts itself."""
