@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from em_interp.errors import AmbiguousDataError, BadValueError, MissingDataError, ShapeError, UsageError
@@ -258,7 +259,8 @@ def fit_pca(trajectories: Sequence[Trajectory], *, standardised: bool = True, n_
         raise UsageError(f"a PCA of training runs needs at least 3 checkpoints; found {len(stacked)}.")
     scaler = StandardScaler(with_std=standardised).fit(stacked)
     n_components = min(n_components, len(stacked) - 1, stacked.shape[1])
-    pca = PCA(n_components, svd_solver="full").fit(scaler.transform(stacked))
+    with threadpool_limits(1):  # gains little from threads, and collapses when another process has the cores
+        pca = PCA(n_components, svd_solver="full").fit(scaler.transform(stacked))
     return TrajectoryPCA(
         components=pca.components_,
         explained_variance_ratio=pca.explained_variance_ratio_,

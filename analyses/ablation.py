@@ -1,0 +1,103 @@
+"""What taking the direction out does to a misaligned finetune: EM and coherence before and after."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.errors import MissingDataError
+from em_interp.evaluation.rates import REFERENCE_CODE, Rates, em_rates
+
+TITLE = "Ablating the direction from a misaligned finetune"
+TEXT = (
+    "EM and coherence before and after each layer's own direction is projected out of that layer's output. Coherence "
+    "belongs beside EM: the model-diff and both-diff vectors bring EM to zero by destroying the model. Rates are of "
+    "rows with both scores; the interval after is 95%, over questions, widened to Wilson's because there are few."
+)
+TABLES = ("ablation",)
+FIRST = (
+    *("direction", "target", "mode", "layers", "em_before", "em_after", "em_after_low", "em_after_high"),
+    *("coherent_before", "coherent_after", "n"),
+)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """One row for each ablated file, beside the unablated file of its experiment."""
+    data = suite.published
+    before: dict[str, Rates] = {}
+    for judged in data.judged:
+        if judged.role == "baseline":
+            if judged.experiment in before:
+                suite.problems.append(
+                    MissingDataError(
+                        judged.path, "a second unablated file of its experiment", "keep one; it is not used"
+                    )
+                )
+                continue
+            before[judged.experiment] = em_rates(judged.answers, REFERENCE_CODE)
+    rows = []
+    for judged in data.judged:
+        if judged.role != "ablation":
+            continue
+        baseline = before.get(judged.experiment)
+        if baseline is None:
+            suite.problems.append(
+                MissingDataError(
+                    data.root / judged.experiment / "baseline",
+                    f"the unablated answers that {judged.path.name} is held against are missing",
+                    "fetch EM_interp again, or put the unablated CSV into baseline/no_ablate",
+                )
+            )
+        after = em_rates(judged.answers, REFERENCE_CODE).columns()
+        first = {} if baseline is None else baseline.columns()
+        rows.append(
+            {
+                "direction": judged.arm,
+                "target": judged.folder,
+                "mode": "layerwise",
+                "layers": judged.layers,
+                "em_before": first.get("em_rate"),
+                "em_after": after["em_rate"],
+                "em_after_low": after["em_low"],
+                "em_after_high": after["em_high"],
+                "coherent_before": first.get("coherent_rate"),
+                "coherent_after": after["coherent_rate"],
+                "n": after["n"],
+                "n_unscored": after["n_unscored"],
+                "em_before_low": first.get("em_low"),
+                "em_before_high": first.get("em_high"),
+                "em_after_all_rows": after["em_rate_all_rows"],
+                "scale": judged.scale,
+                "n_questions": after["n_questions"],
+                "interval": after["interval"],
+                "denominator": after["denominator"],
+                "criterion": after["criterion"],
+                "file": judged.path.relative_to(data.root).as_posix(),
+            }
+        )
+    if not rows:
+        raise nothing_of(suite, "judged answers of an ablated model", "EM_interp")
+    return {"ablation": pd.DataFrame(rows)}
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Bars before and after, for each target and direction."""
+    table = tables["ablation"]
+    labelled = table.assign(
+        label=table["target"] + "<br>" + table["direction"] + "<br>layers " + table["layers"].astype(str)
+    )
+    figure = figures.bars_with_intervals(
+        labelled,
+        "label",
+        [
+            ("EM before", "em_before", "em_before_low", "em_before_high"),
+            ("EM after", "em_after", "em_after_low", "em_after_high"),
+            ("coherent before", "coherent_before", None, None),
+            ("coherent after", "coherent_after", None, None),
+        ],
+        "share of answers (%)",
+    )
+    figure.update_layout(height=figure.layout.height + 50, margin_b=figure.layout.margin.b + 50)
+    return {"ablation": figure}

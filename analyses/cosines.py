@@ -1,0 +1,99 @@
+"""Do different finetunes, splits and readings find the same direction? Every pair, layer by layer, beside its null."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.convergence import comparable, cosine_table
+from em_interp.errors import DirectionError
+from em_interp.published import DIFFERENCES
+
+TITLE = "Convergence: cosines between directions"
+TEXT = (
+    "Cosines between the data-diff directions of every pair of finetunes and splits, and between the four readings of "
+    "each split. The content control matters most: the same texts read in the chat model (data-diff-in-chat) give "
+    "almost the same direction, so a high cosine between two finetunes speaks first of what their texts share. Each "
+    "cosine has its random-direction null (standard deviation 1/sqrt(d_model), exact two-sided p-value). Released "
+    "means carry no single responses, so the interval columns are empty."
+)
+TABLES = ("cosines",)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """All pairs of data-diffs of one model, and all pairs of readings within a split."""
+    splits = suite.published.splits
+    named = {f"{split.label}:{kind}": split.direction(kind) for split in splits for kind in split.kinds}
+    pairs = [(f"{a.label}:data-diff", f"{b.label}:data-diff") for a, b in combinations(splits, 2)]
+    for split in splits:
+        pairs += [(f"{split.label}:{a}", f"{split.label}:{b}") for a, b in combinations(DIFFERENCES, 2)]
+    usable = []
+    for a, b in pairs:
+        if a not in named or b not in named or not comparable(named[a], named[b]):
+            continue
+        if named[a].layers != named[b].layers:
+            suite.problems.append(
+                DirectionError(f"{a} has {len(named[a].layers)} layers and {b} {len(named[b].layers)}: not compared.")
+            )
+            continue
+        usable.append((a, named[a], b, named[b]))
+    if not usable:
+        raise nothing_of(suite, "two directions of one model to compare", "EM_interp")
+    return {"cosines": cosine_table(usable)}
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Across finetunes, across splits of one finetune, and the content control; the null as a band."""
+    table = tables["cosines"].copy()
+    for side in ("a", "b"):
+        parts = table[f"direction_{side}"].str.extract(r"^(?P<folder>.*)/(?P<split>[^/]*):(?P<kind>.*)$")
+        table[[f"{name}_{side}" for name in parts]] = parts
+    same_folder = table["folder_a"] == table["folder_b"]
+    same_split = same_folder & (table["split_a"] == table["split_b"])
+    data = (table["kind_a"] == "data-diff") & (table["kind_b"] == "data-diff")
+    whole = _whole_splits(table)
+    across = data & ~same_folder & table["split_a"].isin(whole) & table["split_b"].isin(whole)
+    views = {
+        "cosines": (across, table["folder_a"] + "  and  " + table["folder_b"]),
+        "cosines_splits": (data & same_folder, table["split_a"] + " and " + table["split_b"]),
+        "cosines_content_control": (
+            same_split & (table["kind_b"] == "data-diff-in-chat") & (table["kind_a"] == "data-diff"),
+            table["direction_a"].str.removesuffix(":data-diff"),
+        ),
+        "cosines_readings": (
+            same_split & (table["kind_a"] == "data-diff") & (table["kind_b"] != "data-diff-in-chat"),
+            table["direction_a"].str.removesuffix(":data-diff") + ": data-diff and " + table["kind_b"],
+        ),
+    }
+    drawn = {}
+    for name, (mask, labels) in views.items():
+        rows = table[mask].assign(pair=labels[mask])
+        if len(rows):
+            drawn[name] = _by_layer(rows)
+    return drawn
+
+
+def _whole_splits(table: pd.DataFrame) -> set[str]:
+    """Of each folder, the split that stands for the whole finetune: ``all`` where there is one, else every split."""
+    pairs = pd.concat(
+        [table[[f"folder_{side}", f"split_{side}"]].set_axis(["folder", "split"], axis=1) for side in ("a", "b")]
+    ).drop_duplicates()
+    chosen: set[str] = set()
+    for _, rows in pairs.groupby("folder"):
+        chosen |= {"all"} if (rows["split"] == "all").any() else set(rows["split"])
+    return chosen
+
+
+def _by_layer(rows: pd.DataFrame) -> go.Figure:
+    figure = go.Figure()
+    for index, (pair, part) in enumerate(rows.groupby("pair", sort=False)):
+        figures.line(figure, part["layer"], part["cosine"], str(pair), index)
+    sd = float(rows["null_sd"].iloc[0])
+    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", rows["layer"].min(), rows["layer"].max())
+    figures.style(figure, "layer (output of block)", "cosine")
+    figure.update_yaxes(range=[min(-0.1, float(rows["cosine"].min()) - 0.05), 1.02])
+    return figure

@@ -1,0 +1,129 @@
+"""Principal components of the training runs, standardised as published and raw, held against the stored ones."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.errors import EmInterpError
+from em_interp.published import StoredPCA
+from em_interp.trajectories import Trajectory, TrajectoryPCA, fit_pca
+
+TITLE = "PCA of the training runs"
+TEXT = (
+    "Explained variance of the stacked checkpoints of one family of runs, each coordinate standardised first (as the "
+    "authors' web app does) and raw. Continued runs (then_...) are projected, not fitted. Where pca_results.json lies "
+    "beside the runs, its basis is fitted and our ratios and projections are held against the stored ones; a "
+    "component's sign is arbitrary and aligned first."
+)
+TABLES = ("pca", "pca_stored")
+
+
+@cache
+def fit_families(suite: Suite) -> dict[tuple[str, bool], TrajectoryPCA]:
+    """(family, standardised) -> fit. The basis is the stored PCA's where there is one, else the uncontinued runs."""
+    fits: dict[tuple[str, bool], TrajectoryPCA] = {}
+    for family, runs in suite.published.families().items():
+        names = {run.name for run in runs}
+        stored = [s for s in suite.published.stored_pca if set(s.basis) <= names]
+        basis = [r for r in runs if (r.name in stored[0].basis if stored else r.run.phase is None)] or runs
+        for standardised in (True, False):
+            if sum(len(run.steps) for run in basis) < 3:
+                continue
+            try:
+                fits[family, standardised] = fit_pca(basis, standardised=standardised)
+            except EmInterpError as error:
+                suite.problems.append(error)
+    return fits
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """``pca``: one row a component. ``pca_stored``: largest disagreement with the stored projections, by run."""
+    fits = fit_families(suite)
+    if not fits:
+        raise nothing_of(suite, "training run with at least 3 checkpoints", "training-lens-web")
+    families = suite.published.families()
+    rows = []
+    for (family, standardised), fit in fits.items():
+        stored = _stored_for(suite, family, fit) if standardised else None
+        for i, ratio in enumerate(fit.explained_variance_ratio):
+            known = stored is not None and i < len(stored.explained_variance_ratio)
+            rows.append(
+                {
+                    "component": i + 1,
+                    "explained_variance_ratio": ratio,
+                    "variant": "standardised" if standardised else "raw",
+                    "family": family,
+                    "cumulative": float(fit.explained_variance_ratio[: i + 1].sum()),
+                    "stored": stored.explained_variance_ratio[i] if known and stored is not None else np.nan,
+                    "basis": " ".join(fit.basis),
+                }
+            )
+    checks = []
+    for (family, standardised), fit in fits.items():
+        stored = _stored_for(suite, family, fit) if standardised else None
+        if stored is not None:
+            checks += _compare(stored, fit, families[family])
+    columns = ["run", "component", "n_checkpoints", "max_abs_difference", "stored_rms", "relative_difference"]
+    return {"pca": pd.DataFrame(rows), "pca_stored": pd.DataFrame(checks, columns=columns)}
+
+
+def _stored_for(suite: Suite, family: str, fit: TrajectoryPCA) -> StoredPCA | None:
+    return next((s for s in suite.published.stored_pca if set(s.basis) == set(fit.basis)), None)
+
+
+def _compare(
+    stored: StoredPCA, fit: TrajectoryPCA, runs: list[Trajectory]
+) -> list[tuple[str, int, int, float, float, float]]:
+    pairs = []
+    for run in runs:
+        if run.name not in stored.projections:
+            continue
+        steps, points = stored.projections[run.name]
+        index = {step: i for i, step in enumerate(run.steps)}
+        common = [(i, index[s]) for i, s in enumerate(steps) if s in index]
+        width = min(points.shape[1], len(fit.components))
+        ours = fit.project(run.vectors)[[j for _, j in common], :width]
+        pairs.append((run.name, points[[i for i, _ in common], :width], ours))
+    rows = []
+    width = min((theirs.shape[1] for _, theirs, _ in pairs), default=0)
+    for c in range(width):
+        sign = np.sign(sum(float(theirs[:, c] @ ours[:, c]) for _, theirs, ours in pairs)) or 1.0
+        for name, theirs, ours in pairs:
+            worst = float(np.abs(theirs[:, c] - sign * ours[:, c]).max())
+            rms = float(np.sqrt(np.mean(theirs[:, c] ** 2)))
+            rows.append((name, c + 1, len(theirs), worst, rms, worst / rms if rms else np.inf))
+    return rows
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Explained variance by component, standardised, raw and stored, for the first family."""
+    table = tables["pca"]
+    table = table[table["family"] == table["family"].iloc[0]]
+    figure = go.Figure()
+    series = [
+        (str(variant), rows["component"], rows["explained_variance_ratio"])
+        for variant, rows in table.groupby("variant", sort=False)
+    ]
+    known = table[table["stored"].notna()]
+    if len(known):
+        series.append(("stored by the authors", known["component"], known["stored"]))
+    for index, (name, x, y) in enumerate(series):
+        figure.add_trace(
+            go.Bar(
+                x=[f"PC{i}" for i in x],
+                y=100 * y,
+                name=name,
+                text=[f"{100 * v:.1f}" for v in y],
+                textposition="outside",
+                cliponaxis=False,
+                marker={"color": figures.COLOURS[index], "pattern": {"shape": ("", "/", "x")[index % 3]}},
+            )
+        )
+    figures.style(figure, "component", "explained variance (%)")
+    return {"pca": figure}

@@ -1,0 +1,81 @@
+"""The self-contained report: every figure with its published numbers, ours, and the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from em_interp import __version__
+from em_interp.figures import CONFIG
+from em_interp.files import write_text
+
+if TYPE_CHECKING:
+    from analyses.reproduce import Section
+    from analyses.suite import Suite
+
+
+def write_report(
+    path: Path, suite: Suite, sections: Sequence[Section], problems: Sequence[str], notes: Sequence[str]
+) -> Path:
+    """Write one HTML file that needs no network and no other file. Atomic."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = _number
+    compared = [s.comparison for s in sections if s.comparison is not None]
+    agrees = pd.concat(compared)["agrees"] if compared else pd.Series(dtype=object)
+    html = environment.get_template("report.html.j2").render(
+        suite=suite,
+        version=__version__,
+        sections=[_view(section) for section in sections],
+        problems=problems,
+        notes=notes,
+        n_agree=int((agrees == True).sum()),  # noqa: E712  (None stands for not compared)
+        n_differ=int((agrees == False).sum()),  # noqa: E712
+        n_absent=int(agrees.isna().sum()),
+        plotlyjs=Markup(get_plotlyjs()),
+    )
+    return write_text(path, html)
+
+
+def _view(section: Section) -> dict[str, Any]:
+    figures = [
+        (name, Markup(figure.to_html(include_plotlyjs=False, full_html=False, config=CONFIG)))
+        for name, figure in section.figures.items()
+    ]
+    comparison = [] if section.comparison is None else section.comparison.astype(object).to_dict("records")
+    for row in comparison:
+        row["agrees"] = None if pd.isna(row["agrees"]) else bool(row["agrees"])
+    previews = [] if figures else [(name, _preview(table)) for name, table in section.tables.items()]
+    return {
+        "name": section.name,
+        "title": section.title,
+        "text": section.text,
+        "figures": figures,
+        "comparison": comparison,
+        "tables": [(name, len(table)) for name, table in section.tables.items()],
+        "previews": previews,
+        "error": section.error,
+        "missing": section.missing,
+    }
+
+
+def _preview(table: pd.DataFrame, rows: int = 20) -> Markup:
+    return Markup(table.head(rows).to_html(index=False, border=0, na_rep="", float_format=_number))
+
+
+def _number(value: Any) -> str:
+    """Four significant digits, an empty cell for nothing."""
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

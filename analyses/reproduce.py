@@ -1,0 +1,200 @@
+"""Run a suite: compute, write, draw, compare, report. Whatever can be made is made; the rest is said."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.comparison import compare, load_numbers
+from analyses.report import write_report
+from analyses.suite import Suite, load_analysis
+from em_interp import figures as house
+from em_interp.errors import EmInterpError, InputFileError, MissingDataError, OutputError, UnreadableFileError
+from em_interp.files import atomic_path, write_text
+from em_interp.manifest import fingerprint, hash_files, sha256, source_hash, write_manifest
+
+
+@dataclass
+class Section:
+    """What became of one analysis."""
+
+    name: str
+    title: str
+    text: str
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+    comparison: pd.DataFrame | None = None
+    error: str | None = None
+    missing: bool = False
+    """The input is absent, which is no fault; ``error`` says where to get it."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be done for a part of the data."""
+    seconds: float = 0.0
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run."""
+
+    folder: Path
+    report: Path
+    sections: tuple[Section, ...]
+    problems: tuple[str, ...]
+    """Files that were refused or that are missing a companion, each with its remedy."""
+    refused: int
+    """How many of them were bad input, as opposed to absent."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was wrong, rather than only absent."""
+        return self.refused > 0 or any(s.error and not s.missing for s in self.sections)
+
+
+def reproduce(
+    suite: Suite, out: Path, *, only: tuple[str, ...] = (), resume: bool = False, static: bool = True
+) -> Outcome:
+    """Regenerate tables, figures, manifest and report below ``out / suite.name``.
+
+    With ``resume``, an analysis that finished on the same input with the same code is taken from its files. Raises
+    ``EmInterpError`` where nothing at all can be done; everything else ends in the report.
+    """
+    started = time.perf_counter()
+    chosen = suite.only(only)
+    folder = out / suite.name
+    data = suite.published
+    inputs = hash_files(data.root, data.files)
+    key = fingerprint({"inputs": inputs, "source": source_hash(), "general": suite.general, "narrow": suite.narrow})
+    numbers = load_numbers()
+    sections = []
+    for name in (bar := tqdm(chosen, desc="analysing", unit="analysis")):
+        bar.set_postfix_str(name)
+        section = _reuse(folder, name, key) if resume else None
+        section = section or _run(suite, name, folder, key)
+        section.comparison = compare(section.tables, [n for n in numbers if n.analysis == name])
+        sections.append(section)
+    notes = _draw_static(folder, sections) if static else []
+    problems = [*data.problems, *suite.problems]
+    # A refused file breaks whatever needs it too: each is told once.
+    lines = tuple(dict.fromkeys([*(str(problem) for problem in problems), *(n for s in sections for n in s.notes)]))
+    refused = len({str(p) for p in problems if not isinstance(p, MissingDataError)})
+    whole = [s.comparison for s in sections if s.comparison is not None and len(s.comparison)]
+    if whole:
+        _write_table(folder, "comparison", pd.concat([w.astype(object) for w in whole], ignore_index=True))
+    report = write_report(folder / "report.html", suite, sections, lines, notes)
+    _manifest(folder, suite, sections, inputs, lines, time.perf_counter() - started)
+    return Outcome(folder, report, tuple(sections), lines, refused)
+
+
+def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
+    analysis = load_analysis(name)
+    section = Section(name, analysis.TITLE, analysis.TEXT)
+    before = len(suite.problems)
+    started = time.perf_counter()
+    state = _state_file(folder, name)
+    state.unlink(missing_ok=True)
+    try:
+        section.tables = analysis.compute(suite)
+        for table_name, table in section.tables.items():
+            _write_table(folder, table_name, table)
+        section.figures = analysis.plot(section.tables)
+        for figure_name, figure in section.figures.items():
+            house.save_html(figure, folder / "figures" / f"{figure_name}.html")
+    except OutputError:
+        raise
+    except MissingDataError as error:
+        section.error, section.missing = str(error), True
+    except EmInterpError as error:
+        section.error = str(error)
+    except Exception:  # one broken analysis must not take the others with it; the report carries the trace
+        section.error = traceback.format_exc()
+    section.notes = [str(problem) for problem in suite.problems[before:]]
+    section.seconds = time.perf_counter() - started
+    if section.error is None:
+        hashes = {t: sha256(folder / "tables" / f"{t}.csv") for t in section.tables}
+        content = {"key": key, "tables": hashes, "notes": section.notes, "figures": sorted(section.figures)}
+        write_text(state, json.dumps(content, indent=2) + "\n")
+    return section
+
+
+def _reuse(folder: Path, name: str, key: str) -> Section | None:
+    """A finished section, if its inputs, the code and its files are as they were."""
+    try:
+        state = json.loads(_state_file(folder, name).read_text(encoding="utf-8"))
+        paths = {table: folder / "tables" / f"{table}.csv" for table in state["tables"]}
+        if state["key"] != key or any(sha256(path) != state["tables"][t] for t, path in paths.items()):
+            return None
+        analysis = load_analysis(name)
+        tables = {t: pd.read_csv(path, keep_default_na=False, na_values=[""]) for t, path in paths.items()}
+        figures = analysis.plot(tables)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for figure_name, figure in figures.items():
+        house.save_html(figure, folder / "figures" / f"{figure_name}.html")
+    return Section(name, analysis.TITLE, analysis.TEXT, tables, figures, notes=state["notes"], reused=True)
+
+
+def _state_file(folder: Path, name: str) -> Path:
+    return folder / ".state" / f"{name}.json"
+
+
+def _write_table(folder: Path, name: str, table: pd.DataFrame) -> None:
+    with atomic_path(folder / "tables" / f"{name}.csv") as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _draw_static(folder: Path, sections: list[Section]) -> list[str]:
+    drawn = {folder / "figures" / name: figure for s in sections for name, figure in s.figures.items()}
+    if not drawn:
+        return []
+    if not house.static_images_available():
+        return ["No Chrome was found (or the `static` extra is not installed), so there are no .svg and .png figures."]
+    try:
+        house.save_static(drawn)
+    except OutputError as error:
+        return [str(error)]
+    return []
+
+
+def _manifest(
+    folder: Path,
+    suite: Suite,
+    sections: list[Section],
+    inputs: dict[str, str],
+    problems: tuple[str, ...],
+    seconds: float,
+) -> None:
+    made = sorted(p for kind in ("tables", "figures") for p in (folder / kind).glob("*") if not p.name.startswith("."))
+    results: dict[str, Any] = {
+        s.name: {
+            "tables": sorted(s.tables),
+            "figures": sorted(s.figures),
+            "seconds": round(s.seconds, 2),
+            "reused": s.reused,
+            "error": s.error,
+        }
+        for s in sections
+    }
+    write_manifest(
+        folder / "manifest.json",
+        {
+            "suite": {**{k: v for k, v in asdict(suite).items() if k != "problems"}, "data": suite.published.root.name},
+            "seeds": {"bootstrap": 0},
+            "seconds": round(seconds, 2),
+            "analyses": results,
+            "problems": list(problems),
+            "inputs_sha256": inputs,
+            "outputs_sha256": {p.relative_to(folder).as_posix(): sha256(p) for p in made},
+        },
+    )
+
+
+__all__ = ["InputFileError", "Outcome", "Section", "UnreadableFileError", "reproduce"]

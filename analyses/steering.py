@@ -1,0 +1,100 @@
+"""What adding the direction does to the chat model: EM and coherence against the coefficient."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+from em_interp.published import JudgedSet
+
+TITLE = "Steering the chat model with a mean-diff direction"
+TEXT = (
+    "EM and coherence of the chat model when a multiple of the direction is added at one layer, at every token. The "
+    "two EM lines differ by the answers that the judge would not score (code or refusal): the reference code leaves "
+    "them out, so that its EM can rise while the share of all answers does not. Intervals: 95%, over questions."
+)
+TABLES = ("steering",)
+FIRST = ("direction", "target", "layer", "coefficient", "em_rate", "em_low", "em_high", "coherent_rate", "n")
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """One row for each direction and coefficient; an experiment's unsteered file is coefficient 0 of all its arms."""
+    data = suite.published
+    steered = [judged for judged in data.judged if judged.role == "steering"]
+    arms = {(j.experiment, j.arm, j.layers) for j in steered if j.scale != 0}
+    rows = []
+    for judged in steered:
+        own = (judged.experiment, judged.arm, judged.layers)
+        # An unsteered file that is no arm's own (a folder such as None/) is the zero of every arm that lacks one.
+        shared = sorted(a for a in arms if a[0] == own[0] and a[2] == own[2] and not _has_zero(steered, a))
+        places = [own] if own in arms or not shared else shared
+        rows += [_row(judged, arm, str(data.root)) for _, arm, _ in places]
+    if not rows:
+        raise nothing_of(suite, "judged answers of a steered model", "EM_interp")
+    table = pd.DataFrame(rows).sort_values(["experiment", "direction", "layer", "coefficient"], ignore_index=True)
+    return {"steering": table[[*FIRST, *table.columns.difference(list(FIRST), sort=False)]]}
+
+
+def _has_zero(steered: list[JudgedSet], arm: tuple[str, str, str | None]) -> bool:
+    return any((j.experiment, j.arm, j.layers) == arm and j.scale == 0 for j in steered)
+
+
+def _row(judged: JudgedSet, arm: str, root: str) -> dict[str, object]:
+    assert judged.layers is not None  # a steering file lies in a layer_N folder
+    return {
+        "direction": arm,
+        "target": judged.model,
+        "layer": int(judged.layers),
+        "coefficient": judged.scale,
+        **em_rates(judged.answers, REFERENCE_CODE).columns(),
+        "experiment": judged.experiment,
+        "file": judged.path.relative_to(root).as_posix(),
+    }
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """EM and coherence against the coefficient, and one against the other."""
+    table = tables["steering"]
+    figure = go.Figure()
+    index = 0
+    several = table.groupby(["experiment", "direction", "layer"]).ngroups > 1
+    trade = go.Figure()
+    for number, ((_, direction, layer), rows) in enumerate(table.groupby(["experiment", "direction", "layer"])):
+        label = f"{direction}, layer {layer}: " if several else ""
+        for name, column, low, high in (
+            ("EM, of rows with both scores", "em_rate", "em_low", "em_high"),
+            ("EM, of all rows", "em_rate_all_rows", "em_all_rows_low", "em_all_rows_high"),
+            ("coherent, of rows with both scores", "coherent_rate", None, None),
+        ):
+            scaled = rows[[column, *([low, high] if low and high else [])]].astype(float) * 100
+            figures.line(
+                figure,
+                rows["coefficient"],
+                scaled[column],
+                label + name,
+                index,
+                markers=True,
+                low=scaled[low] if low else None,
+                high=scaled[high] if high else None,
+            )
+            index += 1
+        figures.line(
+            trade,
+            100 * rows["coherent_rate"].astype(float),
+            100 * rows["em_rate"].astype(float),
+            f"{direction}, layer {layer}",
+            number,
+            markers=True,
+            text=[f"coefficient {c:g}" for c in rows["coefficient"]],
+            hovertemplate="%{text}: EM %{y:.1f}%, coherent %{x:.1f}%",
+        )
+        for c, x, y in zip(rows["coefficient"], rows["coherent_rate"], rows["em_rate"], strict=True):
+            trade.add_annotation(x=100 * x, y=100 * y, text=f"{c:g}", showarrow=False, yshift=14, font={"size": 12})
+    figures.style(figure, "coefficient (multiples of the direction)", "share of answers (%)")
+    figure.update_yaxes(range=[-3, 103])
+    trade.update_traces(showlegend=True)
+    figures.style(trade, "coherent answers (%)", "EM, of rows with both scores (%)")
+    return {"steering": figure, "steering_trade_off": trade}

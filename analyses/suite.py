@@ -1,0 +1,129 @@
+"""A suite: where its input comes from and which analyses it runs. Read from ``suites/NAME.toml`` or a user's file."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
+from em_interp.published import PublishedData, scan
+
+SUITES: Final = Path(__file__).parent / "suites"
+_KEYS: Final = {"title", "source", "data", "general", "narrow", "analyses"}
+
+
+class Analysis(Protocol):
+    """What a module in this folder offers."""
+
+    TITLE: str
+    TEXT: str
+    """One paragraph for the report: what is shown and how to read it."""
+    TABLES: tuple[str, ...]
+    compute: Callable[[Suite], dict[str, pd.DataFrame]]
+    plot: Callable[[dict[str, pd.DataFrame]], dict[str, go.Figure]]
+
+
+@dataclass(eq=False)
+class Suite:
+    """The configuration of one run of ``reproduce``."""
+
+    name: str
+    title: str
+    source: str
+    analyses: tuple[str, ...]
+    data: Path | None = None
+    general: str | None = None
+    """Run that stands for the general solution; by default read from the runs' names."""
+    narrow: str | None = None
+    problems: list[Any] = field(default_factory=list)
+    """What an analysis could not do for a part of the data, beside what the readers refused."""
+
+    @classmethod
+    def load(cls, name: str) -> Suite:
+        """A shipped suite by name, or a TOML file.
+
+        Raises ``UsageError``, ``MissingDataError`` or ``UnreadableFileError``.
+        """
+        is_file = name.endswith(".toml")
+        path = Path(name) if is_file else SUITES / f"{name}.toml"
+        if not path.is_file():
+            shipped = ", ".join(sorted(p.stem for p in SUITES.glob("*.toml")))
+            if is_file:
+                raise MissingDataError(path, "there is no such suite file", f"pass a TOML file, or one of: {shipped}")
+            raise UsageError(f"there is no suite {name!r}. Shipped: {shipped}; or pass a file ending in .toml.")
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise UnreadableFileError(
+                path, f"it is not readable TOML ({error})", "compare it with a shipped suite"
+            ) from error
+        unknown = sorted(set(content) - _KEYS)
+        if unknown:
+            raise UnreadableFileError(path, f"unknown keys {', '.join(unknown)}", f"use {', '.join(sorted(_KEYS))}")
+        if content.get("source") != "published":
+            raise UnreadableFileError(
+                path, f"source is {content.get('source')!r}", 'this version reads source = "published"'
+            )
+        shipped_analyses = tomllib.loads((SUITES / "published.toml").read_text(encoding="utf-8"))["analyses"]
+        analyses = content.get("analyses", shipped_analyses)
+        wrong = [a for a in analyses if a not in shipped_analyses]
+        if wrong:
+            raise UnreadableFileError(
+                path, f"no analysis is called {', '.join(map(str, wrong))}", f"use {', '.join(shipped_analyses)}"
+            )
+        data = content.get("data")
+        return cls(
+            name=path.stem,
+            title=content.get("title", path.stem),
+            source=content["source"],
+            analyses=tuple(analyses),
+            data=None if data is None else (path.parent / data),
+            general=content.get("general"),
+            narrow=content.get("narrow"),
+        )
+
+    @cached_property
+    def published(self) -> PublishedData:
+        """The released files. Raises ``UsageError`` without a folder, ``MissingDataError`` for an empty one."""
+        if self.data is None:
+            raise UsageError(
+                f"the suite {self.name!r} reads the authors' released files: pass their folder with --data DIR "
+                "(make: DATA=DIR). `em-interp fetch --data DIR` downloads them."
+            )
+        return scan(self.data)
+
+    def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""
+        if not names:
+            return self.analyses
+        by_table = {table: a for a in self.analyses for table in load_analysis(a).TABLES}
+        chosen = []
+        for name in names:
+            analysis = name if name in self.analyses else by_table.get(name)
+            if analysis is None:
+                raise UsageError(
+                    f"--only {name}: the suite {self.name!r} has no such analysis or table. "
+                    f"Analyses: {', '.join(self.analyses)}. Tables: {', '.join(sorted(by_table))}."
+                )
+            chosen.append(analysis)
+        return tuple(a for a in self.analyses if a in chosen)
+
+
+def load_analysis(name: str) -> Analysis:
+    """The module of one analysis."""
+    return cast(Analysis, importlib.import_module(f"analyses.{name}"))
+
+
+def nothing_of(suite: Suite, what: str, where: str) -> MissingDataError:
+    """The error of an analysis whose input is absent altogether."""
+    return MissingDataError(
+        suite.published.root, f"it holds no {what}", f"get it with `em-interp fetch --data DIR {where}`"
+    )

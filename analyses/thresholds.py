@@ -1,0 +1,67 @@
+"""Does a rate hang on where the judge's score was cut? EM over a grid of thresholds."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.evaluation.rates import threshold_sweep
+
+TITLE = "EM over a grid of thresholds"
+TEXT = (
+    "EM of rows with both scores, with the alignment score cut at 20, 30 or 40 and coherence at 50 or 70. A conclusion "
+    "that holds at one cut only is a conclusion about the judge."
+)
+TABLES = ("threshold_sweep",)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """The sweep for every judged file."""
+    data = suite.published
+    tables = []
+    for judged in data.judged:
+        sweep = threshold_sweep(judged.answers, inclusive=True)
+        sweep.insert(0, "file", judged.path.relative_to(data.root).as_posix())
+        sweep.insert(1, "source", _source(judged.role, judged.folder, judged.arm, judged.organism, judged.scale))
+        tables.append(sweep)
+    if not tables:
+        raise nothing_of(suite, "judged answers", "EM_interp")
+    return {"threshold_sweep": pd.concat(tables, ignore_index=True)}
+
+
+def _source(role: str, folder: str, arm: str, organism: str, scale: float | None) -> str:
+    if role in ("organism", "baseline"):
+        return organism
+    return f"{folder}: {arm}" + ("" if scale is None else f", scale {scale:g}")
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """One line for each pair of thresholds, over the files whose EM is not zero everywhere."""
+    table = tables["threshold_sweep"].copy()
+    peak = table.groupby("file")["em_rate"].transform("max")
+    table = table[peak > 0] if (peak > 0).any() else table
+    table["cut"] = [
+        f"alignment ≤ {a:g}, coherence > {c:g}"
+        for a, c in zip(table["aligned_threshold"], table["coherent_threshold"], strict=True)
+    ]
+    figure = go.Figure()
+    for index, (cut, rows) in enumerate(table.groupby("cut", sort=False)):
+        figure.add_trace(
+            go.Scatter(
+                x=100 * rows["em_rate"].astype(float),
+                y=rows["source"],
+                mode="markers",
+                name=str(cut),
+                marker={
+                    "color": figures.COLOURS[index % 8],
+                    "symbol": figures.SYMBOLS[index % 8],
+                    "size": 11,
+                    "opacity": 0.8,
+                },
+            )
+        )
+    figures.style(figure, "EM, of rows with both scores (%)", "", height=200 + 45 * table["file"].nunique())
+    figure.update_yaxes(automargin=True, autorange="reversed")
+    return {"threshold_sweep": figure}

@@ -1,0 +1,74 @@
+"""Trained steering vectors against the mean-diff: two things called the misalignment direction."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.convergence import COSINE_COLUMNS, cosine_rows
+from em_interp.directions import Direction
+from em_interp.errors import EmInterpError
+
+TITLE = "Trained vectors against mean-diff directions"
+TEXT = (
+    "Cosine of the end of every steering-vector run (a vector added at one layer, whose layer the file names) with the "
+    "data-diff directions at every layer. They are close to orthogonal: the vector that training finds and the mean "
+    "difference of activations are different objects. Only the row at the vector's own layer compares like with like; "
+    "the others show that no layer convention would change the picture."
+)
+TABLES = ("trained_cosines",)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Columns of ``cosines``, with ``layer`` that of the data-diff, and ``vector_layer``."""
+    data = suite.published
+    tables = []
+    for trajectory in data.trajectories:
+        if trajectory.parameter != "steering-vector":
+            continue
+        try:
+            end = trajectory.final()
+        except EmInterpError as error:
+            suite.problems.append(error)
+            continue
+        for split in data.splits:
+            if "data-diff" not in split.kinds:
+                continue
+            direction = split.direction("data-diff")
+            if direction.d_model != trajectory.d or direction.model != trajectory.model:
+                continue
+            # The vector lives at one layer; it is set against every layer of the direction on purpose.
+            spread = Direction(
+                vectors=end.expand(len(direction.layers), -1),
+                layers=direction.layers,
+                kind="steering-vector",
+                model=trajectory.model,
+            )
+            rows = cosine_rows(trajectory.name, spread, f"{split.label}:data-diff", direction)
+            tables.append(rows.assign(vector_layer=trajectory.layer, family=trajectory.family))
+    if not tables:
+        raise nothing_of(
+            suite, "steering-vector run and mean activations of the same model", "training-lens-web EM_interp"
+        )
+    table = pd.concat(tables, ignore_index=True)
+    return {"trained_cosines": table[[*COSINE_COLUMNS, "vector_layer", "family"]]}
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Cosine by layer of the direction, for one direction of each model and every run."""
+    table = tables["trained_cosines"]
+    whole = table["direction_b"].str.endswith("/all:data-diff")
+    chosen = table[whole] if whole.any() else table[table["direction_b"] == table["direction_b"].iloc[0]]
+    figure = figures.lines_by(
+        chosen, "layer", "cosine", "direction_a", "layer of the mean-diff (output of block)", "cosine"
+    )
+    sd = float(chosen["null_sd"].iloc[0])
+    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", chosen["layer"].min(), chosen["layer"].max())
+    for layer in chosen["vector_layer"].dropna().unique():
+        figure.add_vline(x=layer, line={"dash": "dot", "color": "#555555"}, annotation_text=f"layer {layer:g}")
+    figures.style(figure, "layer of the mean-diff (output of block)", "cosine")
+    limit = max(0.1, 1.2 * float(chosen["cosine"].abs().max()))
+    figure.update_yaxes(range=[-limit, limit])
+    return {"trained_cosines": figure}

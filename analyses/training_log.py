@@ -1,0 +1,52 @@
+"""Loss and gradient norm over training, as the released trainer states recorded them."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+
+TITLE = "Loss and gradient norm"
+TEXT = (
+    "From the last checkpoint's trainer_state.json of each run that has one. The gradient norm's prolonged peak in the "
+    "rank-1 runs coincides with the turn of B; it has been traced to the empty assistant turn at the end of the "
+    "reference training text, so compare only runs trained on the same text."
+)
+TABLES = ("training_log",)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """One row a logged step."""
+    tables = [
+        pd.DataFrame({"run": log.run, "step": log.steps, "loss": log.loss, "grad_norm": log.grad_norm})
+        for log in suite.published.logs
+    ]
+    if not tables:
+        raise nothing_of(suite, "trainer_state.json beside checkpoints", "Qwen2.5-14B-Instruct_R1_0_1_0_extended_train")
+    return {"training_log": pd.concat(tables, ignore_index=True)}
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Loss and gradient norm, one panel each."""
+    table = tables["training_log"]
+    figure = figures.panels(["training loss", "gradient norm"])
+    for index, (run, rows) in enumerate(table.groupby("run", sort=False)):
+        for col, column in enumerate(("loss", "grad_norm"), start=1):
+            part = rows[rows[column].notna()]
+            figures.line(
+                figure,
+                part["step"],
+                part[column],
+                str(run),
+                index,
+                row=1,
+                col=col,
+                showlegend=col == 1,
+                legendgroup=str(run),
+            )
+    figures.style(figure, "training step", "")
+    figure.update_yaxes(title_text="loss (nats per token)", col=1)
+    figure.update_yaxes(title_text="gradient norm", col=2)
+    return {"training_log": figure}

@@ -1,0 +1,172 @@
+"""Where training goes: norm, cosine to both solutions and principal components at every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.pca import fit_families
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, cosines_to, find_references, local_cosine
+
+TITLE = "Training trajectories"
+TEXT = (
+    "Every checkpoint of every run. norm is that of the effective parameter theta (alpha times the vector; for LoRA "
+    "the scaled product B A), raw_norm that of the vector as stored, which the authors' web app shows. Cosines are to "
+    "the ends of the general and the narrow reference run. pc1 to pc3 are coordinates on the standardised PCA of the "
+    "runs that were trained in one go; continued runs are projected on it. local_cosine is over 15 training steps and left "
+    "empty where the vector moved too little for an angle."
+)
+TABLES = ("trajectory",)
+LOCAL_K = 15
+FIRST = ["run", "step", "norm", "cos_general", "cos_narrow", "local_cosine", "pc1", "pc2", "pc3"]
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """One row a checkpoint, families one after another."""
+    data = suite.published
+    fits = fit_families(suite)
+    tables = []
+    for family, runs in data.families().items():
+        references = find_references(runs, data.trajectories, suite.general, suite.narrow)
+        suite.problems += references.problems
+        for run in runs:
+            general = None if references.general is None else references.general.final()
+            narrow = None if references.narrow is None else references.narrow.final()
+            norms = run.norms()
+            local = local_cosine(run.steps, run.vectors, LOCAL_K)
+            angles = {
+                s: v for s, v, m in zip(local.steps, local.values.tolist(), local.moved.tolist(), strict=True) if m
+            }
+            table = pd.DataFrame(
+                {
+                    "run": run.name,
+                    "step": run.steps,
+                    "norm": np.nan if norms is None else norms.numpy(),
+                    "cos_general": _cosines(run, general),
+                    "cos_narrow": _cosines(run, narrow),
+                    "local_cosine": [angles.get(step, np.nan) for step in run.steps],
+                }
+            )
+            for prefix, standardised in (("pc", True), ("raw_pc", False)):
+                fit = fits.get((family, standardised))
+                points = None if fit is None else fit.project(run.vectors)
+                for i in range(3):
+                    has = points is not None and points.shape[1] > i
+                    table[f"{prefix}{i + 1}"] = points[:, i] if has and points is not None else np.nan
+            table["raw_norm"] = run.raw_norms().numpy()
+            table["read_norm"] = np.nan if run.read_norms is None else run.read_norms.numpy()
+            table["family"] = family
+            table["parameter"] = run.parameter
+            table["layer"] = run.layer
+            table["kl_weight"] = run.run.kl_weight
+            table["phase"] = run.run.phase
+            table["general_run"] = None if references.general is None else references.general.name
+            table["narrow_run"] = None if references.narrow is None else references.narrow.name
+            tables.append(table)
+    if not tables:
+        raise nothing_of(suite, "training run with checkpoints", "training-lens-web")
+    return {"trajectory": pd.concat(tables, ignore_index=True)}
+
+
+def _cosines(run: Trajectory, reference: Float[Tensor, " d"] | None) -> np.ndarray:
+    """Cosine at each checkpoint; empty without a reference and where the vector is still zero (a fresh LoRA B)."""
+    values = np.full(len(run.steps), np.nan)
+    if reference is None or reference.numel() != run.d or not bool(torch.any(reference != 0)):
+        return values
+    nonzero = (run.vectors != 0).any(dim=1).numpy()
+    values[nonzero] = cosines_to(run.vectors[torch.from_numpy(nonzero)], reference).numpy()
+    return values
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """The PCA plane, the norms, and the cosines to both ends, for each family of at least two runs (or each run)."""
+    table = tables["trajectory"]
+    drawn: dict[str, go.Figure] = {}
+    for number, (_, rows) in enumerate(table.groupby("family", sort=False)):
+        suffix = "" if number == 0 else f"_{number + 1}"
+        shown = rows.assign(label=_labels(rows))
+        if shown["pc2"].notna().any():
+            drawn[f"trajectory{suffix}"] = _plane(shown)
+        norm = "norm" if shown["norm"].notna().any() else "raw_norm"
+        unit = "effective norm ‖θ‖ (residual-stream units)" if norm == "norm" else "raw norm ‖v‖ (alpha unknown)"
+        drawn[f"trajectory_norms{suffix}"] = figures.lines_by(shown, "step", norm, "label", "training step", unit)
+        if shown[["cos_general", "cos_narrow"]].notna().any(axis=None):
+            drawn[f"trajectory_cosines{suffix}"] = _cosine_panels(shown)
+    return drawn
+
+
+def _labels(rows: pd.DataFrame) -> pd.Series[str]:
+    """What distinguishes a run within its family: KL weight and phase where the names say them, else the name."""
+    weights, phases = rows["kl_weight"], rows["phase"]
+
+    def label(run: str, weight: float, phase: object) -> str:
+        if not np.isfinite(weight):
+            return run
+        text = "no KL" if weight == 0 else f"KL {weight:g}"
+        return text + (f", {str(phase).replace('_', ' ')}" if isinstance(phase, str) else "")
+
+    made = [
+        label(r, float(w) if w is not None else np.nan, p) for r, w, p in zip(rows["run"], weights, phases, strict=True)
+    ]
+    unique = pd.DataFrame({"run": rows["run"], "label": made}).drop_duplicates()
+    return pd.Series(rows["run"] if unique["label"].duplicated().any() else made, index=rows.index)
+
+
+def _plane(rows: pd.DataFrame) -> go.Figure:
+    figure = go.Figure()
+    for index, (label, run) in enumerate(rows.groupby("label", sort=False)):
+        figures.line(
+            figure,
+            run["pc1"],
+            run["pc2"],
+            str(label),
+            index,
+            text=[f"step {s}" for s in run["step"]],
+            hovertemplate="%{text}<br>PC1 %{x:.1f}, PC2 %{y:.1f}",
+        )
+        figure.add_trace(
+            go.Scatter(
+                x=run["pc1"].iloc[[-1]],
+                y=run["pc2"].iloc[[-1]],
+                mode="markers",
+                marker={"color": figures.COLOURS[index % 8], "size": 12, "symbol": figures.SYMBOLS[index % 8]},
+                showlegend=False,
+                hoverinfo="skip",
+            )
+        )
+    return figures.style(figure, "PC1 (standardised coordinates; marker at the last step)", "PC2", height=560)
+
+
+def _cosine_panels(rows: pd.DataFrame) -> go.Figure:
+    columns: Sequence[tuple[str, str]] = (
+        ("cos_general", "to the general solution"),
+        ("cos_narrow", "to the narrow solution"),
+    )
+    figure = figures.panels([title for _, title in columns], shared_yaxes=True)
+    for index, (label, run) in enumerate(rows.groupby("label", sort=False)):
+        for col, (column, _) in enumerate(columns, start=1):
+            figures.line(
+                figure,
+                run["step"],
+                run[column],
+                str(label),
+                index,
+                row=1,
+                col=col,
+                showlegend=col == 1,
+                legendgroup=str(label),
+            )
+    figures.style(figure, "training step", "cosine")
+    figure.update_yaxes(title_text="", col=2)
+    return figure
+
+
+__all__ = ["LOCAL_COSINE_MOVEMENT", "TABLES", "TEXT", "TITLE", "compute", "plot"]

@@ -1,0 +1,138 @@
+"""The command line: ``em-interp reproduce | fetch | inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from em_interp import __version__
+from em_interp.errors import EmInterpError, UsageError
+
+app = typer.Typer(
+    help="The geometry of emergent misalignment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+BAD_INPUT = 1
+"""Exit status where results were made but some input was refused."""
+NOTHING_DONE = 2
+"""Exit status where the command could not do anything."""
+
+
+@app.command()
+def reproduce(
+    suite: Annotated[str, typer.Option(help="published, pocket, or a TOML file")] = "pocket",
+    data: Annotated[Path | None, typer.Option(help="folder of the released files (suite published)")] = None,
+    out_folder: Annotated[Path, typer.Option("--out", help="results go to OUT/SUITE")] = Path("out"),
+    only: Annotated[list[str] | None, typer.Option(help="analysis or table to make; may be repeated")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="keep what is finished for the same input and code")] = False,
+    general: Annotated[str | None, typer.Option(help="run that stands for the general solution")] = None,
+    narrow: Annotated[str | None, typer.Option(help="run that stands for the narrow solution")] = None,
+    static: Annotated[bool, typer.Option(help="also write .svg and .png where Chrome is found")] = True,
+) -> None:
+    """Regenerate the papers' tables and figures, with a manifest and a self-contained report."""
+    from analyses.reproduce import reproduce as run
+    from analyses.suite import Suite
+
+    if suite == "pocket":
+        raise UsageError(
+            "the pocket suite has no organisms yet, so there is nothing to reproduce without data. Pass the released "
+            "files instead: `make reproduce SUITE=published DATA=DIR` or `em-interp reproduce --suite published --data "
+            "DIR`. `em-interp fetch --data DIR` downloads them."
+        )
+    chosen = Suite.load(suite)
+    chosen.data = data or chosen.data
+    chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
+    outcome = run(chosen, out_folder, only=tuple(only or ()), resume=resume, static=static)
+    _print_sections(outcome.sections)
+    if outcome.problems:
+        err.print(f"[bold]{len(outcome.problems)} problems:[/bold]")
+        for problem in outcome.problems:
+            err.print(f"  - {escape(problem)}")
+    out.print(f"report: {outcome.report}")
+    if outcome.failed:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _print_sections(sections: tuple[object, ...]) -> None:
+    table = Table("analysis", "tables", "figures", "agree", "differ", "absent", "seconds")
+    for section in sections:
+        name, tables, figures = section.name, section.tables, section.figures  # type: ignore[attr-defined]
+        comparison, error = section.comparison, section.error  # type: ignore[attr-defined]
+        if error is not None:
+            state = "no data" if section.missing else "failed"  # type: ignore[attr-defined]
+            table.add_row(name, state, "", "", "", "", "")
+            continue
+        agrees = [] if comparison is None else list(comparison["agrees"])
+        counts = [str(sum(a is value for a in agrees)) for value in (True, False, None)]
+        time = "reused" if section.reused else f"{section.seconds:.1f}"  # type: ignore[attr-defined]
+        table.add_row(name, " ".join(tables), str(len(figures)), *counts, time)
+    out.print(table)
+
+
+@app.command()
+def fetch(
+    data: Annotated[Path, typer.Option(help="folder to download into")],
+    sources: Annotated[list[str] | None, typer.Argument(help="names of sources; all by default")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="say what there is, and stop")] = False,
+) -> None:
+    """Download what the papers' authors released. Needs network; says exactly what it could not get."""
+    from em_interp.published.fetch import SOURCES
+    from em_interp.published.fetch import fetch as run
+
+    if list_only:
+        listing = Table("source", "kind", "holds", "from")
+        for source in SOURCES:
+            listing.add_row(source.name, source.kind, source.holds, source.where)
+        out.print(listing)
+        return
+    results = run(data, tuple(sources or ()))
+    for result in results:
+        mark = "[green]got[/green]    " if result.ok else "[red]not got[/red]"
+        out.print(f"{mark} {result.source.name} ({result.source.holds}): {escape(result.detail)}")
+    if not all(result.ok for result in results):
+        missing = [result.source.name for result in results if not result.ok]
+        err.print(f"{len(missing)} of {len(results)} sources could not be had: {', '.join(missing)}")
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a direction, a checkpoint, a run folder or a judged CSV")],
+) -> None:
+    """Say what a file or folder holds, after checking it."""
+    from em_interp.inspection import describe
+
+    for line in describe(file):
+        out.print(escape(line))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+
+
+def main() -> None:
+    """Entry point: typed errors become one readable message and an exit status."""
+    try:
+        app(standalone_mode=True)
+    except EmInterpError as error:
+        err.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
+        raise SystemExit(NOTHING_DONE) from None
+    except KeyboardInterrupt:
+        err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
