@@ -63,6 +63,7 @@ def _view(section: Section) -> dict[str, Any]:
         "text": section.text,
         "figures": figures,
         "comparison": comparison,
+        "all_absent": all(row["agrees"] is None for row in comparison),
         "tables": [(name, len(table)) for name, table in section.tables.items()],
         "previews": previews,
         "error": section.error,

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.convergence import COSINE_COLUMNS, cosine_rows
+from em_interp.convergence import COSINE_COLUMNS, comparable, cosine_rows
 from em_interp.directions import Direction
 from em_interp.errors import EmInterpError
 
@@ -37,8 +37,6 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             if "data-diff" not in split.kinds:
                 continue
             direction = split.direction("data-diff")
-            if direction.d_model != trajectory.d or direction.model != trajectory.model:
-                continue
             # The vector lives at one layer; it is set against every layer of the direction on purpose.
             spread = Direction(
                 vectors=end.expand(len(direction.layers), -1),
@@ -46,6 +44,8 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
                 kind="steering-vector",
                 model=trajectory.model,
             )
+            if not comparable(spread, direction):
+                continue
             rows = cosine_rows(trajectory.name, spread, f"{split.label}:data-diff", direction)
             tables.append(rows.assign(vector_layer=trajectory.layer, family=trajectory.family))
     if not tables:

@@ -21,8 +21,8 @@ TEXT = (
     "Every checkpoint of every run. norm is that of the effective parameter theta (alpha times the vector; for LoRA "
     "the scaled product B A), raw_norm that of the vector as stored, which the authors' web app shows. Cosines are to "
     "the ends of the general and the narrow reference run. pc1 to pc3 are coordinates on the standardised PCA of the "
-    "runs that were trained in one go; continued runs are projected on it. local_cosine is over 15 training steps and left "
-    "empty where the vector moved too little for an angle."
+    "runs that were trained in one go; continued runs are projected on it. local_cosine is over 15 training steps and "
+    "left empty where the vector moved too little for an angle."
 )
 TABLES = ("trajectory",)
 LOCAL_K = 15

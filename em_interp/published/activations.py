@@ -92,13 +92,13 @@ class ActivationSplit:
 
 
 def model_of(name: str) -> str:
-    """The base model that a released folder or run name speaks of: its first words, in one spelling.
+    """The base model that a released folder or run name speaks of, in one spelling; ``unknown`` where it names none.
 
     The authors write ``q14b`` for Qwen2.5-14B in one repository and ``Qwen2.5-14B`` in another.
     """
     match = re.match(r"(?i)(?P<family>qwen|llama|gemma|q|l|g)(?P<version>[\d.]*)-?(?P<size>\d+(?:\.\d+)?)b", name)
     if match is None:
-        return re.split(r"[_/]", name, maxsplit=1)[0]
+        return "unknown"
     short = {"q": "qwen", "l": "llama", "g": "gemma"}
     family = short.get(match["family"].lower(), match["family"].lower())
     size, number = match["size"], match["version"]
