@@ -99,5 +99,6 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         ],
         "share of answers (%)",
     )
+    figure.update_xaxes(tickfont_size=11)
     figure.update_layout(height=figure.layout.height + 50, margin_b=figure.layout.margin.b + 50)
     return {"ablation": figure}

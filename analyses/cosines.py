@@ -93,7 +93,7 @@ def _by_layer(rows: pd.DataFrame) -> go.Figure:
     for index, (pair, part) in enumerate(rows.groupby("pair", sort=False)):
         figures.line(figure, part["layer"], part["cosine"], str(pair), index)
     sd = float(rows["null_sd"].iloc[0])
-    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", rows["layer"].min(), rows["layer"].max())
+    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", rows["layer"])
     figures.style(figure, "layer (output of block)", "cosine")
     figure.update_yaxes(range=[min(-0.1, float(rows["cosine"].min()) - 0.05), 1.02])
     return figure

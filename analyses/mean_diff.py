@@ -42,5 +42,5 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figure = figures.lines_by(
         shown, "layer", "norm", by, "layer (output of block)", "norm of the direction (residual-stream units)"
     )
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick=1)
     return {"direction_norms": figure}

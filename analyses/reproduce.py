@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from analyses.comparison import compare, load_numbers
@@ -18,7 +19,7 @@ from analyses.report import write_report
 from analyses.suite import Suite, load_analysis
 from em_interp import figures as house
 from em_interp.errors import EmInterpError, InputFileError, MissingDataError, OutputError, UnreadableFileError
-from em_interp.files import atomic_path, write_text
+from em_interp.files import atomic_path, make_folder, write_text
 from em_interp.manifest import fingerprint, hash_files, sha256, source_hash, write_manifest
 
 
@@ -69,7 +70,7 @@ def reproduce(
     """
     started = time.perf_counter()
     chosen = suite.only(only)
-    folder = out / suite.name
+    folder = make_folder(out / suite.name)
     data = suite.published
     inputs = hash_files(data.root, data.files)
     key = fingerprint({"inputs": inputs, "source": source_hash(), "general": suite.general, "narrow": suite.narrow})
@@ -78,7 +79,8 @@ def reproduce(
     for name in (bar := tqdm(chosen, desc="analysing", unit="analysis")):
         bar.set_postfix_str(name)
         section = _reuse(folder, name, key) if resume else None
-        section = section or _run(suite, name, folder, key)
+        with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
+            section = section or _run(suite, name, folder, key)
         section.comparison = compare(section.tables, [n for n in numbers if n.analysis == name])
         sections.append(section)
     notes = _draw_static(folder, sections) if static else []

@@ -21,7 +21,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """The sweep for every judged file."""
     data = suite.published
     tables = []
-    for judged in data.judged:
+    for judged in sorted(data.judged, key=lambda j: (j.role, j.experiment, j.arm, j.layers or "", j.scale or 0.0)):
         sweep = threshold_sweep(judged.answers, inclusive=True)
         sweep.insert(0, "file", judged.path.relative_to(data.root).as_posix())
         sweep.insert(1, "source", _source(judged.role, judged.folder, judged.arm, judged.organism, judged.scale))

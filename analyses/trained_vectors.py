@@ -65,7 +65,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         chosen, "layer", "cosine", "direction_a", "layer of the mean-diff (output of block)", "cosine"
     )
     sd = float(chosen["null_sd"].iloc[0])
-    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", chosen["layer"].min(), chosen["layer"].max())
+    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", chosen["layer"])
     for layer in chosen["vector_layer"].dropna().unique():
         figure.add_vline(x=layer, line={"dash": "dot", "color": "#555555"}, annotation_text=f"layer {layer:g}")
     figures.style(figure, "layer of the mean-diff (output of block)", "cosine")

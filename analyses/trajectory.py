@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,7 +111,7 @@ def _labels(rows: pd.DataFrame) -> pd.Series[str]:
     def label(run: str, weight: float, phase: object) -> str:
         if not np.isfinite(weight):
             return run
-        text = "no KL" if weight == 0 else f"KL {weight:g}"
+        text = "no KL" if weight == 0 else "KL " + re.sub(r"e\+0?", "e", f"{weight:.4g}")
         return text + (f", {str(phase).replace('_', ' ')}" if isinstance(phase, str) else "")
 
     made = [

@@ -102,8 +102,9 @@ def line(
     )
 
 
-def null_band(figure: go.Figure, half_width: float, name: str, x0: float, x1: float) -> None:
-    """The range in which a cosine is indistinguishable from that of random directions."""
+def null_band(figure: go.Figure, half_width: float, name: str, x: pd.Series) -> None:  # type: ignore[type-arg]
+    """The range in which a cosine is indistinguishable from that of random directions, over the span of ``x``."""
+    x0, x1 = float(x.min()), float(x.max())
     figure.add_trace(
         go.Scatter(
             x=[x0, x1, x1, x0],

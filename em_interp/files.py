@@ -38,6 +38,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> Path:
+    """Create a folder for results. Raises ``OutputError`` where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: the folder could not be made ({error.strerror or error}). "
+            "To fix it: choose another --out folder that you may write to."
+        ) from error
+    return path
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

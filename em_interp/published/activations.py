@@ -30,6 +30,10 @@ DIFFERENCES: Final = {
 }
 """kind -> (minuend, subtrahend); a cell is its model letter then its text letter. ``data-diff`` is the papers'
 mean-diff; ``data-diff-in-chat`` reads the same two sets of texts in the chat model, the content control."""
+_MODEL: Final = re.compile(
+    r"(?P<family>qwen|llama|gemma|[qlg](?=\d))-?(?P<version>(?:\d+(?:\.\d+)?-)?)(?P<coder>coder-)?(?P<size>\d+(?:\.\d+)?)b",
+    re.IGNORECASE,
+)
 _SCOPES: Final = {"answer": "response", "question": "prompt"}
 
 
@@ -96,15 +100,15 @@ def model_of(name: str) -> str:
 
     The authors write ``q14b`` for Qwen2.5-14B in one repository and ``Qwen2.5-14B`` in another.
     """
-    match = re.match(r"(?i)(?P<family>qwen|llama|gemma|q|l|g)(?P<version>[\d.]*)-?(?P<size>\d+(?:\.\d+)?)b", name)
+    match = _MODEL.match(name)
     if match is None:
         return "unknown"
-    short = {"q": "qwen", "l": "llama", "g": "gemma"}
-    family = short.get(match["family"].lower(), match["family"].lower())
-    size, number = match["size"], match["version"]
-    if "-" not in match[0]:  # q14b: the digits are all size, and the authors' version is Qwen2.5
-        size, number = number + size, "2.5" if family == "qwen" else ""
-    return f"{family.capitalize()}{number}-{size}B"
+    family = {"q": "Qwen", "l": "Llama", "g": "Gemma"}[match["family"][0].lower()]
+    version = match["version"].rstrip("-")
+    if not version and family == "Qwen" and len(match["family"]) == 1:
+        version = "2.5"  # the authors' shorthand
+    hyphen = "" if family == "Qwen" or not version else "-"
+    return f"{family}{hyphen}{version}{'-Coder' if match['coder'] else ''}-{match['size']}B"
 
 
 def read_activation_cell(path: Path, tokens: str = "answer") -> ActivationCell:

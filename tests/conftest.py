@@ -1,0 +1,34 @@
+"""Shape checks on, no hub, and the two data folders: a synthetic one, and the released files where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401  (the hook looks it up by name)
+
+install_import_hook("em_interp", "tests.typecheck.check")
+
+import pytest  # noqa: E402
+
+from tests import published_factory  # noqa: E402
+
+PUBLISHED = Path(os.environ.get("EM_INTERP_PUBLISHED", Path(__file__).parents[1].parent / "shared" / "published"))
+
+
+@pytest.fixture
+def synthetic(tmp_path: Path) -> Path:
+    """A fresh synthetic folder in the formats of the releases, which a test may damage."""
+    return published_factory.make(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def released() -> Path:
+    """The authors' released files. Skips where they are absent: they carry no licence and do not ship."""
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"the released files are not at {PUBLISHED.name}/ beside the checkout (set EM_INTERP_PUBLISHED)")
+    return PUBLISHED
