@@ -101,4 +101,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     )
     figure.update_xaxes(tickfont_size=11)
     figure.update_layout(height=figure.layout.height + 50, margin_b=figure.layout.margin.b + 50)
-    return {"ablation": figure}
+    return {"ablation": figures.captioned(figure, "Before and after, by target and direction.")}

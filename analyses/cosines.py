@@ -58,22 +58,32 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     whole = _whole_splits(table)
     across = data & ~same_folder & table["split_a"].isin(whole) & table["split_b"].isin(whole)
     views = {
-        "cosines": (across, table["folder_a"] + "  and  " + table["folder_b"]),
-        "cosines_splits": (data & same_folder, table["split_a"] + " and " + table["split_b"]),
+        "cosines": (
+            "Data-diff directions of different finetunes.",
+            across,
+            table["folder_a"] + "  and  " + table["folder_b"],
+        ),
+        "cosines_splits": (
+            "Data-diff directions of different splits of the answers of one finetune.",
+            data & same_folder,
+            table["split_a"] + " and " + table["split_b"],
+        ),
         "cosines_content_control": (
+            "The content control: each data-diff against the same texts read in the chat model.",
             same_split & (table["kind_b"] == "data-diff-in-chat") & (table["kind_a"] == "data-diff"),
             table["direction_a"].str.removesuffix(":data-diff"),
         ),
         "cosines_readings": (
+            "The data-diff against the model-diff and the both-diff of the same split.",
             same_split & (table["kind_a"] == "data-diff") & (table["kind_b"] != "data-diff-in-chat"),
             table["direction_a"].str.removesuffix(":data-diff") + ": data-diff and " + table["kind_b"],
         ),
     }
     drawn = {}
-    for name, (mask, labels) in views.items():
+    for name, (caption, mask, labels) in views.items():
         rows = table[mask].assign(pair=labels[mask])
         if len(rows):
-            drawn[name] = _by_layer(rows)
+            drawn[name] = figures.captioned(_by_layer(rows), caption)
     return drawn
 
 

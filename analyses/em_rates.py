@@ -99,4 +99,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figure.update_xaxes(tickangle=-15, automargin=True)
     figures_height = figure.layout.height + 70
     figure.update_layout(height=figures_height, margin_b=figure.layout.margin.b + 70)
-    return {"em_rates": figure}
+    return {"em_rates": figures.captioned(figure, "EM under both denominators, and coherence, by model.")}

@@ -97,4 +97,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figures.style(figure, "cosine to the narrow solution", "cosine to the general solution")
     figure.update_xaxes(range=[0, 1.05])
     figure.update_yaxes(range=[0, 1.05])
-    return {"kl_removal": figure}
+    return {"kl_removal": figures.captioned(figure, "First to last checkpoint, in the plane of the two cosines.")}

@@ -49,9 +49,11 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         matrix[i + 1 :, i] = matrix[i, i + 1 :]
     name = str(first["direction"].iloc[0])
     neighbours = table[table["layer_b"] == table["layer_a"] + 1]
+    whole = figures.heatmap(matrix, range(size), "layer (output of block)", "cosine")
+    adjacent = figures.lines_by(
+        neighbours, "layer_b", "cosine", "direction", "layer l", "cosine of layer l with layer l-1"
+    )
     return {
-        "layer_cosines": figures.heatmap(matrix, range(size), f"layer of {name}", "cosine"),
-        "layer_cosines_adjacent": figures.lines_by(
-            neighbours, "layer_b", "cosine", "direction", "layer l", "cosine of layer l with layer l-1"
-        ),
+        "layer_cosines": figures.captioned(whole, f"{name} at one layer against itself at another."),
+        "layer_cosines_adjacent": figures.captioned(adjacent, "The price of one layer, for every data-diff."),
     }

@@ -63,4 +63,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figure.update_yaxes(range=[-1.05, 1.05])
     for col in range(2, len(windows) + 1):
         figure.update_yaxes(title_text="", col=col)
-    return {"local_cosine": figure}
+    return {"local_cosine": figures.captioned(figure, "Where the vector moved enough for an angle.")}

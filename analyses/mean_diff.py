@@ -43,4 +43,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         shown, "layer", "norm", by, "layer (output of block)", "norm of the direction (residual-stream units)"
     )
     figure.update_yaxes(type="log", dtick=1)
-    return {"direction_norms": figure}
+    return {"direction_norms": figures.captioned(figure, "Norm of the data-diff of every finetune and split.")}

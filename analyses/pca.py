@@ -126,4 +126,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             )
         )
     figures.style(figure, "component", "explained variance (%)")
-    return {"pca": figure}
+    return {"pca": figures.captioned(figure, f"Share of variance by component; family {table['family'].iloc[0]}.")}

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from em_interp import __version__
-from em_interp.figures import CONFIG
+from em_interp.figures import CONFIG, caption_of
 from em_interp.files import write_text
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def write_report(
 
 def _view(section: Section) -> dict[str, Any]:
     figures = [
-        (name, Markup(figure.to_html(include_plotlyjs=False, full_html=False, config=CONFIG)))
+        (name, caption_of(figure), Markup(figure.to_html(include_plotlyjs=False, full_html=False, config=CONFIG)))
         for name, figure in section.figures.items()
     ]
     comparison = [] if section.comparison is None else section.comparison.astype(object).to_dict("records")

@@ -97,4 +97,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figure.update_yaxes(range=[-3, 103])
     trade.update_traces(showlegend=True)
     figures.style(trade, "coherent answers (%)", "EM, of rows with both scores (%)")
-    return {"steering": figure, "steering_trade_off": trade}
+    return {
+        "steering": figures.captioned(figure, "EM and coherence against the coefficient."),
+        "steering_trade_off": figures.captioned(trade, "What EM costs in coherence; numbers are coefficients."),
+    }

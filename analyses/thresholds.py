@@ -64,4 +64,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         )
     figures.style(figure, "EM, of rows with both scores (%)", "", height=200 + 45 * table["file"].nunique())
     figure.update_yaxes(automargin=True, autorange="reversed")
-    return {"threshold_sweep": figure}
+    return {"threshold_sweep": figures.captioned(figure, "Files with any EM; one mark for each pair of cuts.")}

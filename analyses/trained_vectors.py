@@ -67,8 +67,9 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     sd = float(chosen["null_sd"].iloc[0])
     figures.null_band(figure, 2 * sd, "random directions, ±2 sd", chosen["layer"])
     for layer in chosen["vector_layer"].dropna().unique():
-        figure.add_vline(x=layer, line={"dash": "dot", "color": "#555555"}, annotation_text=f"layer {layer:g}")
+        figure.add_vline(x=float(layer), line={"dash": "dot", "color": "#555555"}, annotation_text=f"layer {layer:g}")
     figures.style(figure, "layer of the mean-diff (output of block)", "cosine")
     limit = max(0.1, 1.2 * float(chosen["cosine"].abs().max()))
     figure.update_yaxes(range=[-limit, limit])
-    return {"trained_cosines": figure}
+    caption = f"End of each run against {chosen['direction_b'].iloc[0]}; the dotted line is the vectors' own layer."
+    return {"trained_cosines": figures.captioned(figure, caption)}

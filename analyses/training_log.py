@@ -49,4 +49,4 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figures.style(figure, "training step", "")
     figure.update_yaxes(title_text="loss (nats per token)", col=1)
     figure.update_yaxes(title_text="gradient norm", col=2)
-    return {"training_log": figure}
+    return {"training_log": figures.captioned(figure, "As logged by the trainer.")}

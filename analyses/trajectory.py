@@ -91,16 +91,19 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """The PCA plane, the norms, and the cosines to both ends, for each family of at least two runs (or each run)."""
     table = tables["trajectory"]
     drawn: dict[str, go.Figure] = {}
-    for number, (_, rows) in enumerate(table.groupby("family", sort=False)):
+    for number, (family, rows) in enumerate(table.groupby("family", sort=False)):
         suffix = "" if number == 0 else f"_{number + 1}"
         shown = rows.assign(label=_labels(rows))
         if shown["pc2"].notna().any():
-            drawn[f"trajectory{suffix}"] = _plane(shown)
+            caption = f"{family}: the plane of the first two principal components."
+            drawn[f"trajectory{suffix}"] = figures.captioned(_plane(shown), caption)
         norm = "norm" if shown["norm"].notna().any() else "raw_norm"
         unit = "effective norm ‖θ‖ (residual-stream units)" if norm == "norm" else "raw norm ‖v‖ (alpha unknown)"
-        drawn[f"trajectory_norms{suffix}"] = figures.lines_by(shown, "step", norm, "label", "training step", unit)
+        norms = figures.lines_by(shown, "step", norm, "label", "training step", unit)
+        drawn[f"trajectory_norms{suffix}"] = figures.captioned(norms, f"{family}: norm over training.")
         if shown[["cos_general", "cos_narrow"]].notna().any(axis=None):
-            drawn[f"trajectory_cosines{suffix}"] = _cosine_panels(shown)
+            caption = f"{family}: cosine to the ends of the general and of the narrow run."
+            drawn[f"trajectory_cosines{suffix}"] = figures.captioned(_cosine_panels(shown), caption)
     return drawn
 
 

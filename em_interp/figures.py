@@ -52,6 +52,17 @@ def style(figure: go.Figure, x: str, y: str, *, height: int = HEIGHT, legend: st
     return figure
 
 
+def captioned(figure: go.Figure, caption: str) -> go.Figure:
+    """Attach the sentence that the report prints under the figure."""
+    figure.update_layout(meta={"caption": caption})
+    return figure
+
+
+def caption_of(figure: go.Figure) -> str:
+    """The sentence of ``captioned``, or nothing."""
+    return str((figure.layout.meta or {}).get("caption", ""))
+
+
 def _legend_rows(names: Sequence[str]) -> int:
     """Rows that a horizontal legend takes at the house width: plotly gives every entry the widest one's room."""
     if not names:
