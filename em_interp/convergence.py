@@ -26,7 +26,7 @@ def comparable(a: Direction, b: Direction) -> bool:
 
 
 def cosine_rows(name_a: str, a: Direction, name_b: str, b: Direction) -> pd.DataFrame:
-    """One row a common layer: cosine, and its random-direction null (sd and two-sided p-value).
+    """One row a common layer: cosine, its random-direction null (sd and two-sided p-value), and ||a - b||.
 
     ``low`` and ``high`` are empty here: a pair of finished vectors has no sampling interval.
     Raises ``DirectionError`` as ``Direction.cosine`` does.
@@ -37,13 +37,14 @@ def cosine_rows(name_a: str, a: Direction, name_b: str, b: Direction) -> pd.Data
     table["low"], table["high"] = float("nan"), float("nan")
     table["null_sd"] = cosine_null_sd(a.d_model)
     table["p_value"] = cosine_p_value(table["cosine"].to_numpy(), a.d_model)
-    return table[list(COSINE_COLUMNS)]
+    table["difference_norm"] = [float((a.at(layer).double() - b.at(layer).double()).norm()) for layer in values]
+    return table[[*COSINE_COLUMNS, "difference_norm"]]
 
 
 def cosine_table(pairs: Iterable[tuple[str, Direction, str, Direction]]) -> pd.DataFrame:
     """The tidy table of many pairs, in the contract's columns."""
     rows = [cosine_rows(*pair) for pair in pairs]
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=list(COSINE_COLUMNS))
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=[*COSINE_COLUMNS, "difference_norm"])
 
 
 def cosine_matrix(directions: Sequence[Direction], layer: int) -> Float[Tensor, "n n"]:

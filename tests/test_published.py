@@ -76,6 +76,21 @@ def test_both_run_layouts(synthetic: Path) -> None:
     assert (hub.steps, hub.layer, hub.run.role) == (STEPS, 3, "general")
 
 
+def test_a_repository_with_only_its_end(tmp_path: Path) -> None:
+    folder = tmp_path / "Tiny_steering_vector_general_cooking"
+    folder.mkdir()
+    torch.save({"steering_vector": torch.ones(D_MODEL), "alpha": 4.0, "layer_idx": 2}, folder / "steering_vector.pt")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 77}))
+    trajectory = read_run(folder).trajectories[0]
+    assert (trajectory.steps, trajectory.layer) == ((77,), 2)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"x": torch.ones(1)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(MissingDataError, match="finished adapter and no checkpoints"):
+        read_run(adapter)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_lora_norms_equal_the_dense_product(synthetic: Path, rank: int) -> None:
     from tests.published_factory import make_lora_run

@@ -154,7 +154,10 @@ def direction(seed: int, layers: tuple[int, ...] = (0, 1, 2), d: int = 16, model
 
 def test_cosine_table_has_the_contracts_columns_and_null() -> None:
     table = cosine_table([("a", direction(0), "b", direction(1))])
-    assert list(table) == ["direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value"]
+    contract = ["direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value"]
+    assert list(table) == [*contract, "difference_norm"]
+    difference = direction(0).vectors[1].double() - direction(1).vectors[1].double()
+    assert table["difference_norm"][1] == pytest.approx(float(difference.norm()))
     assert table["layer"].tolist() == [0, 1, 2]
     assert table["null_sd"].tolist() == [0.25] * 3
     assert table["p_value"].between(0, 1).all()

@@ -65,7 +65,11 @@ class Run:
 
 
 def checkpoint_files(folder: Path) -> dict[Path, int]:
-    """Checkpoint files of a run folder and their steps, in either layout. Empty where it is not a run."""
+    """Checkpoint files of a run folder and their steps, in either layout. Empty where there is none.
+
+    A repository that holds only its trained vector (a top-level ``steering_vector.pt``) is a run of one checkpoint, at
+    the step that its trainer_state.json names, or 0.
+    """
     files: dict[Path, int] = {}
     for path in folder.glob("steering_vector_checkpoint_*.pt"):
         if match := _GITHUB_FILE.fullmatch(path.name):
@@ -76,6 +80,8 @@ def checkpoint_files(folder: Path) -> dict[Path, int]:
                 for name in ("steering_vector.pt", "adapter_model.safetensors"):
                     if (step_folder / name).is_file():
                         files[step_folder / name] = int(match[1])
+    if not files and (end := folder / "steering_vector.pt").is_file():
+        files[end] = int(_number(_read_json(folder / "trainer_state.json", []).get("global_step")) or 0)
     return files
 
 
@@ -93,6 +99,12 @@ def read_run(folder: Path, problems: list[EmInterpError] | None = None) -> Run:
     ``MissingDataError`` (no weights), ``AmbiguousDataError``, or what the checkpoint files raise.
     """
     files = checkpoint_files(folder)
+    if not files and (folder / "adapter_model.safetensors").is_file():
+        raise MissingDataError(
+            folder,
+            "it holds a finished adapter and no checkpoints, so there is no training run to follow",
+            "fetch a repository with checkpoints/; the adapter itself loads with PEFT",
+        )
     if not files:
         raise MissingDataError(
             folder,
