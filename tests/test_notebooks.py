@@ -1,0 +1,104 @@
+"""The notebook runs top to bottom: on the synthetic folder always, on the released files where they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "published_qwen14b.ipynb"
+FACTORY = ROOT / "tests" / "published_factory.py"
+
+# A process of its own: the kernel's sockets, event loop and warnings stay out of pytest's.
+RUN = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+
+source, folder, target = sys.argv[1:]
+notebook = nbformat.read(source, as_version=4)
+client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
+try:
+    client.execute()
+finally:
+    nbformat.write(notebook, target)
+"""
+
+
+def execute(notebook: Path, scratch: Path, data: Path | None) -> str:
+    """Everything the notebook printed. Fails with the cell's error."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("EM_INTERP_PUBLISHED", "MPLBACKEND")}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONWARNINGS": "default",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "HF_HUB_OFFLINE": "1",
+        # The kernel of this interpreter, whatever the user has configured.
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        **{f"JUPYTER_{name}_DIR": str(scratch / "jupyter" / name) for name in ("CONFIG", "DATA", "RUNTIME")},
+        "IPYTHONDIR": str(scratch / "ipython"),
+    }
+    if data is not None:
+        environment["EM_INTERP_PUBLISHED"] = str(data)
+    target = scratch / "executed.ipynb"
+    command = [sys.executable, "-c", RUN, str(notebook), str(notebook.parent), str(target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=590, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    cells = [cell for cell in read(target)["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(cell["execution_count"] for cell in cells)
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    return "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream" and o["name"] == "stdout")
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def test_it_is_kept_without_outputs() -> None:
+    """Figures of files without a licence are not committed."""
+    notebook = read(NOTEBOOK)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_it_runs_on_synthetic_data_where_the_released_files_are_absent(tmp_path: Path) -> None:
+    copy = tmp_path / "repository"
+    (copy / "notebooks").mkdir(parents=True)
+    (copy / "tests").mkdir()
+    notebook = Path(shutil.copy(NOTEBOOK, copy / "notebooks"))
+    shutil.copy(FACTORY, copy / "tests")
+    said = execute(notebook, tmp_path, None)
+    assert "SYNTHETIC" in said
+    assert "Skipped" not in said
+
+
+def test_it_says_what_a_folder_lacks(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("factory_for_the_notebook", FACTORY)
+    assert spec is not None and spec.loader is not None
+    factory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(factory)
+    factory.make_judged(tmp_path / "data" / "judged", 0)
+    said = execute(NOTEBOOK, tmp_path, tmp_path / "data")
+    assert "Skipped: the folder holds no split of mean activations" in said
+    assert "lack a score" in said  # what is there is used
+
+
+def test_it_runs_on_the_released_files(tmp_path: Path) -> None:
+    given = os.environ.get("EM_INTERP_PUBLISHED")
+    data = Path(given) if given else ROOT.parent / "shared" / "published"
+    if not data.is_dir():
+        pytest.skip(f"the released files are not at {data}; set EM_INTERP_PUBLISHED to their folder")
+    said = execute(NOTEBOOK, tmp_path, data.resolve())
+    assert "SYNTHETIC" not in said
