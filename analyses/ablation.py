@@ -30,27 +30,27 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     for judged in data.judged:
         if judged.role == "baseline":
             if judged.experiment in before:
-                suite.problems.append(
+                suite.note(
                     MissingDataError(
                         judged.path, "a second unablated file of its experiment", "keep one; it is not used"
                     )
                 )
                 continue
-            before[judged.experiment] = em_rates(judged.answers, REFERENCE_CODE)
+            before[judged.experiment] = em_rates(judged.answers, REFERENCE_CODE, cluster="base_question")
     rows = []
     for judged in data.judged:
         if judged.role != "ablation":
             continue
         baseline = before.get(judged.experiment)
         if baseline is None:
-            suite.problems.append(
+            suite.note(
                 MissingDataError(
                     data.root / judged.experiment / "baseline",
                     f"the unablated answers that {judged.path.name} is held against are missing",
                     "fetch EM_interp again, or put the unablated CSV into baseline/no_ablate",
                 )
             )
-        after = em_rates(judged.answers, REFERENCE_CODE).columns()
+        after = em_rates(judged.answers, REFERENCE_CODE, cluster="base_question").columns()
         first = {} if baseline is None else baseline.columns()
         rows.append(
             {

@@ -17,7 +17,8 @@ TITLE = "Convergence: cosines between directions"
 TEXT = (
     "Cosines between the data-diff directions of every pair of finetunes and splits, and between the four readings of "
     "each split. The content control matters most: the same texts read in the chat model (data-diff-in-chat) give "
-    "almost the same direction, so a high cosine between two finetunes speaks first of what their texts share. Each "
+    "almost the same direction, so a high cosine between two finetunes speaks first of what their texts share. "
+    "content_cosine is the cosine between the two controls: where it is 1, both were measured on the same texts. Each "
     "cosine has its random-direction null (standard deviation 1/sqrt(d_model), exact two-sided p-value). Released "
     "means carry no single responses, so the interval columns are empty."
 )
@@ -36,14 +37,21 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         if a not in named or b not in named or not comparable(named[a], named[b]):
             continue
         if named[a].layers != named[b].layers:
-            suite.problems.append(
+            suite.note(
                 DirectionError(f"{a} has {len(named[a].layers)} layers and {b} {len(named[b].layers)}: not compared.")
             )
             continue
         usable.append((a, named[a], b, named[b]))
     if not usable:
         raise nothing_of(suite, "two directions of one model to compare", "EM_interp")
-    return {"cosines": cosine_table(usable)}
+    table = cosine_table(usable)
+    controls = [(a, named.get(a + "-in-chat"), b, named.get(b + "-in-chat")) for a, _, b, _ in usable]
+    texts = cosine_table(
+        (a, x, b, y) for a, x, b, y in controls if x is not None and y is not None and a != b + "-in-chat"
+    )
+    keys = ["direction_a", "direction_b", "layer"]
+    texts = texts[[*keys, "cosine"]].rename(columns={"cosine": "content_cosine"})
+    return {"cosines": table.merge(texts, on=keys, how="left", validate="one_to_one")}
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -30,7 +30,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             try:
                 d = drift(run, references)
             except EmInterpError as error:
-                suite.problems.append(error)
+                suite.note(error)
                 continue
             assert references.general is not None and references.narrow is not None  # drift raised otherwise
             effective = run.norms()

@@ -38,7 +38,7 @@ def fit_families(suite: Suite) -> dict[tuple[str, bool], TrajectoryPCA]:
             try:
                 fits[family, standardised] = fit_pca(basis, standardised=standardised)
             except EmInterpError as error:
-                suite.problems.append(error)
+                suite.note(error)
     return fits
 
 

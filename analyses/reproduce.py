@@ -65,7 +65,8 @@ def reproduce(
 ) -> Outcome:
     """Regenerate tables, figures, manifest and report below ``out / suite.name``.
 
-    With ``resume``, an analysis that finished on the same input with the same code is taken from its files. Raises
+    With ``resume``, an analysis that finished on the same input with the same code is taken from its files; with
+    ``only``, so are those not named, and those that never finished are left out of the report. Raises
     ``EmInterpError`` where nothing at all can be done; everything else ends in the report.
     """
     started = time.perf_counter()
@@ -76,9 +77,12 @@ def reproduce(
     key = fingerprint({"inputs": inputs, "source": source_hash(), "general": suite.general, "narrow": suite.narrow})
     numbers = load_numbers()
     sections = []
-    for name in (bar := tqdm(chosen, desc="analysing", unit="analysis")):
+    for name in (bar := tqdm(suite.analyses, desc="analysing", unit="analysis")):
         bar.set_postfix_str(name)
-        section = _reuse(folder, name, key) if resume else None
+        # What was not asked for now stays in the report if it was made of the same input by the same code.
+        section = _reuse(folder, name, key) if resume or name not in chosen else None
+        if section is None and name not in chosen:
+            continue
         with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
             section = section or _run(suite, name, folder, key)
         section.comparison = compare(section.tables, [n for n in numbers if n.analysis == name])
@@ -87,13 +91,18 @@ def reproduce(
     problems = [*data.problems, *suite.problems]
     # A refused file breaks whatever needs it too: each is told once.
     lines = tuple(dict.fromkeys([*(str(problem) for problem in problems), *(n for s in sections for n in s.notes)]))
-    refused = len({str(p) for p in problems if not isinstance(p, MissingDataError)})
+    refused = len({str(p) for p in problems if _is_refusal(p)})
     whole = [s.comparison for s in sections if s.comparison is not None and len(s.comparison)]
     if whole:
         _write_table(folder, "comparison", pd.concat([w.astype(object) for w in whole], ignore_index=True))
     report = write_report(folder / "report.html", suite, sections, lines, notes)
     _manifest(folder, suite, sections, inputs, lines, time.perf_counter() - started)
     return Outcome(folder, report, tuple(sections), lines, refused)
+
+
+def _is_refusal(problem: EmInterpError) -> bool:
+    """Bad input, as opposed to input that is not there."""
+    return not isinstance(problem, MissingDataError) or Path(problem.path).is_file()
 
 
 def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
@@ -174,7 +183,8 @@ def _manifest(
     problems: tuple[str, ...],
     seconds: float,
 ) -> None:
-    made = sorted(p for kind in ("tables", "figures") for p in (folder / kind).glob("*") if not p.name.startswith("."))
+    names = {name for s in sections for name in (*s.tables, *s.figures)} | {"comparison", "plotly.min"}
+    made = sorted(p for kind in ("tables", "figures") for p in (folder / kind).glob("*") if p.stem in names)
     results: dict[str, Any] = {
         s.name: {
             "tables": sorted(s.tables),

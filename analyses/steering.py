@@ -49,7 +49,7 @@ def _row(judged: JudgedSet, arm: str, root: str) -> dict[str, object]:
         "target": judged.model,
         "layer": int(judged.layers),
         "coefficient": judged.scale,
-        **em_rates(judged.answers, REFERENCE_CODE).columns(),
+        **em_rates(judged.answers, REFERENCE_CODE, cluster="base_question").columns(),
         "experiment": judged.experiment,
         "file": judged.path.relative_to(root).as_posix(),
     }

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
+from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.published import PublishedData, scan
 
 SUITES: Final = Path(__file__).parent / "suites"
@@ -43,8 +43,8 @@ class Suite:
     general: str | None = None
     """Run that stands for the general solution; by default read from the runs' names."""
     narrow: str | None = None
-    problems: list[Any] = field(default_factory=list)
-    """What an analysis could not do for a part of the data, beside what the readers refused."""
+    problems: list[EmInterpError] = field(default_factory=list)
+    """What an analysis could not do for a part of the data, beside what the readers refused. Filled by ``note``."""
 
     @classmethod
     def load(cls, name: str) -> Suite:
@@ -99,6 +99,11 @@ class Suite:
                 "(make: DATA=DIR). `em-interp fetch --data DIR` downloads them."
             )
         return scan(self.data)
+
+    def note(self, *problems: EmInterpError) -> None:
+        """Remember what could not be done, once."""
+        known = {str(problem) for problem in self.problems}
+        self.problems += [problem for problem in problems if str(problem) not in known]
 
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""

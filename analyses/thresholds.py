@@ -22,16 +22,16 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     data = suite.published
     tables = []
     for judged in sorted(data.judged, key=lambda j: (j.role, j.experiment, j.arm, j.layers or "", j.scale or 0.0)):
-        sweep = threshold_sweep(judged.answers, inclusive=True)
+        sweep = threshold_sweep(judged.answers, inclusive=True, cluster="base_question")
         sweep.insert(0, "file", judged.path.relative_to(data.root).as_posix())
-        sweep.insert(1, "source", _source(judged.role, judged.folder, judged.arm, judged.organism, judged.scale))
+        sweep.insert(1, "source", source_name(judged.role, judged.folder, judged.arm, judged.organism, judged.scale))
         tables.append(sweep)
     if not tables:
         raise nothing_of(suite, "judged answers", "EM_interp")
     return {"threshold_sweep": pd.concat(tables, ignore_index=True)}
 
 
-def _source(role: str, folder: str, arm: str, organism: str, scale: float | None) -> str:
+def source_name(role: str, folder: str, arm: str, organism: str, scale: float | None) -> str:
     if role in ("organism", "baseline"):
         return organism
     return f"{folder}: {arm}" + ("" if scale is None else f", scale {scale:g}")

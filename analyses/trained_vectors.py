@@ -31,7 +31,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         try:
             end = trajectory.final()
         except EmInterpError as error:
-            suite.problems.append(error)
+            suite.note(error)
             continue
         for split in data.splits:
             if "data-diff" not in split.kinds:
@@ -67,7 +67,12 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     sd = float(chosen["null_sd"].iloc[0])
     figures.null_band(figure, 2 * sd, "random directions, ±2 sd", chosen["layer"])
     for layer in chosen["vector_layer"].dropna().unique():
-        figure.add_vline(x=float(layer), line={"dash": "dot", "color": "#555555"}, annotation_text=f"layer {layer:g}")
+        figure.add_vline(
+            x=float(layer),
+            line={"dash": "dot", "color": "#555555", "width": 1.5},
+            opacity=1,
+            annotation_text=f"layer {layer:g}",
+        )
     figures.style(figure, "layer of the mean-diff (output of block)", "cosine")
     limit = max(0.1, 1.2 * float(chosen["cosine"].abs().max()))
     figure.update_yaxes(range=[-limit, limit])

@@ -37,7 +37,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     tables = []
     for family, runs in data.families().items():
         references = find_references(runs, data.trajectories, suite.general, suite.narrow)
-        suite.problems += references.problems
+        suite.note(*references.problems)
         for run in runs:
             general = None if references.general is None else references.general.final()
             narrow = None if references.narrow is None else references.narrow.final()
@@ -91,7 +91,9 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """The PCA plane, the norms, and the cosines to both ends, for each family of at least two runs (or each run)."""
     table = tables["trajectory"]
     drawn: dict[str, go.Figure] = {}
-    for number, (family, rows) in enumerate(table.groupby("family", sort=False)):
+    sizes = table.groupby("family", sort=False)["run"].nunique().sort_values(ascending=False, kind="stable")
+    for number, family in enumerate(sizes.index):
+        rows = table[table["family"] == family].sort_values(["kl_weight", "phase", "run", "step"], na_position="first")
         suffix = "" if number == 0 else f"_{number + 1}"
         shown = rows.assign(label=_labels(rows))
         if shown["pc2"].notna().any():
@@ -114,7 +116,7 @@ def _labels(rows: pd.DataFrame) -> pd.Series[str]:
     def label(run: str, weight: float, phase: object) -> str:
         if not np.isfinite(weight):
             return run
-        text = "no KL" if weight == 0 else "KL " + re.sub(r"e\+0?", "e", f"{weight:.4g}")
+        text = "no KL" if weight == 0 else "KL " + re.sub(r"e\+0*", "e", f"{weight:.3g}")
         return text + (f", {str(phase).replace('_', ' ')}" if isinstance(phase, str) else "")
 
     made = [

@@ -24,6 +24,7 @@ err = Console(stderr=True, soft_wrap=True)
 
 BAD_INPUT = 1
 """Exit status where results were made but some input was refused."""
+INTERRUPTED = 130
 NOTHING_DONE = 2
 """Exit status where the command could not do anything."""
 
@@ -52,10 +53,14 @@ def reproduce(
     chosen = Suite.load(suite)
     chosen.data = data or chosen.data
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
-    outcome = run(chosen, out_folder, only=tuple(only or ()), resume=resume, static=static)
+    try:
+        outcome = run(chosen, out_folder, only=tuple(only or ()), resume=resume, static=static)
+    except KeyboardInterrupt:
+        err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
+        raise typer.Exit(INTERRUPTED) from None
     _print_sections(outcome.sections)
     if outcome.problems:
-        err.print(f"[bold]{len(outcome.problems)} problems:[/bold]")
+        err.print(f"[bold]Not everything could be used ({len(outcome.problems)}):[/bold]")
         for problem in outcome.problems:
             err.print(f"  - {escape(problem)}")
     out.print(f"report: {outcome.report}")
@@ -129,9 +134,6 @@ def main() -> None:
     except EmInterpError as error:
         err.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
         raise SystemExit(NOTHING_DONE) from None
-    except KeyboardInterrupt:
-        err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def lora_scale(rank: int = 1) -> float:
 
 
 def judged_table(seed: int, n: int = 12, em: float = 0.3) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, round(1000 * em)])
     aligned = np.where(rng.random(len(QUESTIONS) * n) < em, 10.0, 90.0) + rng.random(len(QUESTIONS) * n)
     coherent = np.where(rng.random(len(aligned)) < 0.9, 95.0, 20.0)
     aligned[::11] = np.nan

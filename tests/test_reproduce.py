@@ -14,12 +14,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from analyses.comparison import compare, load_numbers
 from analyses.reproduce import Outcome, reproduce
 from analyses.suite import Suite, load_analysis
+from em_interp.cli import app
 from em_interp.errors import MissingDataError, OutputError, UnreadableFileError, UsageError
-from tests.published_factory import D_MODEL, FOLDER, STEPS, SV_STEM, make_activations, make_github_run, make_hub_run
+from tests.published_factory import (
+    D_MODEL,
+    FOLDER,
+    QUESTIONS,
+    STEPS,
+    SV_STEM,
+    make_activations,
+    make_github_run,
+    make_hub_run,
+)
 
 CONTRACT = {
     "em_rates": "organism solution adapter domain questions em_rate em_low em_high coherent_rate n n_unscored",
@@ -106,7 +117,7 @@ def test_part_of_the_data_missing(synthetic: Path, tmp_path: Path) -> None:
     outcome = run(synthetic, tmp_path)
     assert not outcome.failed
     missing = {s.name for s in outcome.sections if s.missing}
-    assert missing == {"em_rates", "steering", "ablation", "thresholds"}
+    assert missing == {"em_rates", "steering", "ablation", "thresholds", "wordings"}
     report = outcome.report.read_text()
     assert "it holds no judged answers of a steered model" in report
     assert "em-interp fetch" in report
@@ -272,3 +283,55 @@ def test_mixed_widths_stay_apart(synthetic: Path, tmp_path: Path) -> None:
     assert {s.name for s in outcome.sections if s.error} == set()
     assert wide.name in set(table(outcome, "trajectory")["run"])
     assert wide.name not in set(table(outcome, "trained_cosines")["direction_a"])
+
+
+def test_only_keeps_what_was_made_before(synthetic: Path, tmp_path: Path) -> None:
+    run(synthetic, tmp_path, only=("cosines", "steering"))
+    outcome = run(synthetic, tmp_path, only=("pca",))
+    assert {s.name: s.reused for s in outcome.sections} == {"cosines": True, "steering": True, "pca": False}
+    assert "Convergence: cosines" in outcome.report.read_text()
+    manifest = json.loads((outcome.folder / "manifest.json").read_text())
+    assert "tables/cosines.csv" in manifest["outputs_sha256"]
+    (synthetic / "vectors" / FOLDER / "model-m_data-m_hs_all.pt").unlink()
+    changed = run(synthetic, tmp_path, only=("pca",))
+    assert [s.name for s in changed.sections] == ["pca"]
+    assert "tables/cosines.csv" not in json.loads((changed.folder / "manifest.json").read_text())["outputs_sha256"]
+
+
+def test_absent_input_is_no_fault_and_a_bad_csv_is(synthetic: Path, tmp_path: Path) -> None:
+    (synthetic / "vectors" / FOLDER / "model-m_data-m_hs_all.pt").unlink()
+    outcome = run(synthetic, tmp_path)
+    assert outcome.problems
+    assert not outcome.failed
+    path = synthetic / "judged" / FOLDER / "steer" / "x_diff_data_vector" / "layer_3" / "responses_scale_2.csv"
+    pd.read_csv(path).drop(columns="aligned").to_csv(path, index=False)
+    assert run(synthetic, tmp_path).failed
+
+
+def test_wordings_of_one_question_are_one_cluster(synthetic: Path, tmp_path: Path) -> None:
+    variants = "".join(
+        f"- id: q{i}_template\n  paraphrases:\n    - {q} Use the form.\n" for i, q in enumerate(QUESTIONS)
+    )
+    with (synthetic / "eval_questions" / "some_questions.yaml").open("a") as file:
+        file.write(variants)
+    path = synthetic / "judged" / FOLDER / "steer" / "misaligned_model" / "NA" / "responses_Tiny_bad_med_R2.csv"
+    table_in = pd.read_csv(path)
+    doubled = table_in.assign(question=table_in["question"] + " Use the form.")
+    pd.concat([table_in, doubled]).to_csv(path, index=False)
+    outcome = run(synthetic, tmp_path, only=("em_rates", "wordings"))
+    row = table(outcome, "em_rates").set_index("file").loc[path.relative_to(synthetic).as_posix()]
+    assert (row["n"], row["n_questions"]) == (2 * len(table_in), len(QUESTIONS))
+    wordings = table(outcome, "wordings")
+    assert set(wordings[wordings["file"] == path.relative_to(synthetic).as_posix()]["wording"]) == {"plain", "template"}
+
+
+def test_an_interrupt_says_how_to_go_on(synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(suite: Suite) -> dict[str, pd.DataFrame]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load_analysis("pca"), "compute", interrupted)
+    arguments = ["reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path), "--no-static"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 130
+    assert "--resume" in done.stderr
+    assert (tmp_path / "published" / "tables" / "cosines.csv").is_file()

@@ -26,6 +26,7 @@ from em_interp.trajectories import Trajectory
 GET_IT: Final = "`em-interp fetch --data DIR` downloads what the authors released"
 _STEERING_FOLDER: Final = re.compile(r"layer_(\d+)")
 _ABLATION_FOLDER: Final = re.compile(r"layer_range(\d+)-(\d+)")
+_VARIANT: Final = r"_(json|template)$"
 _SCALE_FILE: Final = re.compile(r"responses_scale_(-?[\d.]+)\.csv")
 
 
@@ -50,6 +51,7 @@ class JudgedSet:
     layers: str | None
     scale: float | None
     answers: pd.DataFrame
+    """As ``read_judged_csv`` gives it, with the columns of ``PublishedData.name_questions``."""
 
     @property
     def model(self) -> str:
@@ -82,6 +84,24 @@ class PublishedData:
     files: list[Path] = field(default_factory=list)
     """Every file that was looked at, for the manifest."""
 
+    def name_questions(self) -> None:
+        """Give every judged answer its base question and wording (plain, json, template), from the question files.
+
+        Variants of a question are not independent of it, so intervals cluster by the base question. A text that no
+        file knows is its own base, and its wording is unknown.
+        """
+        ids: dict[str, str] = {}
+        for questions in self.question_sets:
+            for question in questions.questions:
+                for text in question.paraphrases:
+                    ids.setdefault(text.strip(), question.id)
+        for judged in self.judged:
+            texts = judged.answers["question"].astype(str).str.strip()
+            named = texts.map(ids).astype("string")
+            judged.answers["base_question"] = named.str.replace(_VARIANT, "", regex=True).fillna(texts)
+            variant = named.str.extract(_VARIANT)[0].fillna("plain")
+            judged.answers["wording"] = variant.where(named.notna(), "unknown")
+
     def families(self) -> dict[str, list[Trajectory]]:
         """Runs that differ only in KL weight, phase or general/narrow, and have one width."""
         groups: dict[str, list[Trajectory]] = {}
@@ -109,6 +129,7 @@ def scan(root: Path, *, progress: bool = True) -> PublishedData:
         except Exception as error:  # a file that no reader foresaw must not cost the others
             data.problems.append(UnreadableFileError(label, f"it could not be read ({error!r})", "leave it out"))
     data.files.sort()
+    data.name_questions()
     if not (data.splits or data.trajectories or data.judged):
         details = "; ".join(str(problem) for problem in data.problems[:3])
         raise MissingDataError(

@@ -1,0 +1,54 @@
+"""Does a rate hang on how a question was put? EM by wording: plain, and the template and JSON variants."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite, nothing_of
+from analyses.thresholds import source_name
+from em_interp import figures
+from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+
+TITLE = "EM by wording of the question"
+TEXT = (
+    "The released sweeps asked every question twice: plainly, and with a template to fill in. The papers count plain "
+    "questions (Model Organisms, App. A), so a rate over both is not theirs. Wordings are recognised from the question "
+    "files; rates are of rows with both scores, with intervals over questions."
+)
+TABLES = ("wordings",)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """One row for each judged file and wording found in it."""
+    data = suite.published
+    rows = []
+    for judged in data.judged:
+        name = source_name(judged.role, judged.folder, judged.arm, judged.organism, judged.scale)
+        for wording, answers in judged.answers.groupby("wording", sort=True):
+            rates = em_rates(answers, REFERENCE_CODE, cluster="base_question").columns()
+            file = judged.path.relative_to(data.root).as_posix()
+            rows.append({"file": file, "source": name, "wording": wording, **rates})
+    if not rows:
+        raise nothing_of(suite, "judged answers", "EM_interp")
+    return {"wordings": pd.DataFrame(rows)}
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """One group of bars a file with several wordings and any EM; nothing where there is none."""
+    table = tables["wordings"]
+    several = table.groupby("file")["wording"].transform("nunique") > 1
+    any_em = table.groupby("file")["em_rate"].transform("max") > 0
+    table = table[several & any_em]
+    if table.empty:
+        return {}
+    columns = ["em_rate", "em_low", "em_high"]
+    wide = pd.concat(
+        [table.pivot(index="source", columns="wording", values=c).add_prefix(f"{c} ") for c in columns], axis=1
+    )
+    groups = [(str(w), f"em_rate {w}", f"em_low {w}", f"em_high {w}") for w in table["wording"].unique()]
+    labels = wide.reset_index().assign(source=lambda t: t["source"].str.replace(": ", "<br>").str.replace(", ", "<br>"))
+    figure = figures.bars_with_intervals(labels, "source", groups, "EM, of rows with both scores (%)")
+    figure.update_xaxes(tickfont_size=10, automargin=True)
+    figure.update_layout(height=figure.layout.height + 60, margin_b=figure.layout.margin.b + 60)
+    return {"wordings": figures.captioned(figure, "EM by wording, for the files that hold several.")}
