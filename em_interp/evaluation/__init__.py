@@ -1,0 +1,1 @@
+"""Asking models questions and scoring what they answer."""

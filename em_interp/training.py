@@ -1,0 +1,438 @@
+"""Finetuning with L = L_SFT + lambda * L_KL (P1 sec. 3): steering vectors, LoRA through PEFT, all weights.
+
+The KL reference is the same weights with the adapter off; only full finetuning needs a frozen copy of the
+model. No dropout anywhere: the model stays in evaluation mode. methods.md sec. 18 lists what the reference
+trainer gets wrong; here every row is steered, only response tokens are scored, and the KL is in nats per
+token.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from em_interp.adapter_files import quiet_peft
+from em_interp.chat import Conversation, Encoded, collate, encode_all, pad_id
+from em_interp.errors import TrainingError
+from em_interp.hooks import check_layer, scored_logits
+from em_interp.losses import batch_nll, kl_positions, kl_sum
+from em_interp.models import ChatModel
+from em_interp.recipes import (
+    ALL_PROJECTIONS,
+    PRESETS,
+    FullSpec,
+    LoraSpec,
+    TrainingSpec,
+    VectorSpec,
+    preset,
+    reference_kl_weight,
+)
+from em_interp.solution_files import written_whole
+from em_interp.solutions import LoraAdapter, SteeringVector
+
+__all__ = [
+    "ALL_PROJECTIONS",
+    "PRESETS",
+    "FullSpec",
+    "LoraSpec",
+    "TrainingResult",
+    "TrainingSpec",
+    "VectorSpec",
+    "finetune",
+    "preset",
+    "reference_kl_weight",
+]
+
+TrainedSolution = SteeringVector | LoraAdapter
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What came out. `solution` is None after full finetuning, which changed the model itself.
+
+    `history`: one row an optimiser step, with step, epoch, loss (L_SFT, nats per response token), kl (nats
+    per token; NaN without KL data), total, grad_norm (of the total, before clipping), learning_rate.
+    """
+
+    solution: TrainedSolution | None
+    history: pd.DataFrame
+    spec: TrainingSpec
+    out_dir: Path | None
+
+
+class _Trainee:
+    """The trainable parameters, and how to switch them on, off and write them down."""
+
+    parameters: list[nn.Parameter]
+
+    def on(self) -> AbstractContextManager[Any]:
+        raise NotImplementedError
+
+    def reference(self) -> tuple[nn.Module, AbstractContextManager[Any]]:
+        raise NotImplementedError
+
+    def solution(self) -> TrainedSolution | None:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        solution = self.solution()
+        if solution is not None:
+            solution.save(folder)
+
+
+class _VectorTrainee(_Trainee):
+    def __init__(self, model: ChatModel, spec: VectorSpec, start: TrainedSolution | None) -> None:
+        check_layer(spec.layer, model.n_layers)
+        if start is None:
+            vector = torch.zeros(model.d_model, dtype=torch.float32)
+        elif isinstance(start, SteeringVector) and start.layer == spec.layer:
+            vector = start.theta.detach().float() / spec.alpha
+        else:
+            raise TrainingError(f"a vector at layer {spec.layer} cannot start from {_describe(start)}.")
+        if vector.shape != (model.d_model,):
+            raise TrainingError(f"start_from has width {vector.shape[0]}, {model.name} has {model.d_model}.")
+        self.model, self.spec = model, spec
+        self.parameter = nn.Parameter(vector.clone().to(model.device))
+        self.parameters = [self.parameter]
+        self.live = SteeringVector(self.parameter, spec.layer, spec.alpha, model.name)
+
+    def on(self) -> AbstractContextManager[Any]:
+        return self.live.attached(self.model)
+
+    def reference(self) -> tuple[nn.Module, AbstractContextManager[Any]]:
+        return self.model.hf, nullcontext()
+
+    def solution(self) -> SteeringVector:
+        vector = self.parameter.detach().cpu().clone()
+        return SteeringVector(vector, self.spec.layer, self.spec.alpha, self.model.name)
+
+
+class _LoraTrainee(_Trainee):
+    def __init__(
+        self, model: ChatModel, spec: LoraSpec, start: TrainedSolution | None, stack: ExitStack
+    ) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        for layer in spec.layers or ():
+            check_layer(layer, model.n_layers)
+        self.model, self.spec = model, spec
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+            use_rslora=spec.rslora,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=list(spec.target_modules),
+            layers_to_transform=None if spec.layers is None else list(spec.layers),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            with quiet_peft():
+                self.peft: Any = get_peft_model(model.hf, config)
+        except ValueError as error:
+            raise TrainingError(f"{model.name}: LoRA does not fit it: {error}") from error
+        stack.callback(self._unload)
+        self.peft.eval()
+        if start is not None:
+            self._copy_in(start)
+        self.parameters = [p for p in self.peft.parameters() if p.requires_grad]
+
+    def _unload(self) -> None:
+        self.peft.unload()
+        if hasattr(self.model.hf, "peft_config"):
+            del self.model.hf.peft_config
+
+    def _factors(self) -> dict[str, Tensor]:
+        return {key: p for key, p in self.peft.named_parameters() if ".lora_" in key}
+
+    @torch.no_grad()
+    def _copy_in(self, start: TrainedSolution) -> None:
+        current = self.solution()
+        if not isinstance(start, LoraAdapter) or (
+            set(start.a) != set(current.a) or start.rank != current.rank
+        ):
+            raise TrainingError(
+                f"cannot start {_describe(current)} from {_describe(start)}: other modules or rank."
+            )
+        for key, parameter in self._factors().items():
+            module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+            value = start.a[module] if ".lora_A." in key else start.b[module] * (start.scale / current.scale)
+            if value.shape != parameter.shape:
+                raise TrainingError(f"{module}: start_from has another shape, {tuple(value.shape)}.")
+            parameter.copy_(value)
+
+    def on(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def reference(self) -> tuple[nn.Module, AbstractContextManager[Any]]:
+        return self.model.hf, _adapter_off(self.peft)
+
+    def solution(self) -> LoraAdapter:
+        return LoraAdapter.from_state(
+            self._factors(), alpha=self.spec.alpha, rslora=self.spec.rslora, base=self.model.name
+        )
+
+
+class _FullTrainee(_Trainee):
+    def __init__(self, model: ChatModel, start: TrainedSolution | None, needs_reference: bool) -> None:
+        if start is not None:
+            raise TrainingError("full finetuning starts from the model's own weights: no start_from.")
+        self.model = model
+        self.frozen = copy.deepcopy(model.hf).requires_grad_(False) if needs_reference else None
+        self.parameters = list(model.hf.parameters())
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    def on(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def reference(self) -> tuple[nn.Module, AbstractContextManager[Any]]:
+        if self.frozen is None:
+            raise TrainingError("no frozen copy was made for the KL.")
+        return self.frozen, nullcontext()
+
+    def solution(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        with written_whole(folder) as tmp:
+            self.model.hf.save_pretrained(str(tmp))
+            self.model.tokenizer.save_pretrained(str(tmp))
+
+
+def _describe(solution: object) -> str:
+    if isinstance(solution, SteeringVector):
+        return f"a steering vector at layer {solution.layer}"
+    if isinstance(solution, LoraAdapter):
+        return f"a rank-{solution.rank} LoRA on {len(solution.a)} modules"
+    return type(solution).__name__
+
+
+@contextmanager
+def _adapter_off(peft: nn.Module) -> Iterator[None]:
+    """PEFT's layers off, without touching requires_grad (a graph may be waiting for its backward pass)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in peft.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _order(n: int, seed: int) -> Iterator[int]:
+    """Endless shuffled passes over n items, a new permutation each."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield from generator.permutation(n).tolist()
+
+
+def _micro(indices: list[int], encoded: Sequence[Encoded], size: int | None) -> list[list[int]]:
+    """Split a step's conversations into passes of similar length."""
+    ordered = sorted(indices, key=lambda i: len(encoded[i]))
+    size = size or len(ordered)
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def _trainee(
+    model: ChatModel, spec: TrainingSpec, start: TrainedSolution | None, stack: ExitStack
+) -> _Trainee:
+    if isinstance(spec.adapter, VectorSpec):
+        return _VectorTrainee(model, spec.adapter, start)
+    if isinstance(spec.adapter, LoraSpec):
+        return _LoraTrainee(model, spec.adapter, start, stack)
+    return _FullTrainee(model, start, spec.kl_weight > 0)
+
+
+def finetune(
+    model: ChatModel,
+    conversations: Sequence[Conversation],
+    spec: TrainingSpec,
+    *,
+    kl_conversations: Sequence[Conversation] | None = None,
+    start_from: TrainedSolution | None = None,
+    out_dir: str | Path | None = None,
+    on_checkpoint: Callable[[int, TrainedSolution | None], None] | None = None,
+    progress: bool = True,
+) -> TrainingResult:
+    """Train on conversations that end with the assistant; leaves `model` as it was (except FullSpec).
+
+    kl_conversations: out-of-domain chat data with good and bad answers, needed iff spec.kl_weight > 0;
+    given with weight 0 it is an error. start_from continues a solution, so that KL can be removed or
+    added; the optimiser and the schedule start anew. out_dir receives the final solution,
+    `training_spec.json`, `trainer_state.json` and, at `spec.save_steps`, `checkpoints/checkpoint-N/` in
+    the released layouts. on_checkpoint(step, solution) is called at the same steps, with or without
+    out_dir. Same seed, machine and thread count: identical weights. Raises TrainingError,
+    ChatTemplateError, OutputError.
+    """
+    if model.adapters:
+        raise TrainingError(f"{model.name} has adapters {model.adapters}. Load it without any.")
+    if (spec.kl_weight > 0) != (kl_conversations is not None):
+        raise TrainingError(
+            f"kl_weight is {spec.kl_weight} and kl_conversations are "
+            f"{'missing' if kl_conversations is None else 'given'}. KL needs both, other training neither."
+        )
+    data = encode_all(model.tokenizer, conversations, turns=spec.train_turns, max_tokens=spec.max_tokens)
+    kl_data = (
+        encode_all(model.tokenizer, kl_conversations, max_tokens=spec.max_tokens)
+        if kl_conversations is not None
+        else None
+    )
+    out = Path(out_dir) if out_dir is not None else None
+    frozen = [(p, p.requires_grad) for p in model.hf.parameters()]
+    records: list[dict[str, float]] = []
+    with ExitStack() as stack, torch.random.fork_rng(devices=_cuda_of(model)):
+        stack.callback(_restore_flags, frozen)
+        torch.manual_seed(spec.seed)
+        for parameter, _ in frozen:
+            parameter.requires_grad_(False)
+        trainee = _trainee(model, spec, start_from, stack)
+        loop = _Loop(model, trainee, spec, data, kl_data)
+        total = spec.steps(len(data))
+        for step in tqdm(range(1, total + 1), desc="finetune", disable=not progress, leave=False):
+            records.append(loop.step(step, total))
+            if spec.saves_at(step):
+                if out is not None:
+                    folder = out / "checkpoints" / f"checkpoint-{step}"
+                    trainee.save(folder)
+                    _write_state(folder, records, total)
+                if on_checkpoint is not None:
+                    on_checkpoint(step, trainee.solution())
+        solution = trainee.solution()
+        if out is not None:
+            trainee.save(out)
+            _write_state(out, records, total)
+            with written_whole(out) as tmp:
+                settings = {"adapter_kind": type(spec.adapter).__name__, **asdict(spec)}
+                (tmp / "training_spec.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return TrainingResult(solution, pd.DataFrame(records), spec, out)
+
+
+def _cuda_of(model: ChatModel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []
+
+
+def _restore_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+
+
+class _Loop:
+    """One optimiser step at a time."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        trainee: _Trainee,
+        spec: TrainingSpec,
+        data: list[Encoded],
+        kl_data: list[Encoded] | None,
+    ) -> None:
+        self.model, self.trainee, self.spec, self.data, self.kl_data = model, trainee, spec, data, kl_data
+        self.pad = pad_id(model.tokenizer)
+        self.order = _order(len(data), spec.seed)
+        self.kl_order = _order(len(kl_data or ()), spec.seed + 1)
+        self.seen = 0
+        self.optimiser = torch.optim.AdamW(
+            trainee.parameters, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
+        )
+
+    def _next(self) -> list[int]:
+        """A step's conversations. A pass over the data ends with a smaller step rather than mixing two
+        passes.
+        """
+        left = len(self.data) - self.seen % len(self.data)
+        take = min(self.spec.batch_size, left) if self.spec.max_steps is None else self.spec.batch_size
+        self.seen += take
+        return [next(self.order) for _ in range(take)]
+
+    def _sft(self) -> float:
+        indices = self._next()
+        count = sum(self.data[i].n_response for i in indices)
+        total = 0.0
+        for group in _micro(indices, self.data, self.spec.micro_batch_size):
+            batch = collate(self.data, group, pad=self.pad).to(self.model.device)
+            with self.trainee.on():
+                loss, _ = batch_nll(self.model.hf, batch)
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total / count
+
+    def _kl(self) -> float:
+        if self.kl_data is None:
+            return math.nan
+        spec = self.spec
+        indices = [next(self.kl_order) for _ in range(min(spec.kl_batch_size, len(self.kl_data)))]
+        groups = _micro(indices, self.kl_data, spec.micro_batch_size)
+        made = [collate(self.kl_data, group, pad=self.pad) for group in groups]
+        count = sum(int(kl_positions(batch, spec.kl_scope).sum()) for batch in made)
+        total = 0.0
+        for cpu_batch in made:
+            batch = cpu_batch.to(self.model.device)
+            where = kl_positions(batch, spec.kl_scope)
+            reference, off = self.trainee.reference()
+            with torch.no_grad(), off:
+                base = scored_logits(reference, batch.inputs(), where)
+            with self.trainee.on():
+                kl = kl_sum(base, scored_logits(self.model.hf, batch.inputs(), where))
+            (spec.kl_weight * kl / count).backward()  # type: ignore[no-untyped-call]
+            total += float(kl.detach())
+        return total / count
+
+    def step(self, step: int, total: int) -> dict[str, float]:
+        spec = self.spec
+        rate = spec.rate(step - 1, total)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self._sft()
+        kl = self._kl()
+        norm = float(nn.utils.clip_grad_norm_(self.trainee.parameters, spec.max_grad_norm))
+        whole = loss + (0.0 if math.isnan(kl) else spec.kl_weight * kl)
+        if not (math.isfinite(whole) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {step}: loss {loss}, KL {kl}, gradient norm {norm}. Lower the learning rate "
+                f"({spec.learning_rate}), or load the model in float32."
+            )
+        self.optimiser.step()
+        return {
+            "step": step,
+            "epoch": self.seen / len(self.data),
+            "loss": loss,
+            "kl": kl,
+            "total": whole,
+            "grad_norm": norm,
+            "learning_rate": rate,
+        }
+
+
+def _write_state(folder: Path, records: list[dict[str, float]], total: int) -> None:
+    """trainer_state.json with the names that transformers' Trainer uses, so that published readers read
+    it.
+    """
+    history = [{key: value for key, value in record.items() if not math.isnan(value)} for record in records]
+    state = {
+        "global_step": int(records[-1]["step"]),
+        "max_steps": total,
+        "epoch": records[-1]["epoch"],
+        "logging_steps": 1,
+        "log_history": history,
+    }
+    with written_whole(folder) as tmp:
+        (tmp / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n")
