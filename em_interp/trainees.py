@@ -26,6 +26,8 @@ class Trainee(Protocol):
     """What the training loop needs to know."""
 
     parameters: list[nn.Parameter]
+    fixed_layer: int | None  # the last block whose output training cannot change
+    reuses_weights: bool  # the reference is the model's own weights, which stay as they are
 
     def on(self) -> AbstractContextManager[Any]:
         """Inside, `model.hf` answers with the trainable part."""
@@ -58,8 +60,10 @@ class VectorTrainee:
         if vector.shape != (model.d_model,):
             raise TrainingError(f"start_from has width {vector.shape[0]}, {model.name} has {model.d_model}.")
         self.model, self.spec = model, spec
+        self.fixed_layer: int | None
         self.parameter = nn.Parameter(vector.clone().to(model.device))
         self.parameters = [self.parameter]
+        self.fixed_layer, self.reuses_weights = spec.layer, True
         self.live = SteeringVector(self.parameter, spec.layer, spec.alpha, model.name)
 
     def on(self) -> AbstractContextManager[Any]:
@@ -87,6 +91,7 @@ class LoraTrainee:
         for layer in spec.layers or ():
             check_layer(layer, model.n_layers)
         self.model, self.spec = model, spec
+        self.fixed_layer: int | None
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
@@ -107,6 +112,8 @@ class LoraTrainee:
         if start is not None:
             self._copy_in(start)
         self.parameters = [p for p in self.peft.parameters() if p.requires_grad]
+        first = self.solution().first_layer
+        self.fixed_layer, self.reuses_weights = (first - 1 if first else None), True
 
     def _unload(self) -> None:
         self.peft.unload()
@@ -156,6 +163,8 @@ class FullTrainee:
         self.model = model
         self.frozen = copy.deepcopy(model.hf).requires_grad_(False) if needs_reference else None
         self.parameters = list(model.hf.parameters())
+        self.fixed_layer: int | None
+        self.fixed_layer, self.reuses_weights = None, False
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 

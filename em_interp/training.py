@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from em_interp.chat import Conversation, Encoded, collate, encode_all, pad_id
+from em_interp.chat import Batch, Conversation, Encoded, collate, encode_all, pad_id
 from em_interp.errors import TrainingError
 from em_interp.hooks import scored_logits
-from em_interp.losses import batch_nll, kl_positions, kl_sum
+from em_interp.losses import kl_positions, kl_sum, nll_sum
 from em_interp.models import ChatModel
 from em_interp.recipes import (
     ALL_PROJECTIONS,
@@ -37,6 +37,7 @@ from em_interp.recipes import (
     reference_kl_weight,
 )
 from em_interp.solution_files import written_whole
+from em_interp.suffix import ResidualCache
 from em_interp.trainees import TrainedSolution, Trainee, make_trainee
 
 __all__ = [
@@ -91,6 +92,7 @@ def finetune(
     out_dir: str | Path | None = None,
     on_checkpoint: Callable[[int, TrainedSolution | None], None] | None = None,
     progress: bool = True,
+    cache_bytes: int = 2**31,
 ) -> TrainingResult:
     """Train on conversations that end with the assistant; leaves `model` as it was (except FullSpec).
 
@@ -99,8 +101,9 @@ def finetune(
     added; the optimiser and the schedule start anew. out_dir receives the final solution,
     `training_spec.json`, `trainer_state.json` and, at `spec.save_steps`, `checkpoints/checkpoint-N/` in
     the released layouts. on_checkpoint(step, solution) is called at the same steps, with or without
-    out_dir. Same seed, machine and thread count: identical weights. Raises TrainingError,
-    ChatTemplateError, OutputError.
+    out_dir. cache_bytes bounds the residuals kept because no step changes them (0: none; same result).
+    Same seed, machine and thread count: identical weights. Raises TrainingError, ChatTemplateError,
+    OutputError.
     """
     if model.adapters:
         raise TrainingError(f"{model.name} has adapters {model.adapters}. Load it without any.")
@@ -124,7 +127,7 @@ def finetune(
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
         trainee = make_trainee(model, spec, start_from, stack)
-        loop = _Loop(model, trainee, spec, data, kl_data)
+        loop = _Loop(model, trainee, spec, data, kl_data, cache_bytes)
         total = spec.steps(len(data))
         for step in tqdm(range(1, total + 1), desc="finetune", disable=not progress, leave=False):
             records.append(loop.step(step, total))
@@ -165,7 +168,9 @@ class _Loop:
         spec: TrainingSpec,
         data: list[Encoded],
         kl_data: list[Encoded] | None,
+        cache_bytes: int,
     ) -> None:
+        self.cache_bytes = cache_bytes
         self.model, self.trainee, self.spec, self.data, self.kl_data = model, trainee, spec, data, kl_data
         self.pad = pad_id(model.tokenizer)
         self.order = _order(len(data), spec.seed)
@@ -174,6 +179,41 @@ class _Loop:
         self.optimiser = torch.optim.AdamW(
             trainee.parameters, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
         )
+        fixed = [] if trainee.fixed_layer is None else [trainee.fixed_layer]
+        self.cache = self._cache(data, fixed)
+        self.kl_cache = self._cache(kl_data, [*fixed, model.n_layers - 1]) if kl_data else None
+
+    def _cache(self, encoded: list[Encoded], layers: list[int]) -> ResidualCache | None:
+        """What no step changes is computed once per conversation; None where everything changes."""
+        if not (self.trainee.reuses_weights and layers and self.cache_bytes):
+            return None
+        return ResidualCache(
+            self.model.hf,
+            encoded,
+            layers,
+            pad=self.pad,
+            off=lambda: self.trainee.reference()[1],
+            max_bytes=self.cache_bytes // 2,
+        )
+
+    def _logits(
+        self, cache: ResidualCache | None, known: dict[int, Tensor], batch: Batch, where: Tensor
+    ) -> Tensor:
+        """The trained model's logits at `where`, from the fixed layer on if it has one."""
+        fixed = self.trainee.fixed_layer
+        with self.trainee.on():
+            if cache is None or fixed is None:
+                return scored_logits(self.model.hf, batch.inputs(), where)
+            return cache.logits(batch, fixed, known[fixed], where)
+
+    def _base_logits(self, known: dict[int, Tensor], batch: Batch, where: Tensor) -> Tensor:
+        """The chat model's logits at `where`."""
+        reference, off = self.trainee.reference()
+        last = self.model.n_layers - 1
+        with torch.no_grad(), off:
+            if self.kl_cache is None:
+                return scored_logits(reference, batch.inputs(), where)
+            return self.kl_cache.logits(batch, last, known[last], where)
 
     def _next(self) -> list[int]:
         """A step's conversations. A pass over the data ends with a smaller step rather than mixing two
@@ -190,8 +230,8 @@ class _Loop:
         total = 0.0
         for group in _micro(indices, self.data, self.spec.micro_batch_size):
             batch = collate(self.data, group, pad=self.pad).to(self.model.device)
-            with self.trainee.on():
-                loss, _ = batch_nll(self.model.hf, batch)
+            known = self.cache.get(batch) if self.cache is not None else {}
+            loss = nll_sum(self._logits(self.cache, known, batch, batch.predicting()), batch.targets())
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total / count
@@ -208,11 +248,9 @@ class _Loop:
         for cpu_batch in made:
             batch = cpu_batch.to(self.model.device)
             where = kl_positions(batch, spec.kl_scope)
-            reference, off = self.trainee.reference()
-            with torch.no_grad(), off:
-                base = scored_logits(reference, batch.inputs(), where)
-            with self.trainee.on():
-                kl = kl_sum(base, scored_logits(self.model.hf, batch.inputs(), where))
+            known = self.kl_cache.get(batch) if self.kl_cache is not None else {}
+            base = self._base_logits(known, batch, where)
+            kl = kl_sum(base, self._logits(self.kl_cache, known, batch, where))
             (spec.kl_weight * kl / count).backward()  # type: ignore[no-untyped-call]
             total += float(kl.detach())
         return total / count

@@ -92,6 +92,26 @@ def test_chunked_losses_equal_whole_ones(monkeypatch):
     torch.testing.assert_close(whole[1], slow)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["vector", "lora", "embedding-side lora"])
+def test_cached_residuals_change_nothing(family, kind):
+    target = {"gpt_neox": "dense_4h_to_h"}.get(family, "down_proj")
+    adapter = {
+        "vector": VectorSpec(2, 4.0),
+        "lora": LoraSpec(1, 4.0, True, (target,), (2,)),
+        "embedding-side lora": LoraSpec(2, 4.0, True, (target,), (0, 3)),
+    }[kind]
+    spec = replace(VECTOR, adapter=adapter, kl_weight=1.0, max_steps=5, learning_rate=0.01)
+    runs = [
+        finetune(
+            make_chat(family), CONVERSATIONS, spec, kl_conversations=KL_DATA, cache_bytes=size, progress=False
+        )
+        for size in (0, 2**30, 30_000)
+    ]
+    for other in runs[1:]:
+        pd.testing.assert_frame_equal(runs[0].history, other.history, rtol=2e-3, atol=1e-5)
+
+
 def test_micro_batches_change_nothing_but_memory():
     histories = []
     for size in (None, 1, 2):
