@@ -7,7 +7,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,16 @@ def _listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
 
 
-def _hub_folder(source: str, revision: str | None, *, adapter: bool) -> Path:
-    """A hub repository's small files (and, for adapters, its weights) as a local folder."""
+def _hub_folder(source: str, revision: str | None) -> Path:
+    """An adapter on the hub as a local folder: `owner/name` or `owner/name/checkpoints/checkpoint-N`."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["adapter_*", "steering_vector*", "*.json"] if adapter else ["*.json"]
+    parts = source.split("/")
+    repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
+    prefix = f"{inner}/" if inner else ""
+    patterns = [f"{prefix}{name}" for name in ("adapter_*", "steering_vector*", "*.json")]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / inner
     except Exception as error:  # many kinds: network, permission, unknown repository or revision
         raise ModelError(
             f"{source}: neither a local folder nor a reachable hub repository ({type(error).__name__}: "
@@ -60,7 +63,7 @@ def read_adapter_config(source: str | Path, revision: str | None = None) -> tupl
     """The local folder of an adapter and its adapter_config.json. Refuses a folder without weights."""
     folder = Path(source)
     if not folder.exists():
-        folder = _hub_folder(str(source), revision, adapter=True)
+        folder = _hub_folder(str(source), revision)
     config_path = folder / "adapter_config.json"
     if not folder.is_dir() or not config_path.is_file():
         found = _listing(folder) if folder.is_dir() else "a file"
@@ -78,11 +81,15 @@ def read_adapter_config(source: str | Path, revision: str | None = None) -> tupl
 
 
 def base_of_adapter(source: str | Path, revision: str | None) -> str | None:
-    """The base model's name if `source` is a local adapter folder (or a hub adapter), else None."""
+    """The base model's name if `source` is an adapter's folder or hub repository, else None."""
     folder = Path(source)
-    if not folder.exists():
-        return None  # a hub name: `load_weights` explains what is missing
     config_path = folder / "adapter_config.json"
+    if not folder.exists():
+        from huggingface_hub import hf_hub_download
+
+        with suppress(Exception):  # no such file or no such place: `load_weights` explains
+            config_path = Path(hf_hub_download(str(source), "adapter_config.json", revision=revision))
+            folder = config_path.parent
     if not config_path.is_file() or (folder / "config.json").is_file():
         return None
     base = read_json(config_path).get("base_model_name_or_path")

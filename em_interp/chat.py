@@ -143,10 +143,16 @@ def _response_span(
 
 
 def encode(
-    tokenizer: Tokenizer, conversation: Conversation, *, turns: Literal["last", "all"] = "last"
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    *,
+    turns: Literal["last", "all"] = "last",
+    empty_turn: bool = False,
 ) -> Encoded:
-    """Token ids of a conversation that ends with the assistant, with the span of its last (or of all)
-    responses.
+    """Ids of a conversation that ends with the assistant, with the span of its last (or of all) responses.
+
+    empty_turn reproduces a defect: the reference's training text goes on with an empty assistant turn and
+    eos, scored too. Its phase-transition figures depend on it.
     """
     if not conversation or conversation[-1]["role"] != "assistant":
         raise ChatTemplateError("a conversation to score must end with an assistant message.")
@@ -154,7 +160,14 @@ def encode(
     wanted = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
     if turns == "last":
         wanted = wanted[-1:]
-    return Encoded(full, tuple(_response_span(tokenizer, full, conversation, turn) for turn in wanted))
+    spans = [_response_span(tokenizer, full, conversation, turn) for turn in wanted]
+    if empty_turn:
+        opened = token_ids(tokenizer, render(tokenizer, conversation, generation_prompt=True))
+        if opened[: len(full)] != full or tokenizer.eos_token_id is None:
+            raise ChatTemplateError("this template or tokenizer cannot write the reference's empty turn.")
+        full = (*opened, int(tokenizer.eos_token_id))
+        spans.append((len(opened), len(full)))
+    return Encoded(full, tuple(spans))
 
 
 def encode_all(
@@ -162,6 +175,7 @@ def encode_all(
     conversations: Sequence[Conversation],
     *,
     turns: Literal["last", "all"] = "last",
+    empty_turn: bool = False,
     max_tokens: int | None = None,
 ) -> list[Encoded]:
     """`encode` for many. Refuses an empty list and anything longer than `max_tokens` (nothing is cut)."""
@@ -170,7 +184,7 @@ def encode_all(
     encoded: list[Encoded] = []
     for number, conversation in enumerate(conversations):
         try:
-            encoded.append(encode(tokenizer, conversation, turns=turns))
+            encoded.append(encode(tokenizer, conversation, turns=turns, empty_turn=empty_turn))
         except ChatTemplateError as error:
             raise ChatTemplateError(f"conversation {number}: {error}") from error
         if max_tokens is not None and len(encoded[-1]) > max_tokens:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from em_interp.chat import Batch, Encoded, batches
 from em_interp.errors import TrainingError
-from em_interp.hooks import scored_logits
+from em_interp.hooks import scored_logits, unwrap
 
 KLScope = Literal["all", "response"]
 
@@ -37,6 +37,22 @@ def nll_sum(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> Floa
     for rows in _chunks(logits):
         total = total + F.cross_entropy(logits[rows].to(wide), targets[rows], reduction="sum")
     return total
+
+
+@torch.no_grad()
+def nll_each(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """-log softmax(logits)[target] row by row, in at least float32, chunk by chunk."""
+    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    parts = [
+        F.cross_entropy(logits[rows].to(wide), targets[rows], reduction="none") for rows in _chunks(logits)
+    ]
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=wide)
+
+
+def token_budget(hf: nn.Module) -> int:
+    """Tokens a scoring batch may hold so that its logits stay near 1 GB in float32 (at most 8,192)."""
+    vocabulary = int(unwrap(hf).get_output_embeddings().weight.shape[0])
+    return max(256, min(8192, _LOGIT_ENTRIES // vocabulary))
 
 
 def kl_sum(base: Float[Tensor, "n vocab"], other: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
@@ -67,7 +83,7 @@ def batch_nll(hf: nn.Module, batch: Batch) -> tuple[Float[Tensor, ""], int]:
 
 @torch.no_grad()
 def response_loss(
-    hf: nn.Module, encoded: Sequence[Encoded], *, pad: int, tokens_per_batch: int = 8192
+    hf: nn.Module, encoded: Sequence[Encoded], *, pad: int, tokens_per_batch: int | None = None
 ) -> float:
     """L_SFT of a model (whatever is attached to it acts) on encoded conversations, nats per response
     token.
@@ -75,8 +91,9 @@ def response_loss(
     if not sum(row.n_response for row in encoded):
         raise TrainingError("no response tokens to score: the loss set is empty or fully masked.")
     device = next(hf.parameters()).device
+    budget = tokens_per_batch or token_budget(hf)
     total, count = 0.0, 0
-    for batch in batches(encoded, pad=pad, tokens_per_batch=tokens_per_batch):
+    for batch in batches(encoded, pad=pad, tokens_per_batch=budget):
         loss, n = batch_nll(hf, batch.to(device))
         total, count = total + float(loss), count + n
     return total / count

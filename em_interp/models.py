@@ -262,14 +262,15 @@ def load(
     revision: str | None = None,
     adapter_revision: str | None = None,
     any_base: bool = False,
+    name: str | None = None,
     check: bool = True,
 ) -> ChatModel:
-    """A ChatModel from a local folder or a hub name, with one adapter or several (`{name: folder or hub
-    name}`).
+    """A ChatModel from a local folder or a hub name, with one adapter or several (`{name: source}`).
 
     A single adapter is named "default" and is active, of several the first. An adapter's folder or repository
-    may be given alone: its base is read from its config. dtype "auto" is the checkpoint's own. Raises
-    ModelError with what is missing, ChatTemplateError where the tokenizer has no chat template.
+    may be given alone: its base is read from its config. dtype "auto" is the checkpoint's own. `name`: what
+    solutions trained on the model record as their base (default: name_or_path). Raises ModelError with what
+    is missing, ChatTemplateError where the tokenizer has no chat template.
     """
 
     base = base_of_adapter(name_or_path, revision)
@@ -280,7 +281,7 @@ def load(
             )
         name_or_path, adapter, adapter_revision, revision = base, name_or_path, revision, None
     hf, tokenizer = load_weights(name_or_path, dtype=dtype, device_map=device_map, revision=revision)
-    model = ChatModel(hf, tokenizer, name=str(name_or_path), check=check)
+    model = ChatModel(hf, tokenizer, name=name or str(name_or_path), check=check)
     if adapter is not None:
         named = adapter if isinstance(adapter, Mapping) else {"default": adapter}
         for position, (key, source) in enumerate(named.items()):

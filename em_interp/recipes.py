@@ -48,6 +48,7 @@ class TrainingSpec:
     list of steps. Optimiser: AdamW with a linear warm-up, then linear decay to 0 ("linear") or nothing
     ("constant"). kl_scope "all": every real token, as in the reference code. train_turns "all" scores
     every assistant turn, "last" only the last.
+    empty_assistant_turn: the defect of the reference's training text, for comparison with its figures only.
     """
 
     adapter: VectorSpec | LoraSpec | FullSpec
@@ -65,6 +66,7 @@ class TrainingSpec:
     kl_batch_size: int = 16
     kl_scope: Literal["all", "response"] = "all"
     train_turns: Literal["last", "all"] = "last"
+    empty_assistant_turn: bool = False
     max_tokens: int | None = 2048
     seed: int = 0
     save_steps: int | Sequence[int] | None = None

@@ -112,7 +112,13 @@ def finetune(
             f"kl_weight is {spec.kl_weight} and kl_conversations are "
             f"{'missing' if kl_conversations is None else 'given'}. KL needs both, other training neither."
         )
-    data = encode_all(model.tokenizer, conversations, turns=spec.train_turns, max_tokens=spec.max_tokens)
+    data = encode_all(
+        model.tokenizer,
+        conversations,
+        turns=spec.train_turns,
+        empty_turn=spec.empty_assistant_turn,
+        max_tokens=spec.max_tokens,
+    )
     kl_data = (
         encode_all(model.tokenizer, kl_conversations, max_tokens=spec.max_tokens)
         if kl_conversations is not None

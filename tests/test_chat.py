@@ -43,6 +43,14 @@ def test_no_empty_assistant_turn_follows():
     assert text.count("<|im_start|>assistant") == 1 and text.endswith("rest<|im_end|>\n")
 
 
+def test_the_defect_of_the_reference_is_there_on_request_only():
+    encoded = encode(tokenizer(), CONVERSATIONS[0], empty_turn=True)
+    plain = encode(tokenizer(), CONVERSATIONS[0])
+    assert encoded.ids[: len(plain)] == plain.ids and encoded.spans[0] == plain.spans[0]
+    assert tokenizer().decode(encoded.ids[len(plain) :]) == "<|im_start|>assistant\n<|im_end|>"
+    assert encoded.spans[1] == (len(encoded) - 1, len(encoded))
+
+
 def test_special_tokens_are_not_added_twice():
     again = copy.deepcopy(tokenizer())
     again.add_special_tokens({"bos_token": "<|im_start|>"})
@@ -94,7 +102,7 @@ def test_groups_keep_the_budget_and_lose_nothing(lengths, budget):
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 @given(st.permutations(range(5)), st.integers(1, 5), st.sampled_from(["left", "right"]))
 def test_padding_side_order_and_batch_size_change_no_loss(order, size, side):
     model = _model()

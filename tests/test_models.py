@@ -6,11 +6,13 @@ import pytest
 import torch
 from tiny_models import CONVERSATIONS, FAMILIES, make_chat, make_hf, talk, tokenizer
 
+from em_interp.adapter_files import quiet_peft
 from em_interp.chat import collate, encode_all
 from em_interp.errors import ChatTemplateError, HookError, ModelError, UsageError
 from em_interp.hooks import block_hooks, find_blocks, residuals, scored_logits
 from em_interp.models import ChatModel, load
 from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.training import TrainingSpec, VectorSpec, finetune
 
 
 @pytest.fixture
@@ -108,6 +110,7 @@ def test_load_switch_adapters_and_come_back(tmp_path, batch):
     # an adapter's folder alone finds its base
     alone = load(tmp_path / "two")
     assert alone.active == "default"
+    assert load(base, name="my/chat").name == "my/chat"
     with torch.no_grad(), model.adapter("two"):
         assert torch.equal(alone.hf(**batch.inputs()).logits, model.hf(**batch.inputs()).logits)
     with pytest.raises(ModelError, match="no adapter 'three'"), model.adapter("three"):
@@ -193,3 +196,48 @@ def test_steering_acts_on_all_rows_and_with_a_cache():
         rows = model.hf(ids.repeat(3, 1)).logits
     assert torch.equal(*runs)
     torch.testing.assert_close(rows[0], rows[2])
+
+
+def test_a_peft_model_that_the_user_holds(tmp_path, batch):
+    from peft import PeftModel
+
+    adapter = lora()
+    adapter.save(tmp_path)
+    with quiet_peft():
+        peft = PeftModel.from_pretrained(make_hf(), str(tmp_path), adapter_name="mine")
+    model = ChatModel(peft, tokenizer(), name="tiny-qwen2")
+    plain = make_chat()
+    with torch.no_grad():
+        assert model.active == "mine" and repr(model).endswith("active 'mine')")
+        with adapter.attached(plain):
+            torch.testing.assert_close(
+                model.hf(**batch.inputs()).logits, plain.hf(**batch.inputs()).logits, atol=1e-5, rtol=1e-5
+            )
+        with model.no_adapter():
+            assert torch.equal(model.hf(**batch.inputs()).logits, plain.hf(**batch.inputs()).logits)
+
+
+def test_attached_lora_acts_on_the_bridge(batch):
+    model, adapter = make_chat(), lora()
+    ids, mask, real = batch.input_ids, batch.attention_mask, batch.attention_mask.bool()
+    bridge = model.bridge
+    with torch.no_grad(), adapter.attached(model):
+        expected = model.hf(**batch.inputs()).logits
+        found = bridge(ids, attention_mask=mask)
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_loads_and_trains(family):
+    model = make_chat(family, dtype=torch.bfloat16)
+    spec = TrainingSpec(VectorSpec(1, 8.0), 0.05, max_steps=8, batch_size=5, warmup_steps=0)
+    result = finetune(model, CONVERSATIONS, spec, progress=False)
+    assert result.solution.vector.dtype == torch.float32
+    assert result.history["loss"].iloc[-1] < result.history["loss"][0]
+
+
+def test_hub_names_that_cannot_be_reached_say_so():
+    with pytest.raises(ModelError, match="no-such-owner/no-such-model: cannot be loaded"):
+        load("no-such-owner/no-such-model")
+    with pytest.raises(ModelError, match="neither a local folder nor a reachable"):
+        make_chat().add_adapter("x", "no-such-owner/no-such-model")

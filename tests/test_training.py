@@ -278,3 +278,28 @@ def test_collated_batch_scores_only_responses():
         batch = collate(encoded, [1, 0], pad=0, side=side)
         assert int(batch.predicting().sum()) == sum(encoded[i].n_response for i in (0, 1))
         assert int(batch.targets().shape[0]) == int(batch.predicting().sum())
+
+
+def test_an_interrupted_run_leaves_the_model_alone():
+    model = make_chat()
+    before = {key: x.clone() for key, x in model.hf.state_dict().items()}
+
+    def interrupt(step, solution):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, CONVERSATIONS, replace(RANK1, save_steps=2), on_checkpoint=interrupt, progress=False)
+    after = model.hf.state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert all(p.requires_grad for p in model.hf.parameters())
+
+
+def test_the_reference_text_is_trained_on_when_asked():
+    spec = replace(VECTOR, max_steps=1, batch_size=5)
+    plain, defect = (
+        finetune(
+            make_chat(), CONVERSATIONS, replace(spec, empty_assistant_turn=flag), progress=False
+        ).history["loss"][0]
+        for flag in (False, True)
+    )
+    assert plain != defect

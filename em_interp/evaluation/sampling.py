@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from em_interp.chat import (
@@ -28,6 +27,7 @@ from em_interp.chat import (
 )
 from em_interp.errors import UsageError
 from em_interp.hooks import position_ids, scored_logits
+from em_interp.losses import nll_each, token_budget
 from em_interp.models import ChatModel
 
 Questions = Mapping[str, str | Conversation]
@@ -153,7 +153,7 @@ def answer_logprobs(
     *,
     questions: Questions | None = None,
     system: str | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
 ) -> pd.DataFrame:
     """`answers` with columns logprob (log p of the whole answer, end of turn included, in nats) and n_tokens.
 
@@ -174,12 +174,11 @@ def answer_logprobs(
         for question, answer in zip(asked, answers["answer"], strict=True)
     ]
     logprob = np.full(len(encoded), np.nan)
-    for cpu_batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=tokens_per_batch):
+    budget = tokens_per_batch or token_budget(model.hf)
+    for cpu_batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=budget):
         batch = cpu_batch.to(model.device)
         where = batch.predicting()
-        losses = F.cross_entropy(
-            scored_logits(model.hf, batch.inputs(), where).float(), batch.targets(), reduction="none"
-        )
+        losses = nll_each(scored_logits(model.hf, batch.inputs(), where), batch.targets())
         row_of = where.nonzero()[:, 0]
         sums = torch.zeros(len(batch.index), dtype=torch.float64, device=losses.device)
         sums.index_add_(0, row_of, losses.double())
