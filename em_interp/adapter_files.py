@@ -24,6 +24,7 @@ def quiet_peft() -> Iterator[None]:
     """PEFT calls deprecated parts of transformers; users cannot act on those warnings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # and PEFT sets it right
         yield
 
 

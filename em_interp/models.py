@@ -182,11 +182,12 @@ class ChatModel:
                     self.hf, self.peft, name, folder, config, known_as=() if any_base else names
                 )
                 self._drop_bridge()
+        before = self.active
         try:
-            self._activate(name if activate else self.active)
+            self._activate(name if activate else before)
         except Exception:
             self._attachables.pop(name, None)
-            self._activate(None)
+            self._activate(before)
             raise
 
     # -- TransformerLens ------------------------------------------------------------------------------------

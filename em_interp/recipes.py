@@ -35,7 +35,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class FullSpec:
-    """All weights, changed in place."""
+    """All weights, changed in place. Load the model in float32: AdamW's small steps vanish in bfloat16."""
 
 
 @dataclass(frozen=True)

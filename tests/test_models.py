@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import CONVERSATIONS, FAMILIES, make_chat, make_hf, talk, tokenizer
+from tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, make_hf, talk, tokenizer
 
 from em_interp.adapter_files import quiet_peft
 from em_interp.chat import collate, encode_all
@@ -28,7 +28,7 @@ def lora(seed=0, base="tiny-qwen2", width=32):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_layer_convention_and_scored_logits(family, batch):
     model = make_chat(family)  # the probe runs here
     assert (model.n_layers, model.d_model) == (4, 32)

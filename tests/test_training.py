@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from tiny_models import CONVERSATIONS, FAMILIES, make_chat, talk, tokenizer
+from tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, talk, tokenizer
 
 from em_interp import training
 from em_interp.chat import collate, encode, encode_all
@@ -92,10 +92,10 @@ def test_chunked_losses_equal_whole_ones(monkeypatch):
     torch.testing.assert_close(whole[1], slow)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
 @pytest.mark.parametrize("kind", ["vector", "lora", "embedding-side lora"])
 def test_cached_residuals_change_nothing(family, kind):
-    target = {"gpt_neox": "dense_4h_to_h"}.get(family, "down_proj")
+    target = {"gpt_neox": "dense_4h_to_h", "gpt2": "mlp.c_proj"}.get(family, "down_proj")
     adapter = {
         "vector": VectorSpec(2, 4.0),
         "lora": LoraSpec(1, 4.0, True, (target,), (2,)),

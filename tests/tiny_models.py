@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -34,6 +38,8 @@ TEXT = [
     "user assistant",
 ]
 FAMILIES = ("qwen2", "llama", "gemma2", "gpt_neox")
+# sliding windows; absolute positions and transposed weights
+MORE_FAMILIES = (*FAMILIES, "gemma3", "gpt2")
 N_LAYERS, D_MODEL = 4, 32
 
 
@@ -79,6 +85,14 @@ def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
         hf = Gemma2ForCausalLM(
             Gemma2Config(num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **common)
         )
+    elif family == "gemma3":
+        hf = Gemma3ForCausalLM(
+            Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=8, **common)
+        )
+    elif family == "gpt2":
+        renamed = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+        renamed |= {"max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}
+        hf = GPT2LMHeadModel(GPT2Config(**{renamed.get(key, key): x for key, x in common.items()}))
     else:
         hf = GPTNeoXForCausalLM(GPTNeoXConfig(**common))
     return hf.eval()
