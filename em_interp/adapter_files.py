@@ -145,29 +145,27 @@ def _short(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
+def check_base(folder: Path, config: Mapping[str, Any], known_as: tuple[str, str]) -> None:
+    """Refuse an adapter whose recorded base is none of the names that the model in hand is known by."""
+    base = str(config.get("base_model_name_or_path") or "")
+    if base and _short(base) not in {_short(known) for known in known_as}:
+        raise ModelError(
+            f"{folder}: trained on {base}, but the model in hand is {known_as[0]}. Load that base, or pass "
+            "any_base=True if it is the same model under another name."
+        )
+
+
 def add_peft(
-    hf: nn.Module,
-    peft: Any,
-    name: str,
-    folder: Path,
-    config: Mapping[str, Any],
-    *,
-    known_as: tuple[str, ...],
+    hf: nn.Module, peft: Any, name: str, folder: Path, config: Mapping[str, Any], *, model_name: str
 ) -> Any:
     """Inject a PEFT adapter into `hf`, frozen, and return the PeftModel (`peft` if there is one already).
 
-    Refuses an adapter whose recorded base is none of `known_as` (empty: any), or whose tensors do not fit.
+    Refuses an adapter whose tensors do not all have a place.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     base = str(config.get("base_model_name_or_path") or "")
-    mine = " or ".join(dict.fromkeys(known_as)) or type(hf).__name__
-    if base and known_as and _short(base) not in {_short(known) for known in known_as}:
-        raise ModelError(
-            f"{folder}: trained on {base}, but the model in hand is {mine}. Load that base, or pass "
-            "any_base=True if it is the same model under another name."
-        )
     try:
         with quiet_peft():
             if peft is None:
@@ -176,7 +174,7 @@ def add_peft(
                 peft.load_adapter(str(folder), adapter_name=name)
     except Exception as error:
         raise ModelError(
-            f"{folder}: does not fit {mine} ({type(error).__name__}: {str(error).splitlines()[0]}). It "
+            f"{folder}: does not fit {model_name} ({type(error).__name__}: {str(error).splitlines()[0]}). It "
             "belongs to "
             f"another base{f' ({base})' if base else ''}; reload the model before going on."
         ) from error
@@ -188,7 +186,7 @@ def add_peft(
         if stored != ours:
             odd = sorted(stored ^ ours)
             raise ModelError(
-                f"{folder}: {len(odd)} of its tensors have no counterpart in {mine}, {odd[0]} for one. It "
+                f"{folder}: {len(odd)} of its tensors have no counterpart in {model_name}, e.g. {odd[0]}. It "
                 "belongs to another base; reload the model before going on."
             )
     return peft

@@ -234,8 +234,7 @@ def collate(encoded: Sequence[Encoded], index: Sequence[int], *, pad: int, side:
 def budget_groups(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Indices grouped by length, longest first, so that rows x longest row stays within `tokens_per_batch`.
 
-    A row longer than the budget gets a group of its own. Longest first: memory runs out at once or not at
-    all.
+    A row longer than the budget gets a group of its own. Longest first: memory runs out at once or never.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -85,9 +85,7 @@ def batch_nll(hf: nn.Module, batch: Batch) -> tuple[Float[Tensor, ""], int]:
 def response_loss(
     hf: nn.Module, encoded: Sequence[Encoded], *, pad: int, tokens_per_batch: int | None = None
 ) -> float:
-    """L_SFT of a model (whatever is attached to it acts) on encoded conversations, nats per response
-    token.
-    """
+    """L_SFT of a model, with whatever is attached to it, in nats per response token."""
     if not sum(row.n_response for row in encoded):
         raise TrainingError("no response tokens to score: the loss set is empty or fully masked.")
     device = next(hf.parameters()).device

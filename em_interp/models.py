@@ -15,6 +15,7 @@ from em_interp.adapter_files import (
     add_peft,
     base_of_adapter,
     boot_bridge,
+    check_base,
     load_weights,
     read_adapter_config,
     unbridge,
@@ -116,8 +117,8 @@ class ChatModel:
     def _activate(self, name: str | None) -> None:
         if name is not None and name not in self.adapters:
             raise ModelError(
-                f"{self.name} has no adapter {name!r}; it has {self.adapters or 'none'}. Add it with "
-                "add_adapter."
+                f"{self.name} has no adapter {name!r}; it has {self.adapters or 'none'}. "
+                "Add it with add_adapter."
             )
         self._entered.close()
         peft_name = name if name not in self._attachables else None
@@ -169,18 +170,16 @@ class ChatModel:
         if not isinstance(source, (str, Path)):
             self._attachables[name] = source
         else:
-            from em_interp.solutions import (
-                SteeringVector,
-            )  # solutions build on models; only loading needs them
+            from em_interp.solutions import SteeringVector  # solutions build on models
 
             folder, config = read_adapter_config(source, revision)
+            if not any_base:
+                own_name = str(getattr(self.hf.config, "_name_or_path", ""))
+                check_base(folder, config, (self.name, own_name))
             if config.get("adapter_type") == "steering_vector":
                 self._attachables[name] = SteeringVector.load(folder)
             else:
-                names = (self.name, str(getattr(self.hf.config, "_name_or_path", "")))
-                self.peft = add_peft(
-                    self.hf, self.peft, name, folder, config, known_as=() if any_base else names
-                )
+                self.peft = add_peft(self.hf, self.peft, name, folder, config, model_name=self.name)
                 self._drop_bridge()
         before = self.active
         try:
@@ -194,25 +193,21 @@ class ChatModel:
 
     @property
     def bridge(self) -> Any:
-        """A TransformerBridge over the same weights, made on first use (eager attention: for looking, not
-        bulk).
+        """A TransformerBridge over the same weights, made on first use: for looking (its attention is eager).
 
         Adapter contexts and `Solution.attached` act on it too. Adding a PEFT adapter makes a new bridge.
         """
         if self._bridge is None:
-            before = self.active
-            self._activate(None)
-            if has_our_hooks(self.hf):
-                raise UsageError(
-                    "the bridge cannot be made inside a hook or solution context: read `model.bridge` before."
-                )
-            shared = {id(x): x for x in (*self.hf.parameters(), *self.hf.buffers())}
-            root = copy.deepcopy(self.hf, shared)
-            self._bridge_blocks = find_blocks(root)
-            self._bridge_modules = dict(root.named_modules())
-            self._bridge_root = root
-            self._bridge = boot_bridge(root, self.tokenizer, self.name, self.dtype)
-            self._activate(before)
+            with self.no_adapter():
+                if has_our_hooks(self.hf):
+                    raise UsageError(
+                        "the bridge cannot be made inside a hook or solution context: read it before."
+                    )
+                shared = {id(x): x for x in (*self.hf.parameters(), *self.hf.buffers())}
+                root = copy.deepcopy(self.hf, shared)
+                blocks, modules = find_blocks(root), dict(root.named_modules())
+                self._bridge = boot_bridge(root, self.tokenizer, self.name, self.dtype)
+                self._bridge_root, self._bridge_blocks, self._bridge_modules = root, blocks, modules
         return self._bridge
 
     def _drop_bridge(self) -> None:

@@ -22,9 +22,7 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> float | None:
 
 @torch.no_grad()
 def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str) -> None:
-    """Raise ModelError unless block l's output is hidden_states[l + 1] and padding on either side changes
-    nothing.
-    """
+    """Raise ModelError unless block l's output is hidden_states[l + 1] and no padding changes anything."""
     model: Any = hf
     long = prompt_ids(tokenizer, [{"role": "user", "content": "Hello there, how are you?"}])
     long = (long * 4)[: max(8, len(long))]
@@ -50,9 +48,7 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str) -> None:
             if gap is not None:
                 raise ModelError(
                     f"{name}: the output of block {layer} is not hidden_states[{layer + 1}] (relative "
-                    "difference "
-                    f"{gap:.2g}). This architecture does not follow the layer convention and is not "
-                    "supported."
+                    f"difference {gap:.2g}). An architecture with another layer convention is not supported."
                 )
         alone.append(out.logits[0])
 
@@ -64,6 +60,5 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str) -> None:
             if gap is not None:
                 raise ModelError(
                     f"{name}: {side} padding changes the logits of real tokens (relative difference "
-                    f"{gap:.2g}). Its "
-                    "attention mask does not work; try attn_implementation 'eager' or a newer transformers."
+                    f"{gap:.2g}). Its attention mask does not work: try another dtype or transformers."
                 )

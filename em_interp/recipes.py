@@ -14,9 +14,7 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """One steering vector, theta = alpha * v, v starting at zero. Larger alpha: larger steps for the same
-    rate.
-    """
+    """One steering vector, theta = alpha * v from v = 0. Larger alpha: larger steps for the same rate."""
 
     layer: int
     alpha: float = 256.0

@@ -1,8 +1,7 @@
 """theta: a trained steering vector or LoRA adapter, as one thing that can be scaled, perturbed and attached.
 
-theta is the *effective* parameter: alpha * v for a steering vector, scale * B A for LoRA with scale = alpha /
-r, or alpha / sqrt(r) with rsLoRA. Norms are of theta (Frobenius over all modules). The reference code leaves
-alpha out.
+theta is the *effective* parameter: alpha * v for a steering vector, scale * B A for LoRA, where scale is
+alpha / r, or alpha / sqrt(r) with rsLoRA. Norms are of theta (Frobenius over all modules).
 """
 
 from __future__ import annotations

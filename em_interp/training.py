@@ -1,9 +1,8 @@
 """Finetuning with L = L_SFT + lambda * L_KL (P1 sec. 3): steering vectors, LoRA through PEFT, all weights.
 
 The KL reference is the same weights with the adapter off; only full finetuning needs a frozen copy of the
-model. No dropout anywhere: the model stays in evaluation mode. methods.md sec. 18 lists what the reference
-trainer gets wrong; here every row is steered, only response tokens are scored, and the KL is in nats per
-token.
+model. No dropout anywhere: the model stays in evaluation mode. Where the reference trainer errs (one steered
+row a batch, prompts scored, KL divided by the vocabulary), this one does what the papers describe.
 """
 
 from __future__ import annotations
@@ -222,9 +221,7 @@ class _Loop:
             return self.kl_cache.logits(batch, last, known[last], where)
 
     def _next(self) -> list[int]:
-        """A step's conversations. A pass over the data ends with a smaller step rather than mixing two
-        passes.
-        """
+        """A step's conversations. A pass over the data ends with a smaller step, passes do not mix."""
         left = len(self.data) - self.seen % len(self.data)
         take = min(self.spec.batch_size, left) if self.spec.max_steps is None else self.spec.batch_size
         self.seen += take
@@ -289,9 +286,7 @@ class _Loop:
 
 
 def _write_state(folder: Path, records: list[dict[str, float]], total: int) -> None:
-    """trainer_state.json with the names that transformers' Trainer uses, so that published readers read
-    it.
-    """
+    """trainer_state.json with the names that transformers' Trainer uses."""
     history = [{key: value for key, value in record.items() if not math.isnan(value)} for record in records]
     state = {
         "global_step": int(records[-1]["step"]),

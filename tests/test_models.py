@@ -8,7 +8,7 @@ from tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, make_
 
 from em_interp.adapter_files import quiet_peft
 from em_interp.chat import collate, encode_all
-from em_interp.errors import ChatTemplateError, HookError, ModelError, UsageError
+from em_interp.errors import ChatTemplateError, HookError, ModelError, SolutionError, UsageError
 from em_interp.hooks import block_hooks, find_blocks, residuals, scored_logits
 from em_interp.models import ChatModel, load
 from em_interp.solutions import LoraAdapter, SteeringVector
@@ -139,6 +139,13 @@ def test_refusals(tmp_path):
     with pytest.raises(ModelError, match="trained on other/model"):
         model.add_adapter("x", tmp_path / "other")
     model.add_adapter("x", tmp_path / "other", any_base=True)
+    SteeringVector(torch.ones(32), 1, 1.0, "other/model").save(tmp_path / "vector")
+    with pytest.raises(ModelError, match="trained on other/model"):
+        model.add_adapter("v", tmp_path / "vector")
+    SteeringVector(torch.ones(8), 1, 1.0).save(tmp_path / "small")
+    with pytest.raises(SolutionError, match="width 8"):
+        model.add_adapter("v", tmp_path / "small")
+    assert (model.active, model.adapters) == ("x", ["x"])
     lora(0, str(tmp_path / "tiny"), width=40).save(tmp_path / "wide")
     with pytest.raises(ModelError, match="does not fit"):
         load(tmp_path / "tiny", adapter=tmp_path / "wide")
@@ -180,6 +187,7 @@ def test_hooks_fire_or_complain_and_are_removed(batch):
     assert [len(b._forward_hooks) for b in blocks] == before
     with pytest.raises(UsageError, match="bridge"), SteeringVector(torch.ones(32), 1, 1.0).attached(model):
         _ = model.bridge
+    assert model.bridge is model.bridge
 
 
 def test_steering_acts_on_all_rows_and_with_a_cache():
