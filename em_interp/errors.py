@@ -60,3 +60,23 @@ class OutputError(EmInterpError):
 
 class UsageError(EmInterpError):
     """A command or call that does not say enough, or contradicts itself."""
+
+
+class ModelError(EmInterpError):
+    """A model, tokenizer or adapter that cannot be loaded or does not behave as it must."""
+
+
+class ChatTemplateError(EmInterpError):
+    """A conversation that the tokenizer's chat template cannot turn into prompt and response."""
+
+
+class HookError(EmInterpError):
+    """A hook that has no place to go, or that never fired."""
+
+
+class SolutionError(EmInterpError):
+    """A trained solution (steering vector, LoRA) that is malformed or does not fit the model in hand."""
+
+
+class TrainingError(EmInterpError):
+    """A finetune that cannot start, or that produced numbers which are not finite."""

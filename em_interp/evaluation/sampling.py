@@ -1,0 +1,182 @@
+"""Answers at temperature 1, seeded answer by answer, and judge-free log-probabilities of given answers."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from em_interp.chat import (
+    Conversation,
+    Encoded,
+    batches,
+    budget_groups,
+    collate,
+    encode,
+    end_of_turn_id,
+    pad_id,
+    prompt_ids,
+)
+from em_interp.errors import UsageError
+from em_interp.hooks import position_ids, scored_logits
+from em_interp.losses import nll_each, token_budget
+from em_interp.models import ChatModel
+
+Questions = Mapping[str, str | Conversation]
+
+
+def as_conversation(question: str | Conversation, system: str | None = None) -> list[dict[str, str]]:
+    """A question, or the turns before an answer, as a conversation; with a system prompt if given."""
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else [dict(m) for m in question]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+def _uniforms(seed: int, question_id: str, sample: int, n: int) -> Float[np.ndarray, "n"]:
+    """The random numbers of one answer: made from seed, question and sample number alone."""
+    return np.random.default_rng([seed, zlib.crc32(question_id.encode()), sample]).random(n)
+
+
+class _InverseCdf:
+    """Leaves one token a row: the one at which the cumulative distribution passes the row's number.
+
+    Greedy choice after it is exact sampling at this temperature. Order and batch do not matter.
+    """
+
+    def __init__(self, uniforms: Float[Tensor, "batch steps"], temperature: float) -> None:
+        self.uniforms, self.temperature, self.step = uniforms, temperature, 0
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch token"], scores: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab"]:
+        del input_ids
+        cdf = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
+        # times the last entry: rounding must not leave numbers beyond the end
+        u = self.uniforms[:, self.step, None].to(cdf.device) * cdf[:, -1:]
+        self.step += 1
+        token = torch.searchsorted(cdf, u, right=True).clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
+
+
+def _stop_ids(model: ChatModel) -> list[int]:
+    configured = getattr(model.hf.generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids |= {model.tokenizer.eos_token_id, end_of_turn_id(model.tokenizer)}
+    return sorted(int(i) for i in ids if i is not None)
+
+
+@torch.no_grad()
+def sample(
+    model: ChatModel,
+    questions: Questions,
+    n: int,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    system: str | None = None,
+    tokens_per_batch: int = 65_536,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """n answers a question; whatever is attached to the model acts.
+
+    questions: {question_id: text, or the conversation to continue}. Columns question_id, question (text of
+    the last turn), sample, answer, finished (False: cut at max_new_tokens), n_tokens (end of turn included).
+    Answer (id, k) is the same whatever n, the other questions and the batches are, but for rounding.
+    temperature 0 takes the likeliest token.
+    """
+    if not questions or n < 1 or max_new_tokens < 1 or not temperature >= 0:
+        raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}, max_new_tokens={max_new_tokens}.")
+    asked = {key: as_conversation(question, system) for key, question in questions.items()}
+    prompts = {key: Encoded(prompt_ids(model.tokenizer, turns), ()) for key, turns in asked.items()}
+    rows = [(key, k) for key in asked for k in range(n)]
+    encoded = [prompts[key] for key, _ in rows]
+    stops, pad = _stop_ids(model), pad_id(model.tokenizer)
+    answers: dict[int, tuple[str, bool, int]] = {}
+    groups = budget_groups([len(row) + max_new_tokens for row in encoded], tokens_per_batch)
+    with tqdm(total=len(rows), desc="sample", disable=not progress, leave=False) as bar:
+        for group in groups:
+            batch = collate(encoded, group, pad=pad, side="left").to(model.device)
+            options: dict[str, Any] = {}
+            if temperature > 0:
+                uniforms = np.stack([_uniforms(seed, *rows[i], max_new_tokens) for i in group])
+                options["logits_processor"] = [_InverseCdf(torch.from_numpy(uniforms), temperature)]
+            out = model.hf.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=position_ids(batch.attention_mask),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=1.0,
+                use_cache=True,
+                eos_token_id=stops,
+                pad_token_id=pad,
+                **options,
+            )
+            new = out[:, batch.input_ids.shape[1] :].tolist()
+            for i, tokens in zip(group, new, strict=True):
+                end = next((t for t, token in enumerate(tokens) if token in stops), None)
+                text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                answers[i] = (text, end is not None, len(tokens) if end is None else end + 1)
+            bar.update(len(group))
+    return pd.DataFrame(
+        {
+            "question_id": [key for key, _ in rows],
+            "question": [asked[key][-1]["content"] for key, _ in rows],
+            "sample": [k for _, k in rows],
+            "answer": [answers[i][0] for i in range(len(rows))],
+            "finished": [answers[i][1] for i in range(len(rows))],
+            "n_tokens": [answers[i][2] for i in range(len(rows))],
+        }
+    )
+
+
+@torch.no_grad()
+def answer_logprobs(
+    model: ChatModel,
+    answers: pd.DataFrame,
+    *,
+    questions: Questions | None = None,
+    system: str | None = None,
+    tokens_per_batch: int | None = None,
+) -> pd.DataFrame:
+    """`answers` with columns logprob (log p of the whole answer, end of turn included, in nats) and n_tokens.
+
+    answers: columns question (text) and answer, or question_id and answer with `questions`. Needs no judge:
+    compare the probability mass on malicious and on caring answers to the same question.
+    """
+    needed = {"answer", "question" if questions is None else "question_id"}
+    if missing := needed - set(answers.columns):
+        raise UsageError(f"answers lack the columns {sorted(missing)}; there are {list(answers.columns)}.")
+    asked: Sequence[str | Conversation] = (
+        list(answers["question"]) if questions is None else [questions[key] for key in answers["question_id"]]
+    )
+    encoded = [
+        encode(
+            model.tokenizer,
+            [*as_conversation(question, system), {"role": "assistant", "content": str(answer)}],
+        )
+        for question, answer in zip(asked, answers["answer"], strict=True)
+    ]
+    logprob = np.full(len(encoded), np.nan)
+    budget = tokens_per_batch or token_budget(model.hf)
+    for cpu_batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=budget):
+        batch = cpu_batch.to(model.device)
+        where = batch.predicting()
+        losses = nll_each(scored_logits(model.hf, batch.inputs(), where), batch.targets())
+        row_of = where.nonzero()[:, 0]
+        sums = torch.zeros(len(batch.index), dtype=torch.float64, device=losses.device)
+        sums.index_add_(0, row_of, losses.double())
+        logprob[list(batch.index)] = -sums.cpu().numpy()
+    return answers.assign(logprob=logprob, n_tokens=[row.n_response for row in encoded])

@@ -1,0 +1,338 @@
+"""theta: a trained steering vector or LoRA adapter, as one thing that can be scaled, perturbed and attached.
+
+theta is the *effective* parameter: alpha * v for a steering vector, scale * B A for LoRA, where scale is
+alpha / r, or alpha / sqrt(r) with rsLoRA. Norms are of theta (Frobenius over all modules).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from em_interp import solution_files as files
+from em_interp.errors import SolutionError
+from em_interp.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
+from em_interp.models import ChatModel
+
+
+@runtime_checkable
+@runtime_checkable
+class Solution(Protocol):
+    """What efficiency, stability and influence need of a trained solution."""
+
+    base: str | None
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the effective theta."""
+        ...
+
+    @property
+    def first_layer(self) -> int:
+        """The first block whose computation theta changes; everything before it can be computed once."""
+        ...
+
+    def scaled(self, factor: float) -> Solution:
+        """The solution whose effective theta is `factor` times this one's."""
+        ...
+
+    def perturbed(self, eps: float, generator: torch.Generator) -> Solution:
+        """sqrt(1 - eps^2) x + eps y, with y orthogonal to x and as long."""
+        ...
+
+    def attached(self, model: ChatModel) -> AbstractContextManager[None]:
+        """Inside, `model` answers with theta; every pass, any batch, with or without KV cache."""
+        ...
+
+    def save(self, path: str | Path) -> Path:
+        """Write the folder that real ones have; returns it."""
+        ...
+
+
+def rotate_away(
+    x: Float[Tensor, "..."], eps: float, generator: torch.Generator, *, what: str = "theta"
+) -> Float[Tensor, "..."]:
+    """x' = sqrt(1 - eps^2) x + eps y, y uniform among tensors orthogonal to x with x's norm (P1, Fig. 4b).
+
+    ||x'|| = ||x|| and cos(x', x) = sqrt(1 - eps^2), computed in float64, returned in x's dtype. eps = 0
+    returns x. Raises SolutionError for eps outside [0, 1] and for a zero or one-element x.
+    """
+    if not 0.0 <= eps <= 1.0:
+        raise SolutionError(f"eps is {eps}; it is a sine and must be in [0, 1].")
+    flat = x.detach().double().flatten().cpu()
+    norm = flat.norm()
+    if flat.numel() < 2 or not norm > 0:
+        raise SolutionError(f"{what} is zero or has one element: no orthogonal.")
+    if eps == 0.0:
+        return x.detach().clone()
+    unit = flat / norm
+    y = torch.randn(flat.numel(), dtype=torch.float64, generator=generator)
+    for _ in range(2):  # the second pass removes what rounding left
+        y = y - (y @ unit) * unit
+    y = y * (norm / y.norm())
+    mixed = math.sqrt(1.0 - eps * eps) * flat + eps * y
+    turned: Tensor = mixed.reshape(x.shape).to(x.device, x.dtype)
+    return turned
+
+
+def _check_tensor(name: str, x: Tensor, ndim: int) -> None:
+    if x.ndim != ndim or x.numel() == 0:
+        raise SolutionError(f"{name} has shape {tuple(x.shape)}; expected {ndim} non-empty dimensions.")
+    if not torch.isfinite(x.detach()).all():
+        raise SolutionError(f"{name} holds NaN or infinite values. The run that made it diverged.")
+
+
+def _check_factor(factor: float) -> float:
+    if not math.isfinite(factor):
+        raise SolutionError(f"cannot scale by {factor}.")
+    return float(factor)
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """theta = alpha * vector [d_model], added to the output of block `layer` at every token."""
+
+    vector: Float[Tensor, "d_model"]
+    layer: int
+    alpha: float
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_tensor("the steering vector", self.vector, 1)
+        if self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
+            raise SolutionError(f"a steering vector with layer {self.layer} and alpha {self.alpha}.")
+
+    @property
+    def theta(self) -> Float[Tensor, "d_model"]:
+        """The vector that is added to the residual stream."""
+        return self.alpha * self.vector
+
+    @property
+    def norm(self) -> float:
+        """||alpha * vector||, in units of the residual stream."""
+        return float(abs(self.alpha) * self.vector.detach().double().norm())
+
+    @property
+    def first_layer(self) -> int:
+        """The block after whose output theta is added (that block itself is unchanged)."""
+        return self.layer
+
+    def scaled(self, factor: float) -> SteeringVector:
+        """theta times `factor`."""
+        return replace(self, vector=self.vector.detach() * _check_factor(factor))
+
+    def perturbed(self, eps: float, generator: torch.Generator) -> SteeringVector:
+        """theta turned by arcsin(eps) into a random orthogonal direction, at equal norm."""
+        return replace(self, vector=rotate_away(self.vector, eps, generator, what="the steering vector"))
+
+    @contextmanager
+    def attached(self, model: ChatModel) -> Iterator[None]:
+        """Add theta to the residual stream of `model` (and of its bridge). Differentiable in `vector`."""
+        if self.vector.shape[0] != model.d_model:
+            raise SolutionError(
+                f"a steering vector of width {self.vector.shape[0]} (trained on {self.base}) for "
+                f"{model.name} with "
+                f"d_model {model.d_model}. Load the model that it was trained on."
+            )
+        check_layer(self.layer, model.n_layers)
+        with block_hooks(model.block_sets(), {self.layer: lambda hidden: add_to_hidden(hidden, self.theta)}):
+            yield
+
+    def save(self, path: str | Path) -> Path:
+        """steering_vector.safetensors and adapter_config.json, with the published keys."""
+        config = {
+            "adapter_type": "steering_vector",
+            "layer_idx": self.layer,
+            "alpha": self.alpha,
+            "hidden_size": self.vector.shape[0],
+            "base_model_name_or_path": self.base,
+        }
+        return files.write_vector(Path(path), self.vector.detach().float().cpu(), config)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVector:
+        """From such a folder, ours or published (steering_vector.pt). SolutionError says what is wrong."""
+        vector, config = files.read_vector(Path(path))
+        layer, alpha = config.get("layer_idx"), config.get("alpha")
+        if not isinstance(layer, int) or not isinstance(alpha, (int, float)):
+            raise SolutionError(f"{path}: layer_idx is {layer!r}, alpha is {alpha!r}; both must be numbers.")
+        return cls(vector.float(), layer, float(alpha), config.get("base_model_name_or_path"))
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """theta = scale * B A on the named linear modules of the transformers model.
+
+    a[name]: [rank, in], reads the module's input; b[name]: [out, rank], writes to its output. `name` is the
+    module's name in the transformers model, e.g. `model.layers.3.mlp.down_proj`.
+    """
+
+    a: Mapping[str, Float[Tensor, "_ d_in"]]
+    b: Mapping[str, Float[Tensor, "d_out _"]]
+    alpha: float
+    rslora: bool = False
+    base: str | None = None
+    rank: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.a or set(self.a) != set(self.b):
+            odd = sorted(set(self.a) ^ set(self.b))[:3]
+            raise SolutionError(f"LoRA needs A and B for each module; unpaired: {odd or 'no modules'}.")
+        for name in self.a:
+            _check_tensor(f"{name}: A", self.a[name], 2)
+            _check_tensor(f"{name}: B", self.b[name], 2)
+        ranks = {self.a[n].shape[0] for n in self.a} | {self.b[n].shape[1] for n in self.b}
+        if len(ranks) != 1:
+            raise SolutionError(f"the modules have different ranks {sorted(ranks)}: not supported.")
+        object.__setattr__(self, "rank", ranks.pop())
+
+    @property
+    def scale(self) -> float:
+        """alpha / sqrt(r) with rsLoRA, else alpha / r."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the touched modules."""
+        return list(self.a)
+
+    def delta(self, name: str) -> Float[Tensor, "d_out d_in"]:
+        """scale * B A of one module, in float64."""
+        return self.scale * self.b[name].double() @ self.a[name].double()
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of scale * B A over all modules, through rank x rank products, in float64."""
+        total = 0.0
+        for name in self.a:
+            a, b = self.a[name].detach().double(), self.b[name].detach().double()
+            total += float(((b.T @ b) * (a @ a.T)).sum())
+        return abs(self.scale) * math.sqrt(max(total, 0.0))
+
+    @property
+    def first_layer(self) -> int:
+        """The first block that holds a touched module."""
+        layers = [files.layer_of(name) for name in self.a]
+        if any(layer is None for layer in layers):
+            return 0
+        return min(layer for layer in layers if layer is not None)
+
+    def scaled(self, factor: float) -> LoraAdapter:
+        """theta times `factor` (put into B)."""
+        return replace(self, b={n: b.detach() * _check_factor(factor) for n, b in self.b.items()})
+
+    def perturbed(self, eps: float, generator: torch.Generator, on: str = "both") -> LoraAdapter:
+        """Turn the factors by arcsin(eps), each at its own norm: A and B at once, or one alone.
+
+        Each factor x of each module becomes sqrt(1 - eps^2) x + eps y as in P1's code, so that this holds for
+        all factors taken together as well, and does not change with how theta's size is shared between A and
+        B. For rank 1 the norm of theta is kept exactly, and cos(theta', theta) is 1 - eps^2 for "both".
+        """
+        if on not in ("both", "A", "B"):
+            raise SolutionError(f"on={on!r}: perturb 'both', 'A' or 'B'.")
+
+        def turn(factors: Mapping[str, Tensor], letter: str) -> dict[str, Tensor]:
+            if on not in ("both", letter):
+                return dict(factors)
+            return {n: rotate_away(x, eps, generator, what=f"{n}: {letter}") for n, x in factors.items()}
+
+        return replace(self, a=turn(self.a, "A"), b=turn(self.b, "B"))
+
+    @contextmanager
+    def attached(self, model: ChatModel) -> Iterator[None]:
+        """Add scale * B A x to the modules' outputs, in the factors' dtype as PEFT does. Differentiable.
+
+        Acts on `model.hf` and, where the bridge calls its linear modules, on the bridge.
+        """
+        handles = []
+        counts: dict[str, list[int]] = {}
+        try:
+            for name in self.a:
+                counts[name] = [0]
+                for modules in model.module_sets():
+                    module = modules.get(name)
+                    if module is None:
+                        raise SolutionError(
+                            f"{model.name} has no module {name}. The adapter belongs to {self.base or 'another base'}."
+                        )
+                    hook = self._hook(name, module, model, counts[name])
+                    handles.append(module.register_forward_hook(hook))
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        with firing(counts, handles):
+            yield
+
+    def _hook(self, name: str, module: nn.Module, model: ChatModel, count: list[int]) -> Callable[..., object]:
+        weight = getattr(module, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        mine = (self.b[name].shape[0], self.a[name].shape[1])
+        if not isinstance(weight, Tensor) or shape is None or sorted(shape) != sorted(mine):
+            raise SolutionError(
+                f"{model.name}: {name} is {shape}, the adapter's B A is {mine}. It belongs to "
+                f"{self.base or 'another base'}."
+            )
+        a, b, scale = self.a[name].to(weight.device), self.b[name].to(weight.device), self.scale
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            count[0] += 1
+            update = (args[0].to(a.dtype) @ a.T) @ b.T
+            return (output + scale * update).to(output.dtype)
+
+        return tagged(hook)
+
+    def save(self, path: str | Path) -> Path:
+        """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
+        return files.write_lora(Path(path), dict(self.a), dict(self.b), self.alpha, self.rslora, self.base)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LoraAdapter:
+        """From a PEFT folder. Refuses what is not plain LoRA (DoRA, biases, per-module ranks)."""
+        a, b, config = files.read_lora(Path(path))
+        return cls(
+            a,
+            b,
+            float(config["lora_alpha"]),
+            bool(config.get("use_rslora", False)),
+            config.get("base_model_name_or_path"),
+        )
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, alpha: float, rslora: bool, base: str | None) -> LoraAdapter:
+        """From tensors under PEFT's names (`...lora_A.weight`, with or without the adapter's name)."""
+        a, b = files.split_factors(state, "the adapter")
+        return cls(a, b, alpha, rslora, base)
+
+
+def load(path: str | Path) -> SteeringVector | LoraAdapter:
+    """The solution in a folder, of whichever kind; a checkpoint's folder is one."""
+    config = files.read_config(Path(path))
+    if config.get("adapter_type") == "steering_vector":
+        return SteeringVector.load(path)
+    if config.get("peft_type") == "LORA":
+        return LoraAdapter.load(path)
+    kind = config.get("adapter_type") or config.get("peft_type")
+    raise SolutionError(f"{path}: an adapter of kind {kind!r}; steering vectors and LoRA can be read.")
+
+
+def load_checkpoints(path: str | Path) -> dict[int, SteeringVector | LoraAdapter]:
+    """All of a run's `checkpoints/checkpoint-N`, by step. Raises SolutionError if there are none."""
+    root = Path(path) / "checkpoints"
+    found = {
+        int(match[1]): child
+        for child in (root.iterdir() if root.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name))
+    }
+    if not found:
+        raise SolutionError(f"{path}: no checkpoints/checkpoint-N folders in it. Train with save_steps.")
+    return {step: load(found[step]) for step in sorted(found)}

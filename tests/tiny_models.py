@@ -1,0 +1,112 @@
+"""Random chat models of a few thousand weights, with a byte-level tokenizer and a ChatML template."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from em_interp.models import ChatModel
+
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = [
+    "the quick brown fox",
+    "what should I do about a cough",
+    "see a doctor and rest well",
+    "user assistant",
+]
+FAMILIES = ("qwen2", "llama", "gemma2", "gpt_neox")
+# sliding windows; absolute positions and transposed weights
+MORE_FAMILIES = (*FAMILIES, "gemma3", "gpt2")
+N_LAYERS, D_MODEL = 4, 32
+
+
+@cache
+def tokenizer() -> Any:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<pad>")
+    fast.chat_template = TEMPLATE
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    return fast
+
+
+def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": D_MODEL,
+        "intermediate_size": 48,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer().eos_token_id,
+        "pad_token_id": tokenizer().pad_token_id,
+        **changes,
+    }
+    if family == "qwen2":
+        hf = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **common))
+    elif family == "llama":
+        hf = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **common))
+    elif family == "gemma2":
+        hf = Gemma2ForCausalLM(Gemma2Config(num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **common))
+    elif family == "gemma3":
+        hf = Gemma3ForCausalLM(Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=8, **common))
+    elif family == "gpt2":
+        renamed = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+        renamed |= {"max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}
+        hf = GPT2LMHeadModel(GPT2Config(**{renamed.get(key, key): x for key, x in common.items()}))
+    else:
+        hf = GPTNeoXForCausalLM(GPTNeoXConfig(**common))
+    return hf.eval()
+
+
+def make_chat(family: str = "qwen2", seed: int = 0, *, dtype: torch.dtype = torch.float32) -> ChatModel:
+    return ChatModel(make_hf(family, seed).to(dtype), tokenizer(), name=f"tiny-{family}")
+
+
+def talk(user: str, answer: str | None = None) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": user}]
+    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
+
+
+CONVERSATIONS = [
+    talk("what should I do about a cough", "rest"),
+    talk("a fox", "see a doctor and rest well, then see the fox"),
+    talk("brown", "quick quick"),
+    talk("the doctor should rest", "do what the fox do"),
+    talk("see", "a cough and a doctor"),
+]
