@@ -10,38 +10,44 @@ import plotly.graph_objects as go
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.convergence import comparable, cosine_table
-from em_interp.errors import DirectionError
+from em_interp.directions import Direction
+from em_interp.errors import DirectionError, EmInterpError
 from em_interp.published import DIFFERENCES
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
-    "Cosines between the data-diff directions of every pair of finetunes and splits, and between the four readings of "
-    "each split. The content control matters most: the same texts read in the chat model (data-diff-in-chat) give "
-    "almost the same direction, so a high cosine between two finetunes speaks first of what their texts share. "
-    "content_cosine is the cosine between the two controls: where it is 1, both were measured on the same texts. Each "
-    "cosine has its random-direction null (standard deviation 1/sqrt(d_model), exact two-sided p-value). Released "
-    "means carry no single responses, so the interval columns are empty."
+    "Cosines between the data-diff directions of every pair of finetunes and splits, between the four readings of each "
+    "split, and of trained vectors with data-diffs at the layer they are added to. The content control matters most: the "
+    "same texts read in the chat model (data-diff-in-chat) give almost the same direction, so a high cosine between two "
+    "finetunes speaks first of what their texts share. content_cosine is the cosine between the two controls: where it "
+    "is 1, both were measured on the same texts. Each cosine has its random-direction null (standard deviation "
+    "1/sqrt(d_model), exact two-sided p-value). Released means carry no single responses, so the interval columns are "
+    "empty."
 )
 TABLES = ("cosines",)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """All pairs of data-diffs of one model, and all pairs of readings within a split."""
+    """Pairs of data-diffs of one model, of readings within a split, and of trained vectors with data-diffs."""
     splits = suite.published.splits
     named = {f"{split.label}:{kind}": split.direction(kind) for split in splits for kind in split.kinds}
     pairs = [(f"{a.label}:data-diff", f"{b.label}:data-diff") for a, b in combinations(splits, 2)]
     for split in splits:
         pairs += [(f"{split.label}:{a}", f"{split.label}:{b}") for a, b in combinations(DIFFERENCES, 2)]
+    trained = _trained(suite)
+    named |= trained
+    pairs += [(run, f"{split.label}:data-diff") for run in trained for split in splits]
     usable = []
     for a, b in pairs:
         if a not in named or b not in named or not comparable(named[a], named[b]):
             continue
-        if named[a].layers != named[b].layers:
+        if a not in trained and named[a].layers != named[b].layers:
             suite.note(
                 DirectionError(f"{a} has {len(named[a].layers)} layers and {b} {len(named[b].layers)}: not compared.")
             )
             continue
-        usable.append((a, named[a], b, named[b]))
+        if set(named[a].layers) & set(named[b].layers):
+            usable.append((a, named[a], b, named[b]))
     if not usable:
         raise nothing_of(suite, "two directions of one model to compare", "EM_interp")
     table = cosine_table(usable)
@@ -52,6 +58,20 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     keys = ["direction_a", "direction_b", "layer"]
     texts = texts[[*keys, "cosine"]].rename(columns={"cosine": "content_cosine"})
     return {"cosines": table.merge(texts, on=keys, how="left", validate="one_to_one")}
+
+
+def _trained(suite: Suite) -> dict[str, Direction]:
+    """The end of each steering-vector run, at its own layer."""
+    ends = {}
+    for run in suite.published.trajectories:
+        if run.parameter != "steering-vector" or run.layer is None:
+            continue
+        try:
+            vector = run.final()[None]
+            ends[run.name] = Direction(vectors=vector, layers=(run.layer,), kind="steering-vector", model=run.model)
+        except EmInterpError as error:
+            suite.note(error)
+    return ends
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
