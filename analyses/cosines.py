@@ -16,13 +16,13 @@ from em_interp.published import DIFFERENCES
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
-    "Cosines between the data-diff directions of every pair of finetunes and splits, between the four readings of each "
-    "split, and of trained vectors with data-diffs at the layer they are added to. The content control matters most: the "
-    "same texts read in the chat model (data-diff-in-chat) give almost the same direction, so a high cosine between two "
-    "finetunes speaks first of what their texts share. content_cosine is the cosine between the two controls: where it "
-    "is 1, both were measured on the same texts. Each cosine has its random-direction null (standard deviation "
-    "1/sqrt(d_model), exact two-sided p-value). Released means carry no single responses, so the interval columns are "
-    "empty."
+    "Cosines between the data-diff directions of every pair of finetunes and splits, between the four readings of "
+    "each split, and of trained vectors with data-diffs at the layer they are added to. The content control matters "
+    "most: the same texts read in the chat model (data-diff-in-chat) give almost the same direction, so a high cosine "
+    "between two finetunes speaks first of what their texts share. content_cosine is the cosine between the two "
+    "controls: where it is 1, both were measured on the same texts. Each cosine has its random-direction null "
+    "(standard deviation 1/sqrt(d_model), exact two-sided p-value). Released means carry no single responses, so the "
+    "interval columns are empty."
 )
 TABLES = ("cosines",)
 
