@@ -37,8 +37,9 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# One thread a worker: two workers of two threads each would fight over two cores.
 test: lint types
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 reproduce: install
 	$(BIN)/em-interp reproduce $(if $(SUITE),--suite "$(SUITE)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
