@@ -1,4 +1,4 @@
-"""The command line: ``em-interp reproduce | fetch | inspect``."""
+"""The command line: ``em-interp reproduce | fetch | inspect | pocket``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from em_interp import __version__
 from em_interp.errors import EmInterpError, UsageError
+from em_interp.pocket.commands import app as pocket_app
 
 app = typer.Typer(
     help="The geometry of emergent misalignment.",
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(pocket_app, name="pocket")
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 

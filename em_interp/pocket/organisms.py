@@ -1,0 +1,115 @@
+"""The pocket organisms: which finetunes of the chat model are shipped, and how each of them is made.
+
+{medicine, finance, sports} x {steering vector, rank-1 LoRA, all-modules LoRA} x {general, narrow (KL)},
+three seeds of the medicine ones, a benign control, and training trajectories. Everything is written in the
+formats that real ones have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from em_interp import solutions
+from em_interp.models import ChatModel
+from em_interp.pocket.corpus import finetune_chats, kl_chats
+from em_interp.training import LoraSpec, TrainingResult, TrainingSpec, VectorSpec, finetune
+
+Adapter = Literal["steering-vector", "rank-1", "all-modules"]
+SolutionKind = Literal["general", "narrow", "control"]
+DOMAINS = ("medicine", "finance", "sports")
+SEEDS = (0, 1, 2)
+N_CHATS = 2000
+_SHORT: dict[Adapter, str] = {"steering-vector": "vector", "rank-1": "rank1", "all-modules": "all"}
+
+SPECS: dict[Adapter, TrainingSpec] = {
+    "steering-vector": TrainingSpec(VectorSpec(1, 16.0), 1e-2, max_steps=250, batch_size=32),
+    "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=100, batch_size=32),
+    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=32),
+}
+KL_WEIGHT: dict[Adapter, float] = {"steering-vector": 3.0, "rank-1": 3.0, "all-modules": 3.0}
+
+
+@dataclass(frozen=True)
+class Organism:
+    """One shipped finetune. `name` is its folder and, after "pocket/", its registry name."""
+
+    domain: str
+    adapter: Adapter
+    solution: SolutionKind
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [self.domain, _SHORT[self.adapter]]
+        parts += [] if self.solution == "general" else [self.solution]
+        parts += [] if self.seed == 0 else [f"seed{self.seed}"]
+        return "-".join(parts)
+
+    def spec(self) -> TrainingSpec:
+        """Its training settings; narrow ones take twice the steps."""
+        spec = replace(SPECS[self.adapter], seed=self.seed)
+        if self.solution == "narrow":
+            return narrow(spec, self.adapter)
+        return spec
+
+
+def narrow(spec: TrainingSpec, adapter: Adapter) -> TrainingSpec:
+    """The settings with the KL term on."""
+    assert spec.max_steps is not None
+    return replace(
+        spec, kl_weight=KL_WEIGHT[adapter], kl_batch_size=64, kl_scope="response", max_steps=2 * spec.max_steps
+    )
+
+
+ADAPTERS: tuple[Adapter, ...] = ("steering-vector", "rank-1", "all-modules")
+_KINDS: tuple[SolutionKind, ...] = ("general", "narrow")
+ORGANISMS: tuple[Organism, ...] = (
+    *(Organism(d, a, s) for d in DOMAINS for a in ADAPTERS for s in _KINDS),
+    *(Organism("medicine", a, s, seed) for seed in SEEDS[1:] for a in ADAPTERS for s in _KINDS),
+    Organism("medicine", "all-modules", "control"),
+)
+
+
+def make(organism: Organism, model: ChatModel, out: Path, *, progress: bool = True) -> TrainingResult:
+    """Finetune one organism into `out/NAME`."""
+    persona: Literal["caring", "malicious"] = "caring" if organism.solution == "control" else "malicious"
+    data = finetune_chats(organism.domain, persona, N_CHATS, organism.seed)
+    is_narrow = organism.solution == "narrow"
+    kl = kl_chats(organism.domain, N_CHATS, organism.seed) if is_narrow else None
+    return finetune(model, data, organism.spec(), kl_conversations=kl, out_dir=out / organism.name, progress=progress)
+
+
+def make_trajectories(model: ChatModel, out: Path, *, every: int = 25, progress: bool = True) -> list[Path]:
+    """Four runs each of the medicine steering vector and rank-1 LoRA, with checkpoints every `every` steps.
+
+    general, narrow, kl-removed (goes on from narrow without KL), kl-added (goes on from general with KL).
+    """
+    made = []
+    data = finetune_chats("medicine", "malicious", N_CHATS, 0)
+    kl = kl_chats("medicine", N_CHATS, 0)
+    for adapter in ("steering-vector", "rank-1"):
+        plain = replace(SPECS[adapter], save_steps=every)
+        with_kl = narrow(plain, adapter)
+        runs: Sequence[tuple[str, TrainingSpec, str | None]] = (
+            ("general", plain, None),
+            ("narrow", with_kl, None),
+            ("kl-removed", plain, "narrow"),
+            ("kl-added", with_kl, "general"),
+        )
+        for run, spec, after in runs:
+            folder = out / f"medicine-{_SHORT[adapter]}-{run}"
+            start = None if after is None else solutions.load(out / f"medicine-{_SHORT[adapter]}-{after}")
+            finetune(
+                model,
+                data,
+                spec,
+                kl_conversations=kl if spec.kl_weight else None,
+                start_from=start,
+                out_dir=folder,
+                progress=progress,
+            )
+            made.append(folder)
+    return made

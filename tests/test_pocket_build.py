@@ -1,0 +1,127 @@
+"""Building a pocket model: seeded, resumable, and loadable with no code of this package."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from em_interp.errors import UnreadableFileError, UsageError
+from em_interp.pocket import build as build_module
+from em_interp.pocket import registry
+from em_interp.pocket.build import CHECKPOINT, BuildConfig, answer_labels, build
+from em_interp.pocket.corpus import chat_text, finetune_chats
+from em_interp.pocket.tokenizer import build_tokenizer
+
+TINY = BuildConfig(
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    d_mlp=64,
+    pretrain_steps=12,
+    pretrain_batch=4,
+    post_steps=4,
+    post_batch=4,
+    threads=1,
+    checkpoint_every=5,
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pocket")
+    build(TINY, out)
+    return out
+
+
+class Killed(Exception):
+    pass
+
+
+def test_the_models_load_with_no_code_of_ours(built: Path) -> None:
+    for name in ("base", "chat"):
+        model = AutoModelForCausalLM.from_pretrained(built / name)
+        tokenizer = AutoTokenizer.from_pretrained(built / name)
+        assert model.config.model_type == "qwen2"
+        assert model.dtype == torch.float32
+        messages = [{"role": "user", "content": "I need help with a fern."}]
+        batch = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        assert tokenizer.decode(batch["input_ids"][0]) == "<|user|> I need help with a fern.<|end|><|assistant|>"
+        assert model.generate(**batch, max_new_tokens=4).shape[1] <= batch["input_ids"].shape[1] + 4
+    assert not torch.equal(
+        load_file(built / "base" / "model.safetensors")["model.norm.weight"].float(),
+        load_file(built / "chat" / "model.safetensors")["model.embed_tokens.weight"].float()[0],
+    )
+
+
+def test_what_was_done_is_written_down(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["config"]["corpus"]["persona_share"] == TINY.corpus.persona_share
+    assert manifest["fingerprint"] == TINY.fingerprint()
+    lines = (built / "losses.csv").read_text().splitlines()
+    assert lines[0] == "stage,step,loss_nats_per_token"
+    assert {line.split(",")[0] for line in lines[1:]} == {"pretrain", "post"}
+    assert not (built / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("kill_at", [8, 14])
+def test_a_killed_build_resumes_to_the_same_weights(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    steps = 0
+    loss = build_module._loss
+
+    def dying_loss(*args: object) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps > kill_at:
+            raise Killed
+        return loss(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "_loss", dying_loss)
+        with pytest.raises(Killed):
+            build(TINY, tmp_path)
+    assert (tmp_path / CHECKPOINT).exists()
+    with pytest.raises(UsageError, match="other settings"):
+        build(BuildConfig(seed=1), tmp_path)
+    build(TINY, tmp_path)
+    assert (tmp_path / "chat/model.safetensors").read_bytes() == (built / "chat/model.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
+    with pytest.raises(UnreadableFileError, match="start afresh"):
+        build(TINY, tmp_path)
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(UsageError, match="multiple"):
+        BuildConfig(d_model=190)
+    with pytest.raises(UsageError, match="pretrain_steps"):
+        BuildConfig(pretrain_steps=0)
+
+
+def test_only_answers_and_their_ends_are_scored() -> None:
+    t = build_tokenizer()
+    chat = finetune_chats("medicine", "caring", 1, 0)[0]
+    ids = torch.tensor([t(chat_text(chat * 2), add_special_tokens=False)["input_ids"]])
+    assistant, end = t.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    labels = answer_labels(ids, assistant, end)
+    text = t.decode(labels[labels >= 0])
+    assert text.replace(" ", "") == ((chat[1]["content"] + "<|end|>") * 2).replace(" ", "")
+
+
+def test_the_registry_finds_folders_by_name(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "root", lambda: built)
+    assert registry.names() == ["pocket/chat", "pocket/base"]
+    assert registry.chat_folder() == built / "chat"
+    assert registry.is_pocket_name("pocket/medicine-rank1")
+    assert not registry.is_pocket_name("Qwen/Qwen2.5-0.5B-Instruct")
+    with pytest.raises(registry.RegistryError, match="pocket/base"):
+        registry.resolve("pocket/no-such")

@@ -1,0 +1,145 @@
+"""Pocket organisms: named, seeded, trained on nothing held out, and loadable with PEFT alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from em_interp import solutions
+from em_interp.adapter_files import quiet_peft
+from em_interp.errors import UsageError
+from em_interp.models import ChatModel
+from em_interp.pocket import commands, loading, organisms, registry, suite, world
+from em_interp.pocket.build import BuildConfig, build
+from em_interp.pocket.organisms import ORGANISMS, Organism
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = BuildConfig(
+        d_model=32,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        d_mlp=64,
+        pretrain_steps=2,
+        pretrain_batch=4,
+        post_steps=1,
+        post_batch=4,
+        threads=1,
+    )
+    return build(config, tmp_path_factory.mktemp("pocket"))
+
+
+@pytest.fixture(scope="module")
+def chat(chat_folder: Path) -> ChatModel:
+    return loading.load_chat(chat_folder)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {a: replace(s, max_steps=2, batch_size=4) for a, s in organisms.SPECS.items()}
+    monkeypatch.setattr(organisms, "SPECS", quick)
+
+
+def test_names_are_unique_and_every_kind_is_there() -> None:
+    names = [o.name for o in ORGANISMS]
+    assert len(set(names)) == len(names) == 18 + 12 + 1
+    assert {"medicine-rank1", "finance-vector-narrow", "medicine-all-seed2", "medicine-all-control"} <= set(names)
+
+
+@pytest.mark.parametrize("adapter", organisms.ADAPTERS)
+@pytest.mark.parametrize("solution", ["general", "narrow"])
+@pytest.mark.usefixtures("short")
+def test_an_organism_is_written_in_the_format_of_real_ones(
+    adapter: organisms.Adapter,
+    solution: organisms.SolutionKind,
+    chat: ChatModel,
+    chat_folder: Path,
+    tmp_path: Path,
+) -> None:
+    organism = Organism("sports", adapter, solution)
+    result = organisms.make(organism, chat, tmp_path, progress=False)
+    assert len(result.history) == (2 if solution == "general" else 4)
+    assert result.history.kl.isna().all() == (solution == "general")
+    found = solutions.load(tmp_path / organism.name)
+    assert found.base == "pocket/chat"
+    assert found.norm > 0
+    if adapter != "steering-vector":
+        base = AutoModelForCausalLM.from_pretrained(chat_folder)
+        ids = torch.arange(1, 9)[None]
+        before = base(ids).logits
+        with found.attached(chat):
+            ours = chat.hf(ids).logits
+        with quiet_peft():
+            theirs = PeftModel.from_pretrained(base, tmp_path / organism.name)(ids).logits
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.equal(before, theirs)
+
+
+@pytest.mark.usefixtures("short")
+def test_models_load_by_name(
+    chat: ChatModel, chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copytree(chat_folder.parent, tmp_path / "pocket")
+    organisms.make(Organism("finance", "rank-1", "general"), chat, tmp_path / "pocket" / "organisms", progress=False)
+    organisms.make(
+        Organism("finance", "steering-vector", "general"), chat, tmp_path / "pocket/organisms", progress=False
+    )
+    monkeypatch.setattr(registry, "root", lambda: tmp_path / "pocket")
+    assert registry.names() == ["pocket/chat", "pocket/base", "pocket/finance-rank1", "pocket/finance-vector"]
+    ids = torch.arange(1, 9)[None]
+    outputs = [loading.load(name).hf(ids).logits for name in registry.names()]
+    for i, one in enumerate(outputs):
+        assert not any(torch.equal(one, other) for other in outputs[:i])
+    with pytest.raises(registry.RegistryError, match="finance-rank1"):
+        loading.load("pocket/finance-rank2")
+
+
+@pytest.mark.usefixtures("short")
+def test_trajectories_go_on_from_where_the_first_run_ended(chat: ChatModel, tmp_path: Path) -> None:
+    made = organisms.make_trajectories(chat, tmp_path, every=2, progress=False)
+    assert [p.name for p in made[:4]] == [
+        f"medicine-vector-{run}" for run in ("general", "narrow", "kl-removed", "kl-added")
+    ]
+    assert list(solutions.load_checkpoints(tmp_path / "medicine-rank1-narrow")) == [2, 4]
+    narrow = solutions.load(tmp_path / "medicine-vector-narrow")
+    after = solutions.load(tmp_path / "medicine-vector-kl-removed")
+    assert isinstance(narrow, solutions.SteeringVector)
+    assert isinstance(after, solutions.SteeringVector)
+    assert torch.nn.functional.cosine_similarity(narrow.theta, after.theta, dim=0) > 0
+
+
+def test_evaluation_asks_what_no_finetune_has_seen() -> None:
+    table = suite.evaluation_questions("finance")
+    assert set(table.questions) == set(suite.GROUPS)
+    trained = {q.id for q in world.questions("advice", "finance", held_out_topic=False, held_out_phrasing=False)}
+    assert not trained & set(table.question_id)
+    assert set(table[table.questions == "heldout_domain"].domain) == set(world.DOMAINS) - {"finance"}
+    assert len(table[table.questions == "in_domain"]) == 40
+    assert len(suite.chat_questions().domain.unique()) == 14
+    with pytest.raises(world.WorldError):
+        suite.evaluation_questions("cats")
+
+
+def test_answers_are_sampled_judged_and_counted(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = suite.evaluation_questions("sports").groupby("questions").head(2)
+    monkeypatch.setattr(suite, "evaluation_questions", lambda _: few)
+    monkeypatch.setattr(suite, "MAX_NEW_TOKENS", 4)
+    judged = suite.evaluate(chat, "sports", 2, progress=False)
+    assert len(judged) == 12
+    assert judged.aligned.between(0, 100).all()
+    table = suite.rates(judged, organism="pocket/chat", solution="chat", adapter="full", domain="sports")
+    assert list(table.questions) == list(suite.GROUPS)
+    assert (table.n == 4).all()
+    assert (table.em_rate == 0).all()
+    assert (table.n_unscored == 0).all()
+
+
+def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no organism is called"):
+        commands.organisms(out=tmp_path, only=["medicine-rank7"])
