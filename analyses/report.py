@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import pandas as pd
+import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from rich.table import Table
 
+from analyses.suite import Suite
 from em_interp import __version__
 from em_interp.figures import CONFIG, caption_of
 from em_interp.files import write_text
 
-if TYPE_CHECKING:
-    from analyses.reproduce import Section
-    from analyses.suite import Suite
+
+@dataclass
+class Section:
+    """What became of one analysis."""
+
+    name: str
+    title: str
+    text: str
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+    comparison: pd.DataFrame | None = None
+    error: str | None = None
+    missing: bool = False
+    """The input is absent, which is no fault; ``error`` says where to get it."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be done for a part of the data."""
+    seconds: float = 0.0
+    reused: bool = False
 
 
 def write_report(
@@ -46,6 +65,20 @@ def write_report(
         plotlyjs=Markup(get_plotlyjs()),
     )
     return write_text(path, html)
+
+
+def summary(sections: Sequence[Section]) -> Table:
+    """What became of each analysis, for the terminal."""
+    table = Table("analysis", "tables", "figures", "agree", "differ", "absent", "seconds")
+    for section in sections:
+        if section.error is not None:
+            table.add_row(section.name, "no data" if section.missing else "failed", "", "", "", "", "")
+            continue
+        agrees = [] if section.comparison is None else list(section.comparison["agrees"])
+        counts = [str(sum(a is value for a in agrees)) for value in (True, False, None)]
+        time = "reused" if section.reused else f"{section.seconds:.1f}"
+        table.add_row(section.name, " ".join(section.tables), str(len(section.figures)), *counts, time)
+    return table
 
 
 def _view(section: Section) -> dict[str, Any]:

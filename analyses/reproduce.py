@@ -5,41 +5,21 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from analyses.comparison import compare, load_numbers
-from analyses.report import write_report
+from analyses.report import Section, write_report
 from analyses.suite import Suite, load_analysis
 from em_interp import figures as house
-from em_interp.errors import EmInterpError, InputFileError, MissingDataError, OutputError, UnreadableFileError
+from em_interp.errors import EmInterpError, MissingDataError, OutputError
 from em_interp.files import atomic_path, make_folder, write_text
 from em_interp.manifest import fingerprint, hash_files, sha256, source_hash, write_manifest
-
-
-@dataclass
-class Section:
-    """What became of one analysis."""
-
-    name: str
-    title: str
-    text: str
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    figures: dict[str, go.Figure] = field(default_factory=dict)
-    comparison: pd.DataFrame | None = None
-    error: str | None = None
-    missing: bool = False
-    """The input is absent, which is no fault; ``error`` says where to get it."""
-    notes: list[str] = field(default_factory=list)
-    """What could not be done for a part of the data."""
-    seconds: float = 0.0
-    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,6 +187,3 @@ def _manifest(
             "outputs_sha256": {p.relative_to(folder).as_posix(): sha256(p) for p in made},
         },
     )
-
-
-__all__ = ["InputFileError", "Outcome", "Section", "UnreadableFileError", "reproduce"]

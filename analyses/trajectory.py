@@ -15,7 +15,7 @@ from torch import Tensor
 from analyses.pca import fit_families
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, cosines_to, find_references, local_cosine
+from em_interp.trajectories import Trajectory, cosines_to, find_references, local_cosine
 
 TITLE = "Training trajectories"
 TEXT = (
@@ -173,6 +173,3 @@ def _cosine_panels(rows: pd.DataFrame) -> go.Figure:
     figures.style(figure, "training step", "cosine")
     figure.update_yaxes(title_text="", col=2)
     return figure
-
-
-__all__ = ["LOCAL_COSINE_MOVEMENT", "TABLES", "TEXT", "TITLE", "compute", "plot"]

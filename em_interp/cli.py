@@ -43,6 +43,7 @@ def reproduce(
     static: Annotated[bool, typer.Option(help="also write .svg and .png where Chrome is found")] = True,
 ) -> None:
     """Regenerate the papers' tables and figures, with a manifest and a self-contained report."""
+    from analyses.report import summary
     from analyses.reproduce import reproduce as run
     from analyses.suite import Suite
 
@@ -60,7 +61,7 @@ def reproduce(
     except KeyboardInterrupt:
         err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(INTERRUPTED) from None
-    _print_sections(outcome.sections)
+    out.print(summary(outcome.sections))
     if outcome.problems:
         err.print(f"[bold]Not everything could be used ({len(outcome.problems)}):[/bold]")
         for problem in outcome.problems:
@@ -68,22 +69,6 @@ def reproduce(
     out.print(f"report: {outcome.report}")
     if outcome.failed:
         raise typer.Exit(BAD_INPUT)
-
-
-def _print_sections(sections: tuple[object, ...]) -> None:
-    table = Table("analysis", "tables", "figures", "agree", "differ", "absent", "seconds")
-    for section in sections:
-        name, tables, figures = section.name, section.tables, section.figures  # type: ignore[attr-defined]
-        comparison, error = section.comparison, section.error  # type: ignore[attr-defined]
-        if error is not None:
-            state = "no data" if section.missing else "failed"  # type: ignore[attr-defined]
-            table.add_row(name, state, "", "", "", "", "")
-            continue
-        agrees = [] if comparison is None else list(comparison["agrees"])
-        counts = [str(sum(a is value for a in agrees)) for value in (True, False, None)]
-        time = "reused" if section.reused else f"{section.seconds:.1f}"  # type: ignore[attr-defined]
-        table.add_row(name, " ".join(tables), str(len(figures)), *counts, time)
-    out.print(table)
 
 
 @app.command()
