@@ -56,9 +56,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         for col, k in enumerate(windows, start=1):
             part = rows[rows["k"] == k]
             values = part["local_cosine"].where(part["moved"])
-            figures.line(
-                figure, part["step"], values, str(run), index, row=1, col=col, showlegend=col == 1, legendgroup=str(run)
-            )
+            figures.line(figure, part["step"], values, str(run), index, row=1, col=col)
     figures.style(figure, "training step", "local cosine")
     figure.update_yaxes(range=[-1.05, 1.05])
     for col in range(2, len(windows) + 1):

@@ -43,8 +43,6 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 index,
                 row=1,
                 col=col,
-                showlegend=col == 1,
-                legendgroup=str(run),
             )
     figures.style(figure, "training step", "")
     figure.update_yaxes(title_text="loss (nats per token)", col=1)

@@ -167,8 +167,6 @@ def _cosine_panels(rows: pd.DataFrame) -> go.Figure:
                 index,
                 row=1,
                 col=col,
-                showlegend=col == 1,
-                legendgroup=str(label),
             )
     figures.style(figure, "training step", "cosine")
     figure.update_yaxes(title_text="", col=2)

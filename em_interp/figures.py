@@ -85,7 +85,12 @@ def line(
     col: int | None = None,
     **trace: Any,
 ) -> None:
-    """One line, told apart by colour and dash; with ``low`` and ``high``, error bars."""
+    """One line, told apart by colour and dash; with ``low`` and ``high``, error bars.
+
+    In a panel (``row``, ``col``), a name stands once in the legend, by its line in the first column.
+    """
+    if col is not None:
+        trace = {"showlegend": col == 1, "legendgroup": name, **trace}
     error = None
     if low is not None and high is not None:
         values = np.asarray(y, dtype=float)

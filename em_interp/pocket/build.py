@@ -7,7 +7,6 @@ machine and thread count give identical weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import resource
@@ -28,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from em_interp.errors import OutputError, UnreadableFileError, UsageError
 from em_interp.files import atomic_path, write_text
+from em_interp.manifest import fingerprint, sha256
 from em_interp.pocket.corpus import ASSISTANT, END, CorpusConfig, chat_text, document, post_training_chat
 from em_interp.pocket.tokenizer import build_tokenizer
 
@@ -72,7 +72,7 @@ class BuildConfig:
     def fingerprint(self) -> str:
         """A hash of every setting that decides the weights, for telling a checkpoint's owner."""
         settings = {k: v for k, v in asdict(self).items() if k != "checkpoint_every"}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(settings)[:16]
 
 
 @dataclass(frozen=True)
@@ -351,10 +351,7 @@ def _write_record(
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
         "device": device.type,
-        "weights_sha256": {
-            name: hashlib.sha256((out / name / "model.safetensors").read_bytes()).hexdigest()
-            for name in ("base", "chat")
-        },
+        "weights_sha256": {name: sha256(out / name / "model.safetensors") for name in ("base", "chat")},
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "versions": {
             "python": platform.python_version(),
