@@ -72,10 +72,13 @@ class BuildConfig:
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise UsageError("d_model must be a multiple of n_heads, and n_heads a multiple of n_kv_heads")
 
-    def fingerprint(self) -> str:
-        """A hash of every setting that decides the weights, for telling a checkpoint's owner."""
+    def fingerprint(self, *, post: bool = True) -> str:
+        """A hash of every setting that decides the weights, for telling a checkpoint's owner.
+
+        post: whether the settings of post-training count; they do not for the weights that pre-training leaves.
+        """
         settings = {k: v for k, v in asdict(self).items() if k != "checkpoint_every"}
-        return fingerprint(settings)[:16]
+        return fingerprint({k: v for k, v in settings.items() if post or not k.startswith("post_")})[:16]
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def _save_checkpoint(
         save_file({k: v.detach().cpu() for k, v in tensors.items()}, new, metadata={"em_interp": json.dumps(note)})
 
 
-def _load_checkpoint(path: Path, model: nn.Module, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _load_checkpoint(path: Path, model: nn.Module, config: BuildConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put the checkpoint's weights into the model; give back its note and the optimiser's tensors."""
     try:
         with safe_open(path, "pt") as file:
@@ -209,7 +212,7 @@ def _load_checkpoint(path: Path, model: nn.Module, fingerprint: str) -> tuple[di
         raise UnreadableFileError(
             path, f"not a readable checkpoint ({error})", "delete it, or pass resume=False to start afresh"
         ) from error
-    if note["fingerprint"] != fingerprint:
+    if note["fingerprint"] != config.fingerprint(post=_in_post(note["stage"], note["step"])):
         raise UsageError(
             f"{path} belongs to a build with other settings; choose another folder, or pass resume=False to "
             "start afresh"
@@ -301,7 +304,7 @@ def _run(
     at_stage, at_step, seconds, losses = 0, 0, 0.0, []
     optimizer_state: dict[str, Tensor] = {}
     if resume and path.exists():
-        note, optimizer_state = _load_checkpoint(path, model, config.fingerprint())
+        note, optimizer_state = _load_checkpoint(path, model, config)
         at_stage, at_step, seconds, losses = note["stage"], note["step"], note["seconds"], note["losses"]
     begun = time.monotonic() - seconds
     for number, stage in enumerate(_stages(config)):
@@ -346,9 +349,13 @@ def _loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
+def _in_post(stage: int, step: int) -> bool:
+    return stage > 0 and step > 0
+
+
 def _note(config: BuildConfig, stage: int, step: int, begun: float, losses: list[list[Any]]) -> dict[str, Any]:
     return {
-        "fingerprint": config.fingerprint(),
+        "fingerprint": config.fingerprint(post=_in_post(stage, step)),
         "stage": stage,
         "step": step,
         "seconds": time.monotonic() - begun,
