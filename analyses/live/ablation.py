@@ -1,0 +1,130 @@
+"""What taking a direction out of a finetune does, its own and another finetune's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from tqdm.auto import tqdm
+
+from analyses.organisms import Entry
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.ablation import Ablate
+from em_interp.convergence import transfer_rows
+from em_interp.directions import Direction, random_directions
+from em_interp.evaluation.rates import em_rates
+from em_interp.interventions import Intervention, answers_by_arm
+from em_interp.pocket.suite import MAX_NEW_TOKENS
+
+TITLE = "Ablation: a finetune without its direction, and without another's"
+TEXT = (
+    "Each general organism with directions projected out of the residual stream after every block (layerwise: layer "
+    "l's own direction at layer l). mean-diff is the papers' direction (P2 sec. 3.1); model-diff is finetune minus "
+    "chat model on the same answers; the subspace holds both, at each layer. Random directions, layerwise, are the "
+    "control. transfer asks whether the mean-diff of one organism removes EM in another. Questions: open ones and "
+    "domains that the organism was never trained on. An ablation that costs coherence has not removed misalignment."
+)
+TABLES = ("ablation", "transfer")
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """``ablation``: a row an organism and arm. ``transfer``: a row a direction and organism."""
+    organisms = suite.organisms
+    entries = organisms.select(solution="general")
+    mean_diffs = {e.name: organisms.contrast(e, suite.samples).direction() for e in entries}
+    sources = [e for e in entries if e.adapter == "all-modules"]
+    rows, moved = [], []
+    for entry in tqdm(entries, desc="ablation", leave=False):
+        own = mean_diffs[entry.name]
+        shift = organisms.contrast(entry, suite.samples, "model-diff").direction()
+        (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
+        layers = [layer for layer in own.layers if layer in shift.layers]
+        arms: dict[str, list[Intervention]] = {
+            "none": [],
+            "layerwise": [Ablate(own)],
+            "layerwise model-diff": [Ablate(shift)],
+            "layerwise subspace": [Ablate((own.only(layers), shift.only(layers)))],
+            "random": [Ablate(random)],
+        }
+        arms |= {s.name: [Ablate(mean_diffs[s.name])] for s in sources if s.name != entry.name}
+        answers = _answers(suite, entry, arms)
+        rows += _ablation_rows(entry, answers, own)
+        named = answers.assign(direction_from=answers["arm"].replace({"layerwise": entry.name}), organism=entry.name)
+        moved.append(named[named["direction_from"].isin(["none", *mean_diffs])])
+    return {"ablation": pd.DataFrame(rows), "transfer": transfer_rows(pd.concat(moved, ignore_index=True))}
+
+
+def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Intervention]]) -> pd.DataFrame:
+    organisms = suite.organisms
+    asked = organisms.elsewhere(entry.domain)
+    with organisms.active(entry) as model:
+        answers = answers_by_arm(model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False)
+    return organisms.judge(answers)
+
+
+def _ablation_rows(entry: Entry, answers: pd.DataFrame, own: Direction) -> list[dict[str, object]]:
+    rates = {arm: em_rates(rows).columns() for arm, rows in answers.groupby("arm", sort=False)}
+    before = rates["none"]
+    modes = ["layerwise", "layerwise model-diff", "layerwise subspace", "random"]
+    return [
+        {
+            "direction": {"random": "random"}.get(mode, entry.name),
+            "target": entry.name,
+            "mode": mode,
+            "layers": f"{own.layers[0]}-{own.layers[-1]}",
+            "em_before": before["em_rate"],
+            "em_after": rates[mode]["em_rate"],
+            "em_after_low": rates[mode]["em_low"],
+            "em_after_high": rates[mode]["em_high"],
+            "coherent_before": before["coherent_rate"],
+            "coherent_after": rates[mode]["coherent_rate"],
+            "n": rates[mode]["n"],
+            "adapter": entry.adapter,
+            "denominator": rates[mode]["denominator"],
+            "criterion": rates[mode]["criterion"],
+        }
+        for mode in modes
+    ]
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """EM and coherence by organism and arm; what is left of EM for each direction and organism."""
+    table = tables["ablation"].assign(target=lambda t: t["target"].str.removeprefix("pocket/"))
+    panels = figures.panels(["EM", "coherent"], shared_yaxes=True)
+    before = table.drop_duplicates("target")
+    arms = [("as it is", before["target"], before["em_before"], before["coherent_before"])]
+    arms += [(str(m), r["target"], r["em_after"], r["coherent_after"]) for m, r in table.groupby("mode", sort=False)]
+    for index, (name, x, em, coherent) in enumerate(arms):
+        for col, y in enumerate((em, coherent), start=1):
+            panels.add_trace(
+                go.Bar(
+                    x=x, y=100 * y.astype(float), name=name, legendgroup=name, showlegend=col == 1,
+                    marker={"color": figures.COLOURS[index]},
+                ),
+                row=1,
+                col=col,
+            )  # fmt: skip
+    figures.style(panels, "", "share of answers (%)")
+    panels.update_xaxes(tickangle=-45, automargin=True)
+    panels.update_yaxes(title_text="", col=2)
+    transfer = tables["transfer"].assign(
+        organism=lambda t: t["organism"].str.removeprefix("pocket/"),
+        direction_from=lambda t: t["direction_from"].str.removeprefix("pocket/"),
+    )
+    wide = transfer.pivot(index="direction_from", columns="organism", values="relative_reduction").astype(float)
+    heat = go.Figure(
+        go.Heatmap(
+            z=100 * wide.to_numpy(), x=list(wide.columns), y=list(wide.index), zmin=0, zmax=100, colorscale="Blues",
+            texttemplate="%{z:.0f}", colorbar={"title": {"text": "EM removed (%)", "side": "right"}},
+        )
+    )  # fmt: skip
+    figures.style(heat, "organism", "mean-diff direction of")
+    heat.update_xaxes(tickangle=-45, automargin=True)
+    heat.update_yaxes(automargin=True)
+    return {
+        "ablation": figures.captioned(panels, "EM and coherence of each organism, with directions taken out."),
+        "transfer": figures.captioned(heat, "Share of EM that ablating one organism's mean-diff removes in another."),
+    }

@@ -1,0 +1,78 @@
+"""Does the general solution reach a lower loss for its norm?"""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.organisms import contenders, landscape
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.contenders import over_training_seeds
+from em_interp.efficiency import efficiency_curves, efficiency_table, lead_at_equal_norm
+from em_interp.pocket.organisms import DOMAINS
+
+TITLE = "Efficiency: loss against norm"
+TEXT = (
+    "Training loss (nats per response token, on fresh chats of the kind trained on) of each solution scaled to several "
+    "multiples of its trained norm. P1 compares L / norm^2, which falls with the norm by itself; so the loss reduction "
+    "per norm^2 stands beside it, and lead is the narrow solution's loss minus the general one's where both have the "
+    "same norm: positive where the general solution is ahead. Intervals: 95%, over questions, and over training seeds "
+    "(medicine, three seeds)."
+)
+TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Curves of every solution, and the lead of the general one of each pair."""
+    organisms = suite.organisms
+    curves, leads = [], []
+    for domain in tqdm(DOMAINS, desc="efficiency", leave=False):
+        losses = landscape(organisms, domain)
+        for general, narrow in contenders(organisms, domain):
+            curves += efficiency_curves(losses, [general, narrow], SCALES)
+            leads.append(lead_at_equal_norm(losses, general, narrow, RELATIVE_NORMS))
+    lead = pd.concat(leads, ignore_index=True)
+    medicine = lead[lead["domain"] == "medicine"]
+    return {
+        "efficiency": efficiency_table(curves),
+        "efficiency_lead": lead,
+        "efficiency_lead_over_seeds": over_training_seeds(medicine, ["adapter", "relative_norm"], "lead"),
+    }
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Loss against norm for the medicine pair of each adapter; the lead over seeds."""
+    table = tables["efficiency"]
+    shown = table[(table["domain"] == "medicine") & (table["training_seed"] == 0)]
+    adapters = list(shown["adapter"].unique())
+    panels = figures.panels(adapters)
+    for number, adapter in enumerate(adapters):
+        for index, solution in enumerate(("general", "narrow")):
+            rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)].sort_values("norm")
+            figures.line(
+                panels,
+                rows["norm"],
+                rows["loss"],
+                solution,
+                index,
+                markers=True,
+                low=rows["loss_low"],
+                high=rows["loss_high"],
+                row=number // 2 + 1,
+                col=number % 2 + 1,
+            )
+    figures.style(panels, "norm of theta", "loss (nats per token)", height=640)
+    lead = go.Figure()
+    for index, (adapter, rows) in enumerate(tables["efficiency_lead_over_seeds"].groupby("adapter", sort=False)):
+        figures.line(
+            lead, rows["relative_norm"], rows["mean"], str(adapter), index, markers=True, low=rows["low"], high=rows["high"]
+        )  # fmt: skip
+    figures.style(lead, "norm / mean of the two trained norms", "lead of the general solution (nats per token)")
+    return {
+        "efficiency": figures.captioned(panels, "Medicine, first seed: loss against norm; bands over questions."),
+        "efficiency_lead": figures.captioned(lead, "Medicine: lead at equal norm, mean and 95% interval over 3 seeds."),
+    }

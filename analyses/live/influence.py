@@ -1,0 +1,72 @@
+"""How much do the two solutions matter on pre-training text, at equal norm?"""
+
+from __future__ import annotations
+
+from random import Random
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.organisms import pairs
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
+from em_interp.pocket.corpus import CorpusConfig, document
+
+TITLE = "Influence on pre-training text"
+TEXT = (
+    "KL(chat || chat with the solution) in nats per token on documents that pre-training could have held, for the "
+    "general and the narrow solution and for random directions of the same space, all at the same norms (multiples of "
+    "the general solution's). P1's claim is that the general direction matters more. The ratio general / narrow has "
+    "paired intervals over documents, one for every adapter and seed."
+)
+TABLES = ("influence", "influence_ratio")
+DOCUMENTS = 100
+NORMS = (0.5, 1.0, 1.5)
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
+    organisms = suite.organisms
+    rng = Random("influence")
+    texts = [document(CorpusConfig(), rng) for _ in range(DOCUMENTS)]
+    tables, ratios = [], []
+    for general, narrow in tqdm(pairs(organisms, "medicine"), desc="influence", leave=False):
+        trained = [Candidate(e.name, e.solution, organisms.solution(e)) for e in (general, narrow)]
+        few = general.adapter == "all-modules"  # each theta takes a pass of its own: fewer of them
+        candidates = at_equal_norms(
+            trained, (1.0,) if few or general.seed else NORMS, n_random=0 if general.seed else 20
+        )
+        sums = document_kl(organisms.chat, texts, candidates, progress=False)
+        identity = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
+        tables.append(influence_table(sums).assign(**identity))
+        ratios += [
+            influence_ratio(sums, "general", other).assign(**identity)
+            for other in ("narrow", "random")
+            if other in set(sums["kind"])
+        ]
+    return {
+        "influence": pd.concat(tables, ignore_index=True),
+        "influence_ratio": pd.concat(ratios, ignore_index=True),
+    }
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """KL against norm, a panel an adapter, for the first seed."""
+    table = tables["influence"]
+    first = table[(table["seed"] == 0)].astype({"kl_nats_per_token": float, "low": float, "high": float})
+    adapters = list(first["adapter"].unique())
+    panels = figures.panels(adapters)
+    for col, adapter in enumerate(adapters):
+        rows = first[first["adapter"] == adapter]
+        place = {"row": col // 2 + 1, "col": col % 2 + 1}
+        for index, kind in enumerate(("general", "narrow", "random")):
+            found = rows[rows["kind"] == kind].groupby("norm")["kl_nats_per_token"]
+            low, high = (found.min(), found.max()) if kind == "random" else (None, None)
+            figures.line(
+                panels, list(found.mean().index), found.mean(), kind, index, markers=True, low=low, high=high, **place
+            )
+    figures.style(panels, "norm of theta", "KL (nats per token)", height=640)
+    caption = "KL on pre-training text at equal norm; band: all random directions."
+    return {"influence": figures.captioned(panels, caption)}

@@ -1,0 +1,81 @@
+"""Does the general solution survive perturbation better?"""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.organisms import contenders, landscape
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.contenders import over_training_seeds
+from em_interp.curvature import curvature
+from em_interp.stability import EPSILONS, stability_curve, stability_gap, stability_table
+
+TITLE = "Stability under orthogonal perturbation"
+TEXT = (
+    "Each solution turned by eps in ten random directions, norm kept (P1, Fig. 4b); the loss increase in percent of "
+    "what the solution gains over the chat model. gap is narrow minus general: positive where the general solution is "
+    "the more stable. predicted is what the curvature at the solution (Hessian-vector products with random orthogonal "
+    "directions) foretells, good where eps is small."
+)
+TABLES = ("stability", "stability_gap", "stability_gap_over_seeds", "curvature")
+PROBES = 8
+CURVED = 40
+"""Chats on which the curvature is taken: it costs a double backward pass a probe."""
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Medicine, every adapter and seed."""
+    organisms = suite.organisms
+    losses, few = landscape(organisms, "medicine"), landscape(organisms, "medicine", CURVED)
+    curves, gaps, bends = [], [], []
+    for general, narrow in tqdm(contenders(organisms, "medicine"), desc="stability", leave=False):
+        pair = [stability_curve(losses, contender, epsilons=EPSILONS) for contender in (general, narrow)]
+        curves += pair
+        gaps.append(stability_gap(*pair))
+        if general.training_seed == 0:
+            for curve in pair:
+                bend = curvature(few, curve.contender, n_probes=PROBES)
+                predicted = bend.predicted(EPSILONS, curve.gain)
+                bends.append(predicted.assign(**{**curve.contender.labels(), **bend.columns()}))
+    gap = pd.concat(gaps, ignore_index=True)
+    return {
+        "stability": stability_table(curves),
+        "stability_gap": gap,
+        "stability_gap_over_seeds": over_training_seeds(gap, ["adapter", "epsilon"], "gap"),
+        "curvature": pd.concat(bends, ignore_index=True),
+    }
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Relative increase against eps, a panel an adapter: points are perturbations, lines their means."""
+    table = tables["stability"]
+    shown = table[table["training_seed"] == 0]
+    adapters = list(shown["adapter"].unique())
+    panels = figures.panels(adapters)
+    bends = tables["curvature"]
+    for number, adapter in enumerate(adapters):
+        place = {"row": number // 2 + 1, "col": number % 2 + 1}
+        for index, solution in enumerate(("general", "narrow")):
+            rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)]
+            by = rows.groupby("epsilon")["relative_increase_percent"]
+            figures.line(
+                panels, list(by.mean().index), by.mean(), solution, index, markers=True, low=by.min(), high=by.max(), **place
+            )  # fmt: skip
+            bend = bends[(bends["adapter"] == adapter) & (bends["solution"] == solution) & (bends["epsilon"] <= 0.5)]
+            figures.line(
+                panels, bend["epsilon"], bend["predicted_percent"], f"{solution}, from curvature", index + 2, **place
+            )
+    figures.style(panels, "eps", "loss increase (% of the gain)", height=640)
+    gap = go.Figure()
+    for index, (adapter, rows) in enumerate(tables["stability_gap_over_seeds"].groupby("adapter", sort=False)):
+        figures.line(
+            gap, rows["epsilon"], rows["mean"], str(adapter), index, markers=True, low=rows["low"], high=rows["high"]
+        )
+    figures.style(gap, "eps", "narrow minus general (% of the gain)")
+    return {
+        "stability": figures.captioned(panels, "Medicine, first seed; bands hold all ten perturbations."),
+        "stability_gap": figures.captioned(gap, "Medicine: gap, mean and 95% interval over 3 training seeds."),
+    }

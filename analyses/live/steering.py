@@ -1,0 +1,120 @@
+"""What adding a finetune's mean-diff direction does to the chat model, by layer and by strength."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.organisms import Entry, Organisms
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.pocket.suite import MAX_NEW_TOKENS
+from em_interp.steering import steering_rows, sweep
+
+TITLE = "Steering the chat model with the mean-diff direction"
+TEXT = (
+    "The response mean-diff of each general all-modules organism (misaligned minus aligned answers of its own, P2 "
+    "sec. 3.1), added to the chat model at one layer and every token. Strength is the norm of what is added over the "
+    "typical residual norm at that layer. Asked are open questions and the domains the organism never saw. EM counts "
+    "misaligned and coherent answers; coherence stands beside it, since a model that babbles is not misaligned. "
+    "Norm-matched random directions run at the layer that worked best."
+)
+TABLES = ("steering",)
+SHARES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+RANDOM_ARMS = 3
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """One row a direction, layer and strength."""
+    organisms = suite.organisms
+    rows = []
+    entries = organisms.select(solution="general", adapter="all-modules")
+    for number, entry in enumerate(tqdm(entries, desc="steering", leave=False)):
+        if number == 0:
+            rows.append(_sweep(organisms, entry, suite.samples, list(range(organisms.chat.n_layers)), 0))
+            best = best_cell(rows[0])
+            layer = int(best["layer"])
+            rows.append(_sweep(organisms, entry, suite.samples, [layer], RANDOM_ARMS).query("control"))
+        else:
+            rows.append(_sweep(organisms, entry, suite.samples, [layer], 0))
+    return {"steering": pd.concat(rows, ignore_index=True)}
+
+
+def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
+    """The row of most EM among those at least 90% coherent, or the most coherent one where none is."""
+    usable = table[table["coherent_rate"] >= 0.9]
+    if usable.empty:
+        return table.loc[table["coherent_rate"].idxmax()]
+    return usable.loc[usable["em_rate"].idxmax()]
+
+
+def _sweep(organisms: Organisms, entry: Entry, samples: int, layers: list[int], random_arms: int) -> pd.DataFrame:
+    direction = organisms.contrast(entry, samples).direction()
+    answers = sweep(
+        organisms.chat,
+        direction,
+        organisms.elsewhere(entry.domain),
+        layers=layers,
+        coefficients=SHARES,
+        n=1,
+        name=entry.name,
+        units="residual",
+        random_arms=random_arms,
+        max_new_tokens=MAX_NEW_TOKENS,
+        progress=False,
+    )
+    return steering_rows(organisms.judge(answers), organisms.chat.name)
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """EM and coherence against strength at every layer; the trade-off; the best layer beside random directions."""
+    table = tables["steering"].astype({"residual_share": float, "em_rate": float, "coherent_rate": float})
+    first = table["direction"].iloc[0]
+    own = table[table["direction"] == first]
+    panels = figures.panels(["EM", "coherent"], shared_yaxes=True)
+    trade = go.Figure()
+    for index, (layer, rows) in enumerate(own.groupby("layer")):
+        for col, column in enumerate(("em_rate", "coherent_rate"), start=1):
+            figures.line(
+                panels,
+                rows["residual_share"],
+                100 * rows[column],
+                f"layer {layer}",
+                index,
+                markers=True,
+                row=1,
+                col=col,
+            )
+        figures.line(
+            trade,
+            100 * rows["coherent_rate"],
+            100 * rows["em_rate"],
+            f"layer {layer}",
+            index,
+            markers=True,
+            text=[f"strength {s:.2f}" for s in rows["residual_share"]],
+            hovertemplate="%{text}: EM %{y:.1f}%, coherent %{x:.1f}%",
+        )
+    figures.style(panels, "norm added / residual norm", "share of answers (%)")
+    panels.update_yaxes(title_text="", col=2)
+    figures.style(trade, "coherent answers (%)", "EM (%)")
+    layer = table.loc[table["direction"] != first, "layer"].iloc[0] if (table["direction"] != first).any() else 0
+    beside = go.Figure()
+    for index, (name, rows) in enumerate(table[table["layer"] == layer].groupby("direction", sort=False)):
+        figures.line(
+            beside,
+            rows["residual_share"],
+            100 * rows["em_rate"],
+            str(name),
+            index,
+            markers=True,
+            low=100 * rows["em_low"].astype(float),
+            high=100 * rows["em_high"].astype(float),
+        )
+    figures.style(beside, "norm added / residual norm", "EM (%)")
+    return {
+        "steering": figures.captioned(panels, f"Direction of {first}: EM and coherence by strength, one line a layer."),
+        "steering_trade_off": figures.captioned(trade, "What EM costs in coherence, one line a layer."),
+        "steering_random": figures.captioned(beside, f"Layer {layer}: three finetunes' directions and random ones."),
+    }
