@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,14 +21,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from em_interp.chat import Batch, Conversation, Encoded, Side, Tokenizer, collate, encode, pad_id, prompt_ids
+from em_interp.directions import TOKEN_SCOPES
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
 from em_interp.hooks import BlockFn, check_layer, position_ids, run_bridge_until, run_until
 from em_interp.memory import run_in_batches
 from em_interp.models import ChatModel
 from em_interp.store import ActivationStore
 
-Scope = Literal["prompt", "last_prompt", "response", "all"]
-Pooling = Literal["tokens", "responses"]
+POOLINGS: Final = ("tokens", "responses")
 _UPCAST_BYTES: Final = 2**25
 """Half-precision residuals are widened at most this much at a time."""
 
@@ -64,8 +64,8 @@ class Activations:
     def mean(self, scope: str = "response", pooling: str = "tokens") -> Float[Tensor, "present d_model"]:
         """Mean residual at each layer, float64. pooling: "tokens" or "responses"."""
         self._check(scope)
-        if pooling not in get_args(Pooling):
-            raise ActivationError(f"pooling {pooling!r} is not known; use 'tokens' or 'responses'.")
+        if pooling not in POOLINGS:
+            raise ActivationError(f"pooling {pooling!r} is not known; use {' or '.join(POOLINGS)}.")
         return self.pooled[scope] if pooling == "tokens" else self.averaged[scope]
 
     def each(self, scope: str, layer: int) -> Float[Tensor, "n d_model"]:
@@ -260,7 +260,7 @@ def collect(
     model: ChatModel,
     conversations: Sequence[Conversation],
     *,
-    scopes: Sequence[Scope] = ("response",),
+    scopes: Sequence[str] = ("response",),
     layers: Sequence[int] | None = None,
     keep: bool = False,
     store: str | Path | None = None,
@@ -283,9 +283,9 @@ def collect(
     Conversations end with the assistant; for the prompt scopes and `all` they may end before it. Raises
     ActivationError, ChatTemplateError, HookError (unknown layer), StoreError, MemoryLimitError or OutputError.
     """
-    unknown = [scope for scope in scopes if scope not in get_args(Scope)]
+    unknown = [scope for scope in scopes if scope not in TOKEN_SCOPES]
     if unknown or not scopes:
-        raise ActivationError(f"token scopes {unknown or 'none'}: choose from {', '.join(get_args(Scope))}.")
+        raise ActivationError(f"token scopes {unknown or 'none'}: choose from {', '.join(TOKEN_SCOPES)}.")
     wanted = sorted(
         {check_layer(layer, model.n_layers) for layer in (range(model.n_layers) if layers is None else layers)}
     )
