@@ -215,11 +215,14 @@ def unbridge(bridge: Any) -> nn.Module:
 def boot_bridge(root: nn.Module, tokenizer: Any, name: str, dtype: torch.dtype) -> Any:
     """A TransformerBridge on `root`, which it rewires in place.
 
-    TransformerLens reloads and edits the tokenizer (missing special tokens), so it gets one of its own.
+    TransformerLens reloads and edits the tokenizer (missing special tokens), so it gets one of its own. It picks its
+    adapter by the class that a checkpoint's config names; a model built in memory names none.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 
+    config: Any = root.config
+    config.architectures = config.architectures or [type(root).__name__]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokenizer.save_pretrained(folder)

@@ -74,6 +74,18 @@ class HookError(EmInterpError):
     """A hook that has no place to go, or that never fired."""
 
 
+class ActivationError(EmInterpError):
+    """Activations that cannot be collected or were not kept: no conversations, no such scope, NaN."""
+
+
+class MemoryLimitError(EmInterpError):
+    """A single sequence does not fit into memory."""
+
+
+class StoreError(InputFileError):
+    """A folder of stored activations that is damaged, or belongs to another model, other texts or settings."""
+
+
 class SolutionError(EmInterpError):
     """A trained solution (steering vector, LoRA) that is malformed or does not fit the model in hand."""
 

@@ -8,7 +8,7 @@ Layer l (0-based) is the output of block l: TransformerLens `blocks.{l}.hook_out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -198,3 +198,46 @@ def residuals(
     with block_hooks([find_blocks(hf)], {layer: keep(layer) for layer in layers}):
         hf(**batch, use_cache=False)
     return out
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+def stopping(functions: Mapping[int, BlockFn]) -> dict[int, BlockFn]:
+    """The same functions, the one at the last layer ending the pass that `run_until` started."""
+    last = max(functions)
+
+    def end(hidden: Tensor) -> None:
+        functions[last](hidden)
+        raise _Stop
+
+    return {**functions, last: end}
+
+
+@torch.no_grad()
+def run_until(hf: nn.Module, batch: Mapping[str, Tensor], functions: Mapping[int, BlockFn]) -> None:
+    """One pass in which `functions[l]` sees layer l's output, ended after the last of these layers.
+
+    No later block runs, nor the final norm and the output head. What the functions return is not used.
+    """
+    with block_hooks([find_blocks(hf)], stopping(functions)), suppress(_Stop):
+        hf(**batch, use_cache=False)
+
+
+@torch.no_grad()
+def run_bridge_until(bridge: Any, batch: Mapping[str, Tensor], functions: Mapping[int, BlockFn]) -> None:
+    """`run_until` through a TransformerBridge, by TransformerLens' hook names."""
+    counts = {hook_name(layer): [0] for layer in functions}
+
+    def named(name: str, function: BlockFn) -> Callable[..., None]:
+        def read(hidden: Tensor, *, hook: Any) -> None:
+            del hook
+            counts[name][0] += 1
+            function(hidden)
+
+        return read
+
+    hooks = [(hook_name(layer), named(hook_name(layer), fn)) for layer, fn in stopping(functions).items()]
+    with firing(counts, []), bridge.hooks(fwd_hooks=hooks), suppress(_Stop):
+        bridge(batch["input_ids"], attention_mask=batch["attention_mask"], return_type=None)
