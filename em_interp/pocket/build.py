@@ -53,7 +53,7 @@ class BuildConfig:
     n_heads: int = 4
     n_kv_heads: int = 2
     d_mlp: int = 512
-    pretrain_steps: int = 6400
+    pretrain_steps: int = 4000
     pretrain_batch: int = 32
     pretrain_lr: float = 2e-3
     post_steps: int = 120
@@ -172,11 +172,14 @@ def _batches(
 
 
 def _schedule(stage: _Stage, step: int) -> float:
-    """Learning-rate factor: linear warm-up over 5% of the steps, then linear decay to a fiftieth."""
-    warm = max(1, stage.steps // 20)
+    """Learning-rate factor: warm-up over 8% of the steps, slow linear decay up to 80%, then fast to a fiftieth."""
+    warm, knee = max(1, stage.steps * 8 // 100), stage.steps * 8 // 10
     if step < warm:
         return (step + 1) / warm
-    return max(0.02, (stage.steps - step) / (stage.steps - warm))
+    if step <= knee:
+        return (2 * knee - step) / (2 * knee - warm)
+    at_knee = knee / (2 * knee - warm)
+    return 0.02 + (at_knee - 0.02) * (stage.steps - step) / (stage.steps - knee)
 
 
 def _optimizers(config: BuildConfig, stage: _Stage, model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
