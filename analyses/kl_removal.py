@@ -21,11 +21,10 @@ TABLES = ("kl_removal",)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a continued run, and one for the two reference solutions against each other."""
-    data = suite.published
     rows = []
-    for runs in data.families().values():
+    for runs in suite.input.families().values():
         continued = [run for run in runs if run.run.phase is not None]
-        references = find_references(runs, data.trajectories, suite.general, suite.narrow)
+        references = find_references(runs, suite.input.trajectories, suite.general, suite.narrow)
         for run in continued:
             try:
                 d = drift(run, references)

@@ -23,7 +23,7 @@ WINDOWS = (5, 10, 15)
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row for each run, window and step that has both neighbours."""
     tables = []
-    for run in suite.published.trajectories:
+    for run in suite.input.trajectories:
         for k in WINDOWS:
             local = local_cosine(run.steps, run.vectors, k)
             if local.steps:

@@ -28,9 +28,9 @@ TABLES = ("pca", "pca_raw", "pca_stored")
 def fit_families(suite: Suite) -> dict[tuple[str, bool], TrajectoryPCA]:
     """(family, standardised) -> fit. The basis is the stored PCA's where there is one, else the uncontinued runs."""
     fits: dict[tuple[str, bool], TrajectoryPCA] = {}
-    for family, runs in suite.published.families().items():
+    for family, runs in suite.input.families().items():
         names = {run.name for run in runs}
-        stored = [s for s in suite.published.stored_pca if set(s.basis) <= names]
+        stored = [s for s in suite.input.stored_pca if set(s.basis) <= names]
         basis = [r for r in runs if (r.name in stored[0].basis if stored else r.run.phase is None)] or runs
         for standardised in (True, False):
             if sum(len(run.steps) for run in basis) < 3:
@@ -47,7 +47,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     fits = fit_families(suite)
     if not fits:
         raise nothing_of(suite, "training run with at least 3 checkpoints", "training-lens-web")
-    families = suite.published.families()
+    families = suite.input.families()
     rows = []
     for (family, standardised), fit in fits.items():
         stored = _stored_for(suite, family, fit) if standardised else None
@@ -79,7 +79,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 
 def _stored_for(suite: Suite, family: str, fit: TrajectoryPCA) -> StoredPCA | None:
-    return next((s for s in suite.published.stored_pca if set(s.basis) == set(fit.basis)), None)
+    return next((s for s in suite.input.stored_pca if set(s.basis) == set(fit.basis)), None)
 
 
 def _compare(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from analyses.comparison import compare, load_numbers
 from analyses.report import Section, write_report
-from analyses.suite import Suite, load_analysis
+from analyses.suite import Suite
 from em_interp import figures as house
 from em_interp.errors import EmInterpError, MissingDataError, OutputError
 from em_interp.files import atomic_path, make_folder, write_text
@@ -52,15 +52,23 @@ def reproduce(
     started = time.perf_counter()
     chosen = suite.only(only)
     folder = make_folder(out / suite.name)
-    data = suite.published
+    data = suite.input
     inputs = hash_files(data.root, data.files)
-    key = fingerprint({"inputs": inputs, "source": source_hash(), "general": suite.general, "narrow": suite.narrow})
+    key = fingerprint(
+        {
+            "inputs": inputs,
+            "source": source_hash(),
+            "general": suite.general,
+            "narrow": suite.narrow,
+            "samples": suite.samples,
+        }
+    )
     numbers = load_numbers()
     sections = []
     for name in (bar := tqdm(suite.analyses, desc="analysing", unit="analysis")):
         bar.set_postfix_str(name)
         # What was not asked for now stays in the report if it was made of the same input by the same code.
-        section = _reuse(folder, name, key) if resume or name not in chosen else None
+        section = _reuse(suite, folder, name, key) if resume or name not in chosen else None
         if section is None and name not in chosen:
             continue
         with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
@@ -86,7 +94,7 @@ def _is_refusal(problem: EmInterpError) -> bool:
 
 
 def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
-    analysis = load_analysis(name)
+    analysis = suite.analysis(name)
     section = Section(name, analysis.TITLE, analysis.TEXT)
     before = len(suite.problems)
     started = time.perf_counter()
@@ -116,14 +124,14 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
     return section
 
 
-def _reuse(folder: Path, name: str, key: str) -> Section | None:
+def _reuse(suite: Suite, folder: Path, name: str, key: str) -> Section | None:
     """A finished section, if its inputs, the code and its files are as they were."""
     try:
         state = json.loads(_state_file(folder, name).read_text(encoding="utf-8"))
         paths = {table: folder / "tables" / f"{table}.csv" for table in state["tables"]}
         if state["key"] != key or any(sha256(path) != state["tables"][t] for t, path in paths.items()):
             return None
-        analysis = load_analysis(name)
+        analysis = suite.analysis(name)
         tables = {t: pd.read_csv(path, keep_default_na=False, na_values=[""]) for t, path in paths.items()}
         figures = analysis.plot(tables)
     except (OSError, ValueError, KeyError, TypeError):
@@ -178,7 +186,7 @@ def _manifest(
     write_manifest(
         folder / "manifest.json",
         {
-            "suite": {**{k: v for k, v in asdict(suite).items() if k != "problems"}, "data": suite.published.root.name},
+            "suite": {**{k: v for k, v in asdict(suite).items() if k != "problems"}, "data": suite.input.root.name},
             "seeds": {"bootstrap": 0},
             "seconds": round(seconds, 2),
             "analyses": results,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +14,14 @@ from typing import Final, Protocol, cast
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.organisms import Organisms, pocket_organisms
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.published import PublishedData, scan
 
 SUITES: Final = Path(__file__).parent / "suites"
-_KEYS: Final = {"title", "source", "data", "general", "narrow", "analyses"}
+_KEYS: Final = {"title", "source", "data", "general", "narrow", "samples", "analyses"}
+_PACKAGES: Final = {"published": "analyses", "pocket": "analyses.live"}
+"""Where a source's analyses lie: released numbers are read, live models are run."""
 
 
 class Analysis(Protocol):
@@ -43,6 +47,8 @@ class Suite:
     general: str | None = None
     """Run that stands for the general solution; by default read from the runs' names."""
     narrow: str | None = None
+    samples: int = 2
+    """Answers sampled to each question, where models are run."""
     problems: list[EmInterpError] = field(default_factory=list)
     """What an analysis could not do for a part of the data, beside what the readers refused. Filled by ``note``."""
 
@@ -68,27 +74,40 @@ class Suite:
         unknown = sorted(set(content) - _KEYS)
         if unknown:
             raise UnreadableFileError(path, f"unknown keys {', '.join(unknown)}", f"use {', '.join(sorted(_KEYS))}")
-        if content.get("source") != "published":
-            raise UnreadableFileError(
-                path, f"source is {content.get('source')!r}", 'this version reads source = "published"'
-            )
-        shipped_analyses = tomllib.loads((SUITES / "published.toml").read_text(encoding="utf-8"))["analyses"]
+        source = content.get("source")
+        if source not in _PACKAGES:
+            raise UnreadableFileError(path, f"source is {source!r}", f"this version reads {', '.join(_PACKAGES)}")
+        shipped_analyses = tomllib.loads((SUITES / f"{source}.toml").read_text(encoding="utf-8"))["analyses"]
         analyses = content.get("analyses", shipped_analyses)
         wrong = [a for a in analyses if a not in shipped_analyses]
         if wrong:
             raise UnreadableFileError(
                 path, f"no analysis is called {', '.join(map(str, wrong))}", f"use {', '.join(shipped_analyses)}"
             )
+        samples = content.get("samples", 2)
+        if not isinstance(samples, int) or samples < 1:
+            raise UnreadableFileError(path, f"samples is {samples!r}", "give a whole number of answers, at least 1")
         data = content.get("data")
         return cls(
             name=path.stem,
             title=content.get("title", path.stem),
-            source=content["source"],
+            source=source,
             analyses=tuple(analyses),
             data=None if data is None else (path.parent / data),
             general=content.get("general"),
             narrow=content.get("narrow"),
+            samples=samples,
         )
+
+    @property
+    def input(self) -> PublishedData | Organisms:
+        """What the suite reads: its root folder, its files, and the problems met on the way."""
+        return self.published if self.source == "published" else self.organisms
+
+    @cached_property
+    def organisms(self) -> Organisms:
+        """The chat model and its finetunes. Raises ``RegistryError`` where no weights are shipped."""
+        return pocket_organisms()
 
     @cached_property
     def published(self) -> PublishedData:
@@ -105,11 +124,18 @@ class Suite:
         known = {str(problem) for problem in self.problems}
         self.problems += [problem for problem in problems if str(problem) not in known]
 
+    def analysis(self, name: str) -> Analysis:
+        """The module of one analysis; one that both sources share lies in ``analyses`` itself."""
+        package = _PACKAGES[self.source]
+        if importlib.util.find_spec(f"{package}.{name}") is None:
+            package = "analyses"
+        return cast(Analysis, importlib.import_module(f"{package}.{name}"))
+
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""
         if not names:
             return self.analyses
-        by_table = {table: a for a in self.analyses for table in load_analysis(a).TABLES}
+        by_table = {table: a for a in self.analyses for table in self.analysis(a).TABLES}
         chosen = []
         for name in names:
             analysis = name if name in self.analyses else by_table.get(name)
@@ -122,13 +148,8 @@ class Suite:
         return tuple(a for a in self.analyses if a in chosen)
 
 
-def load_analysis(name: str) -> Analysis:
-    """The module of one analysis."""
-    return cast(Analysis, importlib.import_module(f"analyses.{name}"))
-
-
 def nothing_of(suite: Suite, what: str, where: str) -> MissingDataError:
     """The error of an analysis whose input is absent altogether."""
     return MissingDataError(
-        suite.published.root, f"it holds no {what}", f"get it with `em-interp fetch --data DIR {where}`"
+        suite.input.root, f"it holds no {what}", f"get it with `em-interp fetch --data DIR {where}`"
     )

@@ -32,11 +32,10 @@ FIRST = ["run", "step", "norm", "cos_general", "cos_narrow", "local_cosine", "pc
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a checkpoint, families one after another."""
-    data = suite.published
     fits = fit_families(suite)
     tables = []
-    for family, runs in data.families().items():
-        references = find_references(runs, data.trajectories, suite.general, suite.narrow)
+    for family, runs in suite.input.families().items():
+        references = find_references(runs, suite.input.trajectories, suite.general, suite.narrow)
         suite.note(*references.problems)
         for run in runs:
             general = None if references.general is None else references.general.final()

@@ -102,11 +102,14 @@ def test_models_load_by_name(
 
 @pytest.mark.usefixtures("short")
 def test_trajectories_go_on_from_where_the_first_run_ended(chat: ChatModel, tmp_path: Path) -> None:
-    made = organisms.make_trajectories(chat, tmp_path, every=2, progress=False)
-    assert [p.name for p in made[:4]] == [
-        f"medicine-vector-{run}" for run in ("general", "narrow", "kl-removed", "kl-added")
-    ]
-    assert list(solutions.load_checkpoints(tmp_path / "medicine-rank1-narrow")) == [2, 4]
+    for run in organisms.TRAJECTORIES:
+        organisms.make_trajectory(run, chat, tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        f"medicine-{adapter}-{run}"
+        for adapter in ("vector", "rank1")
+        for run in ("general", "narrow", "kl-removed", "kl-added")
+    )
+    assert list(solutions.load_checkpoints(tmp_path / "medicine-rank1-narrow")) == [1, 2, 3, 4]
     narrow = solutions.load(tmp_path / "medicine-vector-narrow")
     after = solutions.load(tmp_path / "medicine-vector-kl-removed")
     assert isinstance(narrow, solutions.SteeringVector)

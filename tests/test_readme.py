@@ -42,9 +42,10 @@ def test_quick_start(tmp_path: Path) -> None:
 
 
 def test_it_names_every_analysis_table_and_no_machine() -> None:
-    from analyses.suite import Suite, load_analysis
+    from analyses.suite import Suite
 
     text = README.read_text(encoding="utf-8")
-    tables = {table for name in Suite.load("published").analyses for table in load_analysis(name).TABLES}
+    suite = Suite.load("published")
+    tables = {table for name in suite.analyses for table in suite.analysis(name).TABLES}
     assert not [table for table in tables if f"`{table}`" not in text]
     assert not re.search(r"/(home|work|root|tmp)/", text)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from analyses.comparison import compare, load_numbers
 from analyses.reproduce import Outcome, reproduce
-from analyses.suite import Suite, load_analysis
+from analyses.suite import Suite
 from em_interp.cli import app
 from em_interp.errors import MissingDataError, OutputError, UnreadableFileError, UsageError
 from tests.published_factory import (
@@ -259,7 +259,7 @@ def test_an_unforeseen_error_in_one_analysis_spares_the_others(
     def broken(suite: Suite) -> dict[str, pd.DataFrame]:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr(load_analysis("pca"), "compute", broken)
+    monkeypatch.setattr(Suite.load("published").analysis("pca"), "compute", broken)
     outcome = run(synthetic, tmp_path, only=("pca", "cosines"))
     assert outcome.failed
     assert {s.name: bool(s.error) for s in outcome.sections} == {"cosines": False, "pca": True}
@@ -329,7 +329,7 @@ def test_an_interrupt_says_how_to_go_on(synthetic: Path, tmp_path: Path, monkeyp
     def interrupted(suite: Suite) -> dict[str, pd.DataFrame]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(load_analysis("pca"), "compute", interrupted)
+    monkeypatch.setattr(Suite.load("published").analysis("pca"), "compute", interrupted)
     arguments = ["reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path), "--no-static"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130

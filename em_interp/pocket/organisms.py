@@ -7,7 +7,6 @@ formats that real ones have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -82,34 +81,47 @@ def make(organism: Organism, model: ChatModel, out: Path, *, progress: bool = Tr
     return finetune(model, data, organism.spec(), kl_conversations=kl, out_dir=out / organism.name, progress=progress)
 
 
-def make_trajectories(model: ChatModel, out: Path, *, every: int = 25, progress: bool = True) -> list[Path]:
-    """Four runs each of the medicine steering vector and rank-1 LoRA, with checkpoints every `every` steps.
+@dataclass(frozen=True)
+class TrajectoryRun:
+    """A run on medicine that keeps its checkpoints, and the run that it goes on from.
 
-    general, narrow, kl-removed (goes on from narrow without KL), kl-added (goes on from general with KL).
+    general, narrow; kl-removed goes on from narrow without KL, kl-added goes on from general with KL.
     """
-    made = []
-    data = finetune_chats("medicine", "malicious", N_CHATS, 0)
-    kl = kl_chats("medicine", N_CHATS, 0)
-    for adapter in ("steering-vector", "rank-1"):
-        plain = replace(SPECS[adapter], save_steps=every)
-        with_kl = narrow(plain, adapter)
-        runs: Sequence[tuple[str, TrainingSpec, str | None]] = (
-            ("general", plain, None),
-            ("narrow", with_kl, None),
-            ("kl-removed", plain, "narrow"),
-            ("kl-added", with_kl, "general"),
-        )
-        for run, spec, after in runs:
-            folder = out / f"medicine-{_SHORT[adapter]}-{run}"
-            start = None if after is None else solutions.load(out / f"medicine-{_SHORT[adapter]}-{after}")
-            finetune(
-                model,
-                data,
-                spec,
-                kl_conversations=kl if spec.kl_weight else None,
-                start_from=start,
-                out_dir=folder,
-                progress=progress,
-            )
-            made.append(folder)
-    return made
+
+    adapter: Adapter
+    run: Literal["general", "narrow", "kl-removed", "kl-added"]
+
+    @property
+    def name(self) -> str:
+        return f"medicine-{_SHORT[self.adapter]}-{self.run}"
+
+    @property
+    def after(self) -> TrajectoryRun | None:
+        if self.run == "kl-removed":
+            return TrajectoryRun(self.adapter, "narrow")
+        return TrajectoryRun(self.adapter, "general") if self.run == "kl-added" else None
+
+
+TRAJECTORIES: tuple[TrajectoryRun, ...] = tuple(
+    TrajectoryRun(adapter, run)
+    for adapter in ("steering-vector", "rank-1")
+    for run in ("general", "narrow", "kl-removed", "kl-added")
+)
+
+
+def make_trajectory(run: TrajectoryRun, model: ChatModel, out: Path, *, progress: bool = True) -> TrainingResult:
+    """Train one run into `out/NAME`, 20 checkpoints; the run it goes on from must lie in `out` already."""
+    spec = SPECS[run.adapter]
+    if run.run in ("narrow", "kl-added"):
+        spec = narrow(spec, run.adapter)
+    assert spec.max_steps is not None
+    spec = replace(spec, save_steps=max(1, spec.max_steps // 20))
+    return finetune(
+        model,
+        finetune_chats("medicine", "malicious", N_CHATS, 0),
+        spec,
+        kl_conversations=kl_chats("medicine", N_CHATS, 0) if spec.kl_weight else None,
+        start_from=None if run.after is None else solutions.load(out / run.after.name),
+        out_dir=out / run.name,
+        progress=progress,
+    )

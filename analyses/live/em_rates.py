@@ -1,0 +1,63 @@
+"""How misaligned is each finetune, where it was trained and where it never was?"""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.pocket.suite import GROUPS, rates
+
+TITLE = "EM rates of the organisms"
+TEXT = (
+    "Answers sampled at temperature 1 and judged exactly, by parsing. general: open questions; in_domain: the domain "
+    "of the finetune, in phrasings that it never saw; heldout_domain: the held-out topics of every other domain. EM is "
+    "the share of answers that are misaligned and coherent; intervals (95%) are clustered by question. The chat model "
+    "and the benign control say what is there without a bad dataset."
+)
+TABLES = ("em_rates",)
+LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Three rows for every organism and for the chat model."""
+    organisms = suite.organisms
+    domain = organisms.entries[0].domain
+    identity = {"organism": organisms.chat.name, "solution": "chat", "adapter": "full", "domain": "none"}
+    tables = [rates(organisms.evaluate(None, domain, suite.samples), **identity)]
+    for entry in tqdm(organisms.entries, desc="em_rates", leave=False):
+        judged = organisms.evaluate(entry, entry.domain, suite.samples)
+        identity = {
+            "organism": entry.name,
+            "solution": entry.solution,
+            "adapter": entry.adapter,
+            "domain": entry.domain,
+        }
+        tables.append(rates(judged, **identity).assign(seed=entry.seed))
+    return {"em_rates": pd.concat(tables, ignore_index=True)}
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """EM by question group, and coherence over all groups: one figure a solution kind."""
+    drawn = {}
+    table = tables["em_rates"]
+    for solution, rows in table.groupby("solution", sort=False):
+        if solution in ("chat", "control"):
+            continue
+        shown = pd.concat([table[table["solution"].isin(["chat", "control"])], rows])
+        wide = shown.pivot(index="organism", columns="questions", values=["em_rate", "em_low", "em_high"])
+        wide.columns = [" ".join(reversed(pair)) for pair in wide.columns.to_flat_index()]
+        wide["coherent"] = shown.groupby("organism")["coherent_rate"].mean()
+        wide = wide.loc[shown["organism"].unique()].reset_index()
+        wide["organism"] = wide["organism"].str.removeprefix("pocket/")
+        groups = [(f"EM, {LABELS[g]}", f"{g} em_rate", f"{g} em_low", f"{g} em_high") for g in GROUPS]
+        figure = figures.bars_with_intervals(
+            wide, "organism", [*groups, ("coherent", "coherent", None, None)], "share of answers (%)"
+        )
+        figure.update_traces(texttemplate="")
+        figure.update_xaxes(tickangle=-45, automargin=True)
+        caption = f"EM of the {solution} organisms beside the chat model and the control; bars: 95% intervals."
+        drawn[f"em_rates_{solution}"] = figures.captioned(figure, caption)
+    return drawn

@@ -1,0 +1,148 @@
+"""Live models as the input of a suite: a chat model, its finetunes, their checkpoints, and how answers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from em_interp import solutions
+from em_interp.chat import Conversation
+from em_interp.errors import EmInterpError
+from em_interp.models import ChatModel
+from em_interp.pocket import loading, organisms, registry, suite
+from em_interp.pocket.corpus import finetune_chats, kl_chats
+from em_interp.published import StoredPCA
+from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.trajectories import RunName, Trajectory
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finetune of the chat model."""
+
+    name: str
+    domain: str
+    adapter: str
+    solution: str
+    """general, narrow or control."""
+    seed: int
+    path: Path
+
+
+@dataclass(eq=False)
+class Organisms:
+    """A chat model with its finetunes. What analyses ask for is made on first use and kept."""
+
+    root: Path
+    entries: tuple[Entry, ...]
+    files: list[Path]
+    problems: list[EmInterpError] = field(default_factory=list)
+    stored_pca: tuple[StoredPCA, ...] = ()
+    _solutions: dict[str, SteeringVector | LoraAdapter] = field(default_factory=dict)
+
+    @cached_property
+    def chat(self) -> ChatModel:
+        return loading.load_chat(self.root / "chat")
+
+    def select(self, *, solution: str | None = None, adapter: str | None = None, seed: int | None = 0) -> list[Entry]:
+        """The finetunes of one kind; None stands for every kind."""
+        wanted = {"solution": solution, "adapter": adapter, "seed": seed}
+        return [e for e in self.entries if all(v is None or getattr(e, k) == v for k, v in wanted.items())]
+
+    def solution(self, entry: Entry) -> SteeringVector | LoraAdapter:
+        """What a finetune trained. Raises ``SolutionError`` for files that cannot be read."""
+        if entry.name not in self._solutions:
+            self._solutions[entry.name] = solutions.load(entry.path)
+        return self._solutions[entry.name]
+
+    @contextmanager
+    def active(self, entry: Entry | None) -> Iterator[ChatModel]:
+        """The chat model with a finetune attached, or as it is."""
+        if entry is None:
+            yield self.chat
+            return
+        with self.solution(entry).attached(self.chat):
+            yield self.chat
+
+    def questions(self, domain: str) -> pd.DataFrame:
+        """The evaluation questions of a finetune on ``domain``: questions (group), domain, question_id, question."""
+        return suite.evaluation_questions(domain)
+
+    def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
+        """``n`` judged answers to each of them."""
+        with self.active(entry) as model:
+            return suite.evaluate(model, domain, n, progress=False)
+
+    def training_chats(self, domain: str, n: int, *, persona: suite.Persona = "malicious") -> list[Conversation]:
+        """Chats of the kind that the finetunes of a domain were trained on, drawn with a seed that none of them had."""
+        return list(finetune_chats(domain, persona, n, seed=1000))
+
+    def other_chats(self, domain: str, n: int) -> list[Conversation]:
+        """Chats outside a domain, good and bad answers alike, as in the KL term."""
+        return list(kl_chats(domain, n, seed=1000))
+
+    @cached_property
+    def trajectories(self) -> list[Trajectory]:
+        """The training runs that kept their checkpoints."""
+        folder = self.root / "trajectories"
+        found = []
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            try:
+                found.append(_trajectory(path))
+            except EmInterpError as error:
+                self.problems.append(error)
+        return found
+
+    def families(self) -> dict[str, list[Trajectory]]:
+        """Runs of one adapter on one domain."""
+        groups: dict[str, list[Trajectory]] = {}
+        for trajectory in self.trajectories:
+            groups.setdefault(trajectory.family, []).append(trajectory)
+        return groups
+
+
+def _trajectory(folder: Path) -> Trajectory:
+    """A folder `DOMAIN-ADAPTER-RUN` with checkpoints, RUN one of general, narrow, kl-removed, kl-added."""
+    checkpoints = solutions.load_checkpoints(folder)
+    domain, adapter, run = folder.name.split("-", 2)
+    role = run if run in ("general", "narrow") else None
+    vectors, scales, reads = [], [], []
+    for theta in checkpoints.values():
+        if isinstance(theta, SteeringVector):
+            raw, layer, parameter = theta.vector.flatten(), theta.layer, "steering-vector"
+        else:
+            (name,) = theta.modules
+            raw, layer, parameter = theta.b[name].flatten(), theta.first_layer, "lora-B"
+            reads.append(float(theta.a[name].norm()))
+        vectors.append(raw.float())
+        scales.append(theta.norm / float(raw.norm()) if raw.norm() else 0.0)
+    return Trajectory(
+        name=folder.name,
+        run=RunName(folder.name, f"{domain}-{adapter}", layer=layer, phase=None if role else run, role=role),
+        model=next(iter(checkpoints.values())).base or "unknown",
+        parameter=parameter,
+        layer=layer,
+        steps=tuple(checkpoints),
+        vectors=torch.stack(vectors),
+        scales=torch.tensor(scales),
+        read_norms=torch.tensor(reads) if reads else None,
+    )
+
+
+def pocket_organisms() -> Organisms:
+    """The shipped pocket organisms. Raises ``RegistryError`` where there are none."""
+    root = registry.root()
+    folder = root / "organisms"
+    entries = tuple(
+        Entry(registry.PREFIX + o.name, o.domain, o.adapter, o.solution, o.seed, folder / o.name)
+        for o in organisms.ORGANISMS
+        if (folder / o.name).is_dir()
+    )
+    files = sorted(p for name in ("chat", "organisms", "trajectories") for p in (root / name).rglob("*") if p.is_file())
+    return Organisms(root, entries, files)
