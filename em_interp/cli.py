@@ -12,6 +12,7 @@ from rich.table import Table
 
 from em_interp import __version__
 from em_interp.errors import EmInterpError, UsageError
+from em_interp.evaluate_command import evaluate
 from em_interp.pocket.commands import app as pocket_app
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pocket_app, name="pocket")
+app.command()(evaluate)
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
