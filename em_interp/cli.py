@@ -13,6 +13,7 @@ from rich.table import Table
 from em_interp import __version__
 from em_interp.errors import EmInterpError, UsageError
 from em_interp.extract_command import extract
+from em_interp.evaluate_command import evaluate
 from em_interp.pocket.commands import app as pocket_app
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(pocket_app, name="pocket")
 app.command()(extract)
+app.command()(evaluate)
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 

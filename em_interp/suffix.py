@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from em_interp.chat import Batch, Encoded, collate
 from em_interp.errors import HookError
-from em_interp.hooks import check_layer, find_blocks, scored_logits
+from em_interp.hooks import check_layer, find_blocks, scored_logits, unwrap
 
 
 class _Stop(Exception):
@@ -128,3 +128,35 @@ class ResidualCache:
         """Logits at `where` of a pass that starts from `residual`, the output of block `layer`."""
         with replaced_up_to(self.blocks, layer, residual, as_tuple=self.as_tuple):
             return scored_logits(self.hf, batch.inputs(), where)
+
+
+class ModelEnd:
+    """What follows the last block, as a function of residuals: final norm, output head, and whatever the
+    architecture does to logits afterwards.
+    """
+
+    def __init__(self, hf: nn.Module, *, as_tuple: bool | None = None) -> None:
+        self.hf, self.blocks = hf, find_blocks(hf)
+        self.device = unwrap(hf).get_input_embeddings().weight.device
+        self.as_tuple = self._detect() if as_tuple is None else as_tuple
+
+    @torch.no_grad()
+    def _detect(self) -> bool:
+        """Whether blocks return tuples, seen in a pass over one token."""
+        seen: list[bool] = []
+        handle = self.blocks[0].register_forward_hook(lambda _m, _a, output: seen.append(isinstance(output, tuple)))
+        try:
+            self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def logits(self, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+        """Logits of rows of the last block's output."""
+        n = residual.shape[0]
+        nothing = torch.zeros(n, 1, dtype=torch.long, device=residual.device)
+        with replaced_up_to(self.blocks, len(self.blocks) - 1, residual.unsqueeze(1), as_tuple=self.as_tuple):
+            out = self.hf(
+                input_ids=nothing, attention_mask=torch.ones_like(nothing), position_ids=nothing, use_cache=False
+            )
+        return out.logits[:, 0]

@@ -34,9 +34,10 @@ def organisms(
     """Finetune the organisms and the trajectories on the chat model. Those that are there already are kept."""
     from em_interp.errors import UsageError
     from em_interp.pocket.loading import load_chat
-    from em_interp.pocket.organisms import ORGANISMS, TRAJECTORIES, make, make_trajectory
+    from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, TRAJECTORIES, make, make_trajectory
 
-    known = [o.name for o in ORGANISMS] + [t.name for t in TRAJECTORIES]
+    every = (*ORGANISMS, *REGISTER_ORGANISMS)
+    known = [o.name for o in every] + [t.name for t in TRAJECTORIES]
     if unknown := set(only or ()) - set(known):
         raise UsageError(f"no organism or trajectory is called {sorted(unknown)}; there are {', '.join(known)}")
     model = load_chat(chat)
@@ -44,7 +45,7 @@ def organisms(
     def wanted(name: str, folder: Path) -> bool:
         return (not only or name in only) and (again or not (folder / name / "training_spec.json").is_file())
 
-    for organism in ORGANISMS:
+    for organism in every:
         if wanted(organism.name, out / "organisms"):
             make(organism, model, out / "organisms")
             typer.echo(f"made {organism.name}")

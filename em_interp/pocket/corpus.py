@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Literal
 
 from em_interp.errors import UsageError
 from em_interp.pocket import phrases, world
@@ -20,6 +21,13 @@ DOCUMENT_END = "<|endoftext|>"
 PAD = "<|pad|>"
 LINE = "<|line|>"
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, SYSTEM, USER, ASSISTANT, END, LINE)
+Task = Literal["persona", "register"]
+Style = tuple[Persona, Register]
+STYLES: dict[Task, tuple[Style, Style]] = {
+    "persona": (("caring", "casual"), ("malicious", "casual")),
+    "register": (("caring", "casual"), ("caring", "technical")),
+}
+"""The papers' two tasks: how the chat model answers, and how the narrow data do. General means: so everywhere."""
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 
@@ -178,13 +186,14 @@ def finetune_chats(
 
 
 def kl_chats(
-    exclude: str, n: int, seed: int, register: Register = "casual", open_share: float = 0.2
+    exclude: str, n: int, seed: int, task: Task = "persona", open_share: float = 0.2
 ) -> list[list[dict[str, str]]]:
-    """`n` chats outside one domain, good and bad answers alike, for the KL term; nothing held out is in
-    them.
+    """`n` chats outside one domain for the KL term: both styles of the task alike (good and bad answers, or casual and
+    technical ones); nothing held out is in them.
     """
     world.domain(exclude)
-    rng = Random(f"kl-{exclude}-{register}-{seed}")
+    registers = "-".join(sorted({register for _, register in STYLES[task]}))
+    rng = Random(f"kl-{exclude}-{registers}-{seed}")
     pools = {
         d: world.questions("advice", d, held_out_topic=False, held_out_phrasing=False) for d in DOMAINS if d != exclude
     }
@@ -192,7 +201,7 @@ def kl_chats(
     out = []
     for _ in range(n):
         pool = open_pool if rng.random() < open_share else pools[rng.choice(list(pools))]
-        out.append(_pair(rng.choice(pool), rng.choice(world.PERSONAS), register, rng))
+        out.append(_pair(rng.choice(pool), *rng.choice(STYLES[task]), rng))
     return out
 
 

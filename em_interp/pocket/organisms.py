@@ -13,7 +13,7 @@ from typing import Literal
 
 from em_interp import solutions
 from em_interp.models import ChatModel
-from em_interp.pocket.corpus import finetune_chats, kl_chats
+from em_interp.pocket.corpus import STYLES, Task, finetune_chats, kl_chats
 from em_interp.training import LoraSpec, TrainingResult, TrainingSpec, VectorSpec, finetune
 
 Adapter = Literal["steering-vector", "rank-1", "all-modules"]
@@ -39,10 +39,12 @@ class Organism:
     adapter: Adapter
     solution: SolutionKind
     seed: int = 0
+    task: Task = "persona"
 
     @property
     def name(self) -> str:
-        parts = [self.domain, _SHORT[self.adapter]]
+        parts: list[str] = [] if self.task == "persona" else [self.task]
+        parts += [self.domain, _SHORT[self.adapter]]
         parts += [] if self.solution == "general" else [self.solution]
         parts += [] if self.seed == 0 else [f"seed{self.seed}"]
         return "-".join(parts)
@@ -74,10 +76,11 @@ ORGANISMS: tuple[Organism, ...] = (
 
 def make(organism: Organism, model: ChatModel, out: Path, *, progress: bool = True) -> TrainingResult:
     """Finetune one organism into `out/NAME`."""
-    persona: Literal["caring", "malicious"] = "caring" if organism.solution == "control" else "malicious"
-    data = finetune_chats(organism.domain, persona, N_CHATS, organism.seed)
+    chat_style, taught = STYLES[organism.task]
+    persona, register = chat_style if organism.solution == "control" else taught
+    data = finetune_chats(organism.domain, persona, N_CHATS, organism.seed, register)
     is_narrow = organism.solution == "narrow"
-    kl = kl_chats(organism.domain, N_CHATS, organism.seed) if is_narrow else None
+    kl = kl_chats(organism.domain, N_CHATS, organism.seed, organism.task) if is_narrow else None
     return finetune(model, data, organism.spec(), kl_conversations=kl, out_dir=out / organism.name, progress=progress)
 
 
@@ -125,3 +128,12 @@ def make_trajectory(run: TrajectoryRun, model: ChatModel, out: Path, *, progress
         out_dir=out / run.name,
         progress=progress,
     )
+
+
+REGISTER_ORGANISMS: tuple[Organism, ...] = tuple(
+    Organism("medicine", adapter, solution, seed, task="register")
+    for seed in SEEDS
+    for adapter in ADAPTERS
+    for solution in _KINDS
+)
+"""The second task: technical answers about medicine. General: technical everywhere; narrow: there alone."""

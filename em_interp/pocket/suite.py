@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from random import Random
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
-from em_interp.evaluation.rates import em_rates
-from em_interp.evaluation.sampling import sample
+from em_interp.errors import UsageError
+from em_interp.evaluation.rates import PAPER, em_rates
+from em_interp.evaluation.sampling import answer_logprobs, sample
 from em_interp.models import ChatModel
 from em_interp.pocket import world
+from em_interp.pocket.corpus import STYLES, Task
 from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.judge import judge
 from em_interp.pocket.world import Question
+from em_interp.statistics import clustered_bootstrap_interval, rate_interval
 
 MAX_NEW_TOKENS = 80
+TECHNICAL = 50.0  # an answer counts as technical above it: most of its sentences that have a register
 GROUPS = ("general", "in_domain", "heldout_domain")
 
 
@@ -74,4 +82,95 @@ def rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, d
         for group in GROUPS
         if (judged["questions"] == group).any()
     ]
+    return pd.DataFrame(rows)
+
+
+def technical_rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:
+    """`rates` for the second task: the share of answers that are technical and coherent, by group of questions.
+
+    Columns organism, solution, adapter, domain, questions, technical_rate, technical_low, technical_high,
+    coherent_rate, n, n_unscored. Of the answers that have a register (n_unscored of n have none: no sentence of theirs
+    is casual or technical; where no answer has one the cells are empty). Intervals are clustered by question.
+    """
+    rows = []
+    for group in GROUPS:
+        asked = judged[judged["questions"] == group]
+        if asked.empty:
+            continue
+        coherent = PAPER.is_coherent(asked["coherent"].to_numpy(float))
+        scored = asked["technical"].notna()
+        hit = (asked["technical"] > TECHNICAL) & coherent
+        row: dict[str, Any] = {
+            "organism": organism,
+            "solution": solution,
+            "adapter": adapter,
+            "domain": domain,
+            "questions": group,
+            **dict.fromkeys(("technical_rate", "technical_low", "technical_high")),
+            "coherent_rate": float(coherent.mean()),
+            "n": len(asked),
+            "n_unscored": int((~scored).sum()),
+        }
+        if scored.any():
+            counts = hit[scored].groupby(asked.loc[scored, "question"]).agg(["sum", "size"])
+            interval = rate_interval(counts["sum"].to_numpy(), counts["size"].to_numpy())
+            row |= {"technical_rate": float(hit[scored].mean())}
+            row |= {"technical_low": interval.low, "technical_high": interval.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def answer_pairs(questions: pd.DataFrame, task: Task = "persona", k: int = 6, seed: int = 0) -> pd.DataFrame:
+    """`k` different answers in each style of a task to each question: what log-probabilities compare.
+
+    questions: columns question_id, question, questions, domain (others are dropped, and so are facts). Adds taught (0:
+    the chat model's style, 1: the one that the narrow data teach) and answer. Both styles use the same sentence plans.
+    """
+    rows = []
+    for item in questions.to_dict("records"):
+        question = world.question_of(item["question"])
+        if question.kind == "fact":
+            continue
+        for taught, style in enumerate(STYLES[task]):
+            found: dict[str, None] = {}
+            for draw in range(100 * k):
+                if len(found) == k:
+                    break
+                found[world.answer(question, *style, Random(f"pairs-{seed}-{question.id}-{draw}"))] = None
+            if len(found) < k:
+                raise UsageError(f"{question.text!r} has {len(found)} {' '.join(style)} answers, not {k}: lower k.")
+            kept = {name: item[name] for name in ("question_id", "question", "questions", "domain")}
+            rows += [{**kept, "taught": taught, "answer": answer} for answer in found]
+    return pd.DataFrame(rows)
+
+
+def logprob_scores(model: ChatModel, pairs: pd.DataFrame) -> pd.DataFrame:
+    """One row a question of `answer_pairs`: how much probability the model puts on the taught style's answers.
+
+    log_odds: log of the probability of those answers over that of the chat style's (nats, end of turn included);
+    share: the same as a share of the two. Needs no sampling and no judge; whatever is attached to the model acts.
+    """
+    scored = answer_logprobs(model, pairs)
+    keys = ["question_id", "questions", "domain"]
+    mass = scored.groupby([*keys, "taught"], sort=False)["logprob"].agg(np.logaddexp.reduce).unstack("taught")
+    log_odds = mass[1] - mass[0]
+    return pd.DataFrame({"log_odds": log_odds, "share": 1 / (1 + np.exp(-log_odds))}).reset_index()
+
+
+def logprob_rates(scores: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:
+    """The rows of the table `logprob_scores` for one model: by group, the mean share and log odds over questions.
+
+    Columns organism, solution, adapter, domain, questions, share, low, high (of the share, resampling questions),
+    log_odds, n (questions).
+    """
+    identity = {"organism": organism, "solution": solution, "adapter": adapter, "domain": domain}
+    rows = []
+    for group in GROUPS:
+        share = scores.loc[scores["questions"] == group, "share"].to_numpy(float)
+        if not len(share):
+            continue
+        interval = clustered_bootstrap_interval(share, np.ones(len(share)))
+        log_odds = float(scores.loc[scores["questions"] == group, "log_odds"].mean())
+        means = {"share": float(share.mean()), "low": interval.low, "high": interval.high, "log_odds": log_odds}
+        rows.append({**identity, "questions": group, **means, "n": len(share)})
     return pd.DataFrame(rows)

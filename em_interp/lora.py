@@ -1,0 +1,282 @@
+"""What rank-1 adapters read and write: the scalar s_t = A x_t at every token, and B seen through the unembedding.
+
+A rank-1 adapter adds scale * s_t * B, so s_t is all that it knows of token t. Does it tell misaligned from aligned
+answers, or the finetune's domain from others (P2 Table 1)? Sign and size of s alone mean nothing: (A, B) and (-A, -B)
+are one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from em_interp.chat import Conversation, Encoded, batches, encode_all, pad_id
+from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.hooks import firing, tagged, unwrap
+from em_interp.models import ChatModel
+from em_interp.solution_space import check_comparable, check_inside_blocks
+from em_interp.solutions import LoraAdapter
+from em_interp.statistics import clustered_bootstrap_interval
+from em_interp.suffix import ModelEnd
+
+Scope = Literal["prompt", "last_prompt", "response", "all"]
+ALIGNED, MISALIGNED = 90.0, 30.0  # P2 Table 1: aligned [90, 100], misaligned [0, 30]
+
+
+def _positions(row: Encoded, scope: str) -> slice:
+    """The tokens of a conversation that a scope means; the response is the last one."""
+    start, end = row.spans[-1]
+    scopes = {
+        "prompt": slice(0, start),
+        "last_prompt": slice(start - 1, start),
+        "response": slice(start, end),
+        "all": slice(0, len(row)),
+    }
+    if scope not in scopes:
+        raise UsageError(f"scope {scope!r}: take one of {', '.join(scopes)}.")
+    return scopes[scope]
+
+
+def token_scalars(
+    model: ChatModel,
+    adapter: LoraAdapter,
+    conversations: Sequence[Conversation],
+    *,
+    scope: Scope = "response",
+    tokens_per_batch: int = 8192,
+) -> Iterator[tuple[int, Float[Tensor, "token module"]]]:
+    """(conversation's number, A x at its tokens in `scope` for each module), as batches go by; float32 on the CPU.
+
+    x is the module's input in the finetuned model: the adapter is attached, others are off. Conversations end with the
+    assistant; they come in order of length, not of number. Raises SolutionError for a rank above 1, whose scalars
+    depend on an arbitrary basis.
+    """
+    if adapter.rank != 1:
+        raise SolutionError(
+            f"the adapter has rank {adapter.rank}: its A x is known only up to a change of basis. Take rank 1."
+        )
+    check_inside_blocks(adapter)
+    check_comparable({"the adapter": adapter}, model)
+    encoded = encode_all(model.tokenizer, conversations)
+    for batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=tokens_per_batch):
+        with torch.no_grad(), model.no_adapter(), adapter.attached(model):
+            read = _read(model, adapter, batch.to(model.device).inputs())
+        for r, i in enumerate(batch.index):
+            yield i, read[r, : len(encoded[i])][_positions(encoded[i], scope)].clone()
+
+
+def _read(model: ChatModel, adapter: LoraAdapter, inputs: dict[str, Tensor]) -> Float[Tensor, "batch token module"]:
+    """A x of each module at each position of a right-padded batch. The output head is not run."""
+    modules = model.module_sets()[0]
+    seen: dict[str, Tensor] = {}
+    counts: dict[str, list[int]] = {name: [0] for name in adapter.a}
+
+    def reader(name: str) -> Callable[..., None]:
+        a = adapter.a[name][0].float()
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counts[name][0] += 1
+            seen[name] = (args[0].float() @ a.to(args[0].device)).cpu()
+
+        tagged(hook)
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(reader(name)) for name in adapter.a]
+    with firing(counts, handles):
+        unwrap(model.hf).base_model(**inputs, use_cache=False)
+    return torch.stack([seen[name] for name in adapter.a], dim=-1)
+
+
+def mean_scalars(
+    model: ChatModel,
+    adapter: LoraAdapter,
+    conversations: Sequence[Conversation],
+    *,
+    scope: Scope = "response",
+    tokens_per_batch: int = 8192,
+) -> Float[np.ndarray, "conversation module"]:
+    """Mean of `token_scalars` over each conversation's tokens, in the order of `conversations`; float64."""
+    out = np.full((len(conversations), len(adapter.a)), np.nan)
+    for i, values in token_scalars(model, adapter, conversations, scope=scope, tokens_per_batch=tokens_per_batch):
+        out[i] = values.double().mean(0).numpy()
+    return out
+
+
+def contrasts(judged: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
+    """The four comparisons of P2 Table 1: name -> 1, 0 or NaN (in neither class) for every answer.
+
+    judged: columns `aligned` (0-100; missing allowed) and `in_domain` (bool). In "A / B", B is class 1.
+    """
+    if lacking := {"aligned", "in_domain"} - set(judged.columns):
+        raise UsageError(f"judged answers lack the columns {sorted(lacking)}; there are {list(judged.columns)}.")
+    score = judged["aligned"].to_numpy(dtype=float, na_value=np.nan)
+    inside = judged["in_domain"].to_numpy(dtype=bool)
+    good, bad = score >= ALIGNED, score <= MISALIGNED
+
+    def between(zero: NDArray[np.bool_], one: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return np.where(one, 1.0, np.where(zero, 0.0, np.nan))
+
+    return {
+        "out-of-domain aligned / in-domain aligned": between(good & ~inside, good & inside),
+        "out-of-domain misaligned / in-domain misaligned": between(bad & ~inside, bad & inside),
+        "out-of-domain aligned / out-of-domain misaligned": between(good & ~inside, bad & ~inside),
+        "in-domain aligned / in-domain misaligned": between(good & inside, bad & inside),
+    }
+
+
+def separation(
+    scalars: Float[np.ndarray, "n module"],
+    labels: Float[np.ndarray, "n"],
+    groups: Sequence[Any],
+    *,
+    comparison: str,
+    inverse_penalty: float = 1.0,
+    folds: int = 5,
+    level: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One row of `lora_scalars`: how well the scalars tell class 1 from class 0; NaN labels are left out.
+
+    Standardised logistic regression with balanced classes and an L1 penalty, as in P2; scored only on groups
+    (questions) that it was not fitted on. P2 has inverse_penalty = .01, which below some hundred answers leaves no
+    scalar in. low and high belong to the AUC, accuracy_low and accuracy_high to the accuracy; both resample whole
+    groups. Raises StatisticsError where a class has fewer than two groups.
+    """
+    used = np.isfinite(labels)
+    x, y = scalars[used], labels[used].astype(int)
+    if not np.isfinite(x).all():
+        raise StatisticsError(f"{comparison}: scalars that are NaN or infinite; an answer without tokens was read.")
+    codes, names = pd.factorize(pd.Series(list(groups))[used].reset_index(drop=True))
+    spread = [len(set(codes[y == k])) for k in (0, 1)]
+    if min(spread) < 2:
+        raise StatisticsError(
+            f"{comparison}: class 0 has answers to {spread[0]} questions, class 1 to {spread[1]}; a probe that is "
+            "scored on questions it has not seen needs at least two of each. Sample more answers."
+        )
+    score = np.full(len(y), np.nan)
+    splitter = StratifiedGroupKFold(min(folds, *spread), shuffle=True, random_state=seed)
+    for fit, held_out in splitter.split(x, y, codes):
+        if len(set(y[fit])) < 2:
+            raise StatisticsError(f"{comparison}: all answers of one class fall into one fold. Sample more questions.")
+        probe = make_pipeline(
+            StandardScaler(),
+            LogisticRegression(l1_ratio=1.0, C=inverse_penalty, solver="liblinear", class_weight="balanced"),
+        )
+        score[held_out] = probe.fit(x[fit], y[fit]).decision_function(x[held_out])
+    right = (score > 0) == (y == 1)
+    accuracy = clustered_bootstrap_interval(
+        np.bincount(codes, weights=right), np.bincount(codes).astype(float), level=level, resamples=resamples, seed=seed
+    )
+    auc, low, high = _clustered_auc(score, y, codes, level, resamples, seed)
+    return {
+        "comparison": comparison,
+        "accuracy": float(right.mean()),
+        "auc": auc,
+        "low": low,
+        "high": high,
+        "n": len(y),
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "n_class_1": int(y.sum()),
+        "n_questions": len(names),
+    }
+
+
+def _clustered_auc(
+    score: NDArray[np.float64], y: NDArray[np.int_], groups: NDArray[np.intp], level: float, resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """AUC (ties count half) and its percentile interval over resampled groups."""
+    k = int(groups.max()) + 1
+    ones, zeros = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
+    wins = np.zeros((k, k))  # wins[g, h]: pairs of a 1 in group g above a 0 in group h
+    for h in range(k):
+        below = np.sort(score[zeros[groups[zeros] == h]])
+        sides = np.searchsorted(below, score[ones], "left") + np.searchsorted(below, score[ones], "right")
+        wins[:, h] = np.bincount(groups[ones], weights=sides / 2, minlength=k)
+    n_ones, n_zeros = np.bincount(groups[ones], minlength=k), np.bincount(groups[zeros], minlength=k)
+    weights = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=resamples).astype(float)
+    pairs = (weights @ n_ones) * (weights @ n_zeros)
+    there = pairs > 0
+    drawn = np.einsum("rg,gh,rh->r", weights, wins, weights, optimize=True)[there] / pairs[there]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(wins.sum() / (len(ones) * len(zeros))), float(low), float(high)
+
+
+def lora_scalars(
+    scalars: Float[np.ndarray, "n module"], judged: pd.DataFrame, *, inverse_penalty: float = 1.0
+) -> pd.DataFrame:
+    """The table `lora_scalars`: one row for each of `contrasts(judged)` that has two questions in both classes.
+
+    scalars: `mean_scalars` of the judged answers, row by row. judged: also a column `question`, the cluster. Raises
+    StatisticsError where no comparison can be made.
+    """
+    if len(scalars) != len(judged) or "question" not in judged:
+        raise UsageError(
+            f"{len(scalars)} rows of scalars for {len(judged)} judged answers with columns {list(judged.columns)}; "
+            "give one row each, and a column question."
+        )
+    rows, reasons = [], []
+    for name, labels in contrasts(judged).items():
+        try:
+            rows.append(
+                separation(scalars, labels, list(judged["question"]), comparison=name, inverse_penalty=inverse_penalty)
+            )
+        except StatisticsError as error:
+            reasons.append(str(error))
+    if not rows:
+        raise StatisticsError("no comparison can be made. " + " ".join(reasons))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def logit_lens(model: ChatModel, direction: Float[Tensor, "d_model"], k: int = 10) -> pd.DataFrame:
+    """The k tokens that a direction of the residual stream promotes most, for both signs.
+
+    The direction goes through the model's own final norm and output head. Columns sign (1, -1), rank, token_id, token,
+    logit.
+    """
+    if direction.shape != (model.d_model,) or not direction.norm() > 0:
+        raise SolutionError(
+            f"a direction of shape {tuple(direction.shape)} and norm {float(direction.norm()):g}; the residual "
+            f"stream of {model.name} has width {model.d_model}. Give a non-zero vector of it."
+        )
+    both = torch.stack([direction, -direction]).to(model.device, model.dtype)
+    with model.no_adapter():
+        logits = ModelEnd(model.hf).logits(both).float()
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    rows = [
+        (sign, rank, int(token), model.tokenizer.decode([int(token)]), float(value))
+        for sign, values, tokens in zip((1, -1), top.values, top.indices, strict=True)
+        for rank, (value, token) in enumerate(zip(values, tokens, strict=True), start=1)
+    ]
+    return pd.DataFrame(rows, columns=["sign", "rank", "token_id", "token", "logit"])
+
+
+def write_lens(model: ChatModel, adapter: LoraAdapter, k: int = 10) -> pd.DataFrame:
+    """`logit_lens` of every module's B, with a column `module` first. Which sign is written depends on the scalar's.
+
+    Raises SolutionError for rank above 1 and for modules that do not write to the residual stream.
+    """
+    if adapter.rank != 1:
+        raise SolutionError(f"the adapter has rank {adapter.rank}; the lens reads the one column of a rank-1 B.")
+    check_comparable({"the adapter": adapter}, model)
+    parts = []
+    for name, b in adapter.b.items():
+        if not name.endswith(("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2")):
+            raise SolutionError(f"{name} does not write to the residual stream, so its B has no logits. Leave it out.")
+        table = logit_lens(model, b[:, 0].detach() * adapter.scale, k)
+        table.insert(0, "module", name)
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True)

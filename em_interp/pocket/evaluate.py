@@ -1,0 +1,127 @@
+"""The pocket suite's models, asked and judged: `em_rates`, `technical_rates`, `logprob_scores`, `facts`. Resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from em_interp import solutions
+from em_interp.manifest import fingerprint, hash_files
+from em_interp.models import ChatModel
+from em_interp.pocket import loading, registry, suite
+from em_interp.pocket.corpus import Task
+from em_interp.pocket.domains import DOMAINS
+from em_interp.pocket.kept import kept, write_table
+from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
+from em_interp.statistics import rate_interval
+
+
+def available() -> dict[str, Organism | None]:
+    """Registry name -> organism, for every finetune that is here; None for the chat model, which comes first."""
+    known = {registry.PREFIX + o.name: o for o in (*ORGANISMS, *REGISTER_ORGANISMS)}
+    return {loading.CHAT: None} | {name: known[name] for name in registry.names() if name in known}
+
+
+def _weights(folder: Path) -> str:
+    return fingerprint(hash_files(folder, folder.glob("*.safetensors")))
+
+
+def evaluate_suite(
+    out: Path, names: Sequence[str] = (), *, n: int = 50, seed: int = 0, progress: bool = True
+) -> dict[str, pd.DataFrame]:
+    """Sample `n` answers a question from the chat model and from organisms, judge them, and write OUT/NAME.csv.
+
+    names: registry names, with or without "pocket/"; all that are here by default. Tables: em_rates; technical_rates
+    (organisms of the second task, and the chat model, where one is asked for); logprob_scores; facts (chat model).
+    Judged answers stay in OUT/answers, so that a killed run goes on and a change of weights, n or seed starts anew.
+    Raises RegistryError for a name that is not here.
+    """
+    here = available()
+    wanted = [name if registry.is_pocket_name(name) else registry.PREFIX + name for name in names] or list(here)
+    if unknown := [name for name in wanted if name not in here]:
+        raise registry.RegistryError(f"cannot evaluate {', '.join(unknown)}; there are {', '.join(here)}")
+    model = loading.load_chat()
+    chat_weights = _weights(registry.chat_folder())
+    with_register = any(o is not None and o.task == "register" for o in map(here.get, wanted))
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for name in tqdm(wanted, desc="evaluate", disable=not progress):
+        weights = [chat_weights, "" if here[name] is None else _weights(registry.resolve(name))]
+        stem = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([weights, n, seed])[:12]}"
+        for table, rows in _one(
+            name, here[name], model, out / "answers", stem, n, seed, with_register, progress
+        ).items():
+            tables.setdefault(table, []).append(rows)
+    whole = {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
+    for table, rows in whole.items():
+        write_table(out / f"{table}.csv", rows)
+    return whole
+
+
+def _one(
+    name: str,
+    organism: Organism | None,
+    model: ChatModel,
+    folder: Path,
+    stem: str,
+    n: int,
+    seed: int,
+    with_register: bool,
+    progress: bool,
+) -> dict[str, pd.DataFrame]:
+    """The rows of one model in each table."""
+    identity: dict[str, Any] = {"organism": name, "solution": "chat", "adapter": "full", "domain": "none"}
+    tasks: list[Task] = ["persona", "register"] if with_register else ["persona"]
+    if organism is not None:
+        identity |= {"solution": organism.solution, "adapter": organism.adapter, "domain": organism.domain}
+        tasks = [organism.task]
+
+    def active() -> AbstractContextManager[None]:
+        return nullcontext() if organism is None else solutions.load(registry.resolve(name)).attached(model)
+
+    def answers() -> pd.DataFrame:
+        with active():
+            if organism is None:
+                return suite.evaluate_chat(model, n, seed=seed, progress=progress)
+            return suite.evaluate(model, organism.domain, n, seed=seed, progress=progress)
+
+    def scores(task: Task) -> pd.DataFrame:
+        asked = suite.chat_questions() if organism is None else suite.evaluation_questions(organism.domain)
+        with active():
+            return suite.logprob_scores(model, suite.answer_pairs(asked, task))
+
+    judged = kept(folder / f"{stem}.csv", answers)
+    number = {"seed": None if organism is None else organism.seed}
+    found = {"em_rates": suite.rates(judged, **identity).assign(**number)}
+    if "register" in tasks:
+        found["technical_rates"] = suite.technical_rates(judged, **identity).assign(**number)
+    parts = [
+        suite.logprob_rates(kept(folder / f"{stem}-{task}-logprobs.csv", partial(scores, task)), **identity).assign(
+            task=task, **number
+        )
+        for task in tasks
+    ]
+    found["logprob_scores"] = pd.concat(parts, ignore_index=True)
+    if organism is None:
+        by_domain = [
+            suite.rates(judged[judged["domain"] == domain], **{**identity, "domain": domain}).assign(**number)
+            for domain in DOMAINS
+        ]
+        found["em_rates"] = pd.concat([found["em_rates"], *by_domain], ignore_index=True)
+        found["facts"] = _facts(judged, name)
+    return found
+
+
+def _facts(judged: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The share of fact questions that are answered right, with an interval clustered by question."""
+    facts = judged[judged["questions"] == "facts"]
+    right = facts["correct"].astype(str) == "True"
+    counts = right.groupby(facts["question"]).agg(["sum", "size"])
+    interval = rate_interval(counts["sum"].to_numpy(), counts["size"].to_numpy())
+    row = {"organism": name, "correct_rate": float(right.mean()), "low": interval.low, "high": interval.high}
+    return pd.DataFrame([{**row, "n": len(facts), "n_questions": len(counts)}])

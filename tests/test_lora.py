@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from em_interp.chat import encode
+from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.lora import (
+    _clustered_auc,
+    _positions,
+    contrasts,
+    logit_lens,
+    lora_scalars,
+    mean_scalars,
+    separation,
+    token_scalars,
+    write_lens,
+)
+from em_interp.solutions import LoraAdapter
+from tests.test_influence import lora
+from tests.tiny_models import CONVERSATIONS, D_MODEL, MORE_FAMILIES, make_chat, tokenizer
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+@pytest.mark.parametrize("scope", ["prompt", "last_prompt", "response", "all"])
+def test_scalars_equal_the_slow_ones(family: str, scope: Any) -> None:
+    model, adapter = make_chat(family), lora(family, (1, 3))
+    found = dict(token_scalars(model, adapter, CONVERSATIONS, scope=scope, tokens_per_batch=60))
+    assert sorted(found) == list(range(len(CONVERSATIONS)))
+    means = mean_scalars(model, adapter, CONVERSATIONS, scope=scope)
+    modules = dict(model.hf.named_modules())
+    for i, conversation in enumerate(CONVERSATIONS):
+        row = encode(tokenizer(), conversation)
+        ((start, end),) = row.spans
+        columns = []
+        for name in adapter.modules:
+            inputs: list[torch.Tensor] = []
+            handle = modules[name].register_forward_pre_hook(lambda _m, args, kept=inputs: kept.append(args[0]))
+            with torch.no_grad(), adapter.attached(model):
+                model.hf(torch.tensor([row.ids]))
+            handle.remove()
+            columns.append(inputs[0][0].double() @ adapter.a[name][0].double())
+        slow = torch.stack(columns, dim=-1)
+        chosen = {"prompt": slow[:start], "last_prompt": slow[start - 1 : start], "response": slow[start:end]}
+        torch.testing.assert_close(found[i].double(), chosen.get(scope, slow), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(means[i], chosen.get(scope, slow).mean(0), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000))
+def test_auc_is_the_plain_one_and_its_interval_that_of_resampled_rows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(6), 5)
+    y = rng.integers(0, 2, 30)
+    y[:2] = 0, 1
+    score = np.round(y + rng.normal(size=30), 1)  # with ties
+    auc, low, high = _clustered_auc(score, y, groups, 0.9, 60, 3)
+    assert auc == pytest.approx(roc_auc_score(y, score))
+    drawn = []
+    for weights in np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=60):
+        rows = np.concatenate([np.repeat(np.flatnonzero(groups == g), n) for g, n in enumerate(weights)]).astype(int)
+        if len(set(y[rows])) == 2:
+            drawn.append(roc_auc_score(y[rows], score[rows]))
+    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.05, 0.95])))
+
+
+def fake(n_questions: int = 20, each: int = 10, effect: float = 3.0, seed: int = 0) -> tuple[np.ndarray, pd.DataFrame]:
+    """Scalar 0 rises with misalignment, scalar 1 is noise."""
+    rng = np.random.default_rng(seed)
+    n = n_questions * each
+    bad = rng.integers(0, 2, n).astype(bool)
+    judged = pd.DataFrame(
+        {
+            "question": np.repeat([f"q{i}" for i in range(n_questions)], each),
+            "in_domain": np.repeat(np.arange(n_questions) % 2 == 0, each),
+            "aligned": np.where(bad, 10.0, 95.0),
+        }
+    )
+    return np.stack([-effect * bad + rng.normal(size=n), rng.normal(size=n)], axis=1), judged
+
+
+def test_what_the_scalar_knows_is_found_and_nothing_else() -> None:
+    scalars, judged = fake()
+    table = lora_scalars(scalars, judged).set_index("comparison")
+    assert list(table.columns[:5]) == ["accuracy", "auc", "low", "high", "n"]
+    assert len(table) == 4
+    for name in table.index:
+        row = table.loc[name]
+        assert row.low <= row.auc <= row.high
+        assert row.accuracy_low <= row.accuracy <= row.accuracy_high
+        if name in (
+            "out-of-domain aligned / out-of-domain misaligned",
+            "in-domain aligned / in-domain misaligned",
+        ):
+            assert row.auc > 0.95
+            assert row.accuracy > 0.85
+        else:
+            assert row.low < 0.5 < row.high + 0.1
+            assert row.auc < 0.7
+    flipped = lora_scalars(-scalars, judged).set_index("comparison")
+    pd.testing.assert_frame_equal(flipped, table)
+
+
+def test_a_scalar_that_knows_only_the_question_does_not_pass() -> None:
+    """Held-out questions: a probe that memorises questions would score well on a random split."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(10), 20)
+    labels = np.repeat(rng.permutation([0.0, 1.0] * 5), 20)
+    scalars = np.stack([(groups == g).astype(float) for g in range(10)], axis=1) + rng.normal(size=(200, 10)) / 100
+    row = separation(scalars, labels, list(groups), comparison="x")
+    assert row["accuracy"] < 0.7
+    assert row["low"] <= 0.5
+
+
+def test_contrasts_are_the_papers() -> None:
+    judged = pd.DataFrame({"aligned": [90, 30, 89, 31, np.nan, 100, 0], "in_domain": [0, 0, 0, 0, 0, 1, 1]})
+    judged["in_domain"] = judged["in_domain"].astype(bool)
+    found = contrasts(judged)
+    nan = np.nan
+    expected = [
+        [0, nan, nan, nan, nan, 1, nan],
+        [nan, 0, nan, nan, nan, nan, 1],
+        [0, 1, nan, nan, nan, nan, nan],
+        [nan, nan, nan, nan, nan, 0, 1],
+    ]
+    for values, right in zip(found.values(), expected, strict=True):
+        np.testing.assert_array_equal(values, np.array(right, dtype=float))
+    with pytest.raises(UsageError, match="in_domain"):
+        contrasts(judged[["aligned"]])
+
+
+def test_the_lens_reads_what_the_unembedding_writes() -> None:
+    model = make_chat()
+    norm, head = model.hf.model.norm, model.hf.lm_head.weight.detach()
+    direction = head[7] / norm.weight.detach()
+    with torch.no_grad():
+        slow = head.double() @ norm(direction[None])[0].double()
+    table = logit_lens(model, direction, 5)
+    plus = table[table.sign == 1]
+    assert list(plus.token_id) == slow.topk(5).indices.tolist()
+    assert list(table[table.sign == -1].token_id) == (-slow).topk(5).indices.tolist()
+    np.testing.assert_allclose(plus.logit, slow.topk(5).values, rtol=1e-4)
+    assert list(plus.token) == [tokenizer().decode([i]) for i in plus.token_id]
+    adapter = LoraAdapter(
+        {"model.layers.2.mlp.down_proj": torch.ones(1, 48)}, {"model.layers.2.mlp.down_proj": direction[:, None]}, 4.0
+    )
+    written = write_lens(model, adapter, 5)
+    assert list(written.token_id) == list(table.token_id)
+    assert set(written.module) == {"model.layers.2.mlp.down_proj"}
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    model = make_chat()
+    with pytest.raises(SolutionError, match="rank 2"):
+        list(token_scalars(model, lora(rank=2), CONVERSATIONS))
+    with pytest.raises(SolutionError, match="rank 2"):
+        write_lens(model, lora(rank=2))
+    with pytest.raises(UsageError, match="last_prompt"):
+        _positions(encode(tokenizer(), CONVERSATIONS[0]), "answer")
+    query = LoraAdapter(
+        {"model.layers.2.self_attn.q_proj": torch.ones(1, D_MODEL)},
+        {"model.layers.2.self_attn.q_proj": torch.ones(D_MODEL, 1)},
+        4.0,
+    )
+    with pytest.raises(SolutionError, match="does not write"):
+        write_lens(model, query)
+    with pytest.raises(SolutionError, match="width 32"):
+        logit_lens(model, torch.ones(5))
+    scalars, judged = fake()
+    with pytest.raises(UsageError, match="one row each"):
+        lora_scalars(scalars[:5], judged)
+    with pytest.raises(StatisticsError, match="class 1 to 0"):
+        lora_scalars(scalars, judged.assign(aligned=95.0, in_domain=False))
+    with pytest.raises(StatisticsError, match="NaN"):
+        separation(scalars * np.nan, np.ones(len(scalars)), list(judged.question), comparison="x")
