@@ -1,4 +1,4 @@
-"""The command line: ``em-interp reproduce | fetch | inspect | pocket``."""
+"""The command line: ``em-interp reproduce | fetch | inspect | steer | ablate | pocket``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from em_interp import __version__
 from em_interp.errors import EmInterpError, UsageError
+from em_interp.intervention_commands import register as register_interventions
 from em_interp.pocket.commands import app as pocket_app
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pocket_app, name="pocket")
+register_interventions(app)
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
