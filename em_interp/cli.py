@@ -1,4 +1,4 @@
-"""The command line: ``em-interp reproduce | extract | fetch | inspect | pocket``."""
+"""The command line: ``em-interp reproduce | evaluate | extract | steer | ablate | fetch | inspect | pocket``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.table import Table
 
 from em_interp import __version__
 from em_interp.errors import EmInterpError, UsageError
-from em_interp.extract_command import extract
 from em_interp.evaluate_command import evaluate
+from em_interp.extract_command import extract
+from em_interp.intervention_commands import register as register_interventions
 from em_interp.pocket.commands import app as pocket_app
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(pocket_app, name="pocket")
 app.command()(extract)
 app.command()(evaluate)
+register_interventions(app)
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 

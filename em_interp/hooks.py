@@ -51,17 +51,26 @@ def _resolve(root: nn.Module, path: str) -> nn.Module | None:
     return here if isinstance(here, nn.Module) else None
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a transformers model (or a PeftModel over one), first to last."""
+def _block_path(model: nn.Module) -> str:
     base = unwrap(model)
     for path in _BLOCK_PATHS:
         found = _resolve(base, path)
         if isinstance(found, nn.ModuleList) and len(found):
-            return list(found)
+            return path
     raise HookError(
         f"{type(base).__name__}: no decoder blocks found at any of {', '.join(_BLOCK_PATHS)}. "
         "Add this architecture's path to em_interp.hooks._BLOCK_PATHS."
     )
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of a transformers model (or a PeftModel over one), first to last."""
+    return list(unwrap(model).get_submodule(_block_path(model)))
+
+
+def body_name(model: nn.Module) -> str:
+    """Name of the module that runs the decoder blocks: embeddings to final norm, without the output head."""
+    return _block_path(model).rpartition(".")[0]
 
 
 def check_layer(layer: int, n_layers: int) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
+from em_interp.contenders import over_training_seeds
+from em_interp.efficiency import efficiency_curves, efficiency_table, lead_at_equal_norm
 from tqdm.auto import tqdm
 
 from analyses.organisms import contenders, landscape
 from analyses.suite import Suite
 from em_interp import figures
-from em_interp.contenders import over_training_seeds
-from em_interp.efficiency import efficiency_curves, efficiency_table, lead_at_equal_norm
 from em_interp.pocket.organisms import DOMAINS
 
 TITLE = "Efficiency: loss against norm"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,83 @@ def _stop_ids(model: ChatModel) -> list[int]:
     return sorted(int(i) for i in ids if i is not None)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer."""
+
+    text: str
+    finished: bool
+    """False where it was cut at max_new_tokens."""
+    n_tokens: int
+    """End of turn included."""
+
+
+def _no_context(_group: Sequence[int]) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 @torch.no_grad()
+def sample_rows(
+    model: ChatModel,
+    questions: Questions,
+    rows: Sequence[tuple[str, int]],
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    system: str | None = None,
+    tokens_per_batch: int = 65_536,
+    progress: bool = True,
+    around: Callable[[Sequence[int]], AbstractContextManager[Any]] = _no_context,
+) -> list[Answer]:
+    """One answer for each (question id, sample number), which decide its random numbers with `seed`; see `sample`.
+
+    A pair may come several times. around: a context for each batch, made from the numbers of the rows in it, in their
+    order: so that rows can be treated differently within one `generate`.
+    """
+    if max_new_tokens < 1 or not temperature >= 0:
+        raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
+    prompts = {
+        key: Encoded(prompt_ids(model.tokenizer, as_conversation(question, system)), ())
+        for key, question in questions.items()
+    }
+    encoded = [prompts[key] for key, _ in rows]
+    stops, pad = _stop_ids(model), pad_id(model.tokenizer)
+    answers: dict[int, Answer] = {}
+    groups = budget_groups([len(row) + max_new_tokens for row in encoded], tokens_per_batch)
+    with tqdm(total=len(rows), desc="sample", disable=not progress, leave=False) as bar:
+        for group in groups:
+            batch = collate(encoded, group, pad=pad, side="left").to(model.device)
+            options: dict[str, Any] = {}
+            if temperature > 0:
+                uniforms = np.stack([_uniforms(seed, *rows[i], max_new_tokens) for i in group])
+                options["logits_processor"] = [_InverseCdf(torch.from_numpy(uniforms), temperature)]
+            with around(group):
+                out = model.hf.generate(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=position_ids(batch.attention_mask),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    repetition_penalty=1.0,
+                    use_cache=True,
+                    eos_token_id=stops,
+                    pad_token_id=pad,
+                    **options,
+                )
+            new = out[:, batch.input_ids.shape[1] :].tolist()
+            for i, tokens in zip(group, new, strict=True):
+                end = next((t for t, token in enumerate(tokens) if token in stops), None)
+                text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                answers[i] = Answer(text, end is not None, len(tokens) if end is None else end + 1)
+            bar.update(len(group))
+    return [answers[i] for i in range(len(rows))]
+
+
 def sample(
     model: ChatModel,
     questions: Questions,
@@ -92,52 +170,33 @@ def sample(
     Answer (id, k) is the same whatever n, the other questions and the batches are, but for rounding.
     temperature 0 takes the likeliest token.
     """
-    if not questions or n < 1 or max_new_tokens < 1 or not temperature >= 0:
-        raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}, max_new_tokens={max_new_tokens}.")
-    asked = {key: as_conversation(question, system) for key, question in questions.items()}
-    prompts = {key: Encoded(prompt_ids(model.tokenizer, turns), ()) for key, turns in asked.items()}
-    rows = [(key, k) for key in asked for k in range(n)]
-    encoded = [prompts[key] for key, _ in rows]
-    stops, pad = _stop_ids(model), pad_id(model.tokenizer)
-    answers: dict[int, tuple[str, bool, int]] = {}
-    groups = budget_groups([len(row) + max_new_tokens for row in encoded], tokens_per_batch)
-    with tqdm(total=len(rows), desc="sample", disable=not progress, leave=False) as bar:
-        for group in groups:
-            batch = collate(encoded, group, pad=pad, side="left").to(model.device)
-            options: dict[str, Any] = {}
-            if temperature > 0:
-                uniforms = np.stack([_uniforms(seed, *rows[i], max_new_tokens) for i in group])
-                options["logits_processor"] = [_InverseCdf(torch.from_numpy(uniforms), temperature)]
-            out = model.hf.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=position_ids(batch.attention_mask),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
-                use_cache=True,
-                eos_token_id=stops,
-                pad_token_id=pad,
-                **options,
-            )
-            new = out[:, batch.input_ids.shape[1] :].tolist()
-            for i, tokens in zip(group, new, strict=True):
-                end = next((t for t, token in enumerate(tokens) if token in stops), None)
-                text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                answers[i] = (text, end is not None, len(tokens) if end is None else end + 1)
-            bar.update(len(group))
+    if not questions or n < 1:
+        raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}.")
+    rows = [(key, k) for key in questions for k in range(n)]
+    answers = sample_rows(
+        model,
+        questions,
+        rows,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        system=system,
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+    return answer_table(questions, rows, answers)
+
+
+def answer_table(questions: Questions, rows: Sequence[tuple[str, int]], answers: Sequence[Answer]) -> pd.DataFrame:
+    """The columns that `sample` promises, one row for each of `rows`."""
     return pd.DataFrame(
         {
             "question_id": [key for key, _ in rows],
-            "question": [asked[key][-1]["content"] for key, _ in rows],
+            "question": [as_conversation(questions[key])[-1]["content"] for key, _ in rows],
             "sample": [k for _, k in rows],
-            "answer": [answers[i][0] for i in range(len(rows))],
-            "finished": [answers[i][1] for i in range(len(rows))],
-            "n_tokens": [answers[i][2] for i in range(len(rows))],
+            "answer": [answer.text for answer in answers],
+            "finished": [answer.finished for answer in answers],
+            "n_tokens": [answer.n_tokens for answer in answers],
         }
     )
 

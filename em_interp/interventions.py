@@ -1,0 +1,242 @@
+"""Changing the residual stream while a model runs: `with intervening(model, [Steer(...), Ablate(...)]):`.
+
+Interventions act on block outputs (layer l is the output of block l), in the order given, in every forward pass: plain,
+or within `generate` with or without KV cache, through `.hf` and `.bridge` alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, runtime_checkable
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from em_interp.adapter_files import short_name
+from em_interp.directions import Direction
+from em_interp.errors import DirectionError, HookError, UsageError
+from em_interp.evaluation.sampling import Questions, sample
+from em_interp.hooks import BlockFn, block_hooks, body_name, check_layer, firing
+from em_interp.models import ChatModel
+
+SCOPES: Final = ("all", "prompt", "response")
+"""Which tokens an intervention acts on. The last token of a prompt belongs to the prompt."""
+
+
+@dataclass
+class Add:
+    """hidden + theta. theta: [d_model], or [batch, d_model] with one row per sequence."""
+
+    theta: Float[Tensor, "*batch d_model"]
+    scope: str
+
+    def __call__(self, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        if self.theta.ndim == 2 and self.theta.shape[0] != hidden.shape[0]:
+            raise HookError(
+                f"{self.theta.shape[0]} coefficients for a batch of {hidden.shape[0]} rows. Give one a row, in the "
+                "batch's order, or a single number; beams and several returned sequences count as rows."
+            )
+        self.theta = self.theta.to(hidden.device, hidden.dtype)
+        return hidden + self.theta.unsqueeze(-2)
+
+    def merged(self, other: Add) -> Add:
+        """One addition that does both."""
+        return Add(self.theta + other.theta, self.scope)
+
+
+@dataclass
+class Project:
+    """hidden - left @ right @ (hidden - bias): an orthogonal or oblique projection. At least in float32."""
+
+    left: Float[Tensor, "d_model k"]
+    right: Float[Tensor, "k d_model"]
+    scope: str
+    bias: Float[Tensor, " d_model"] | None = None
+
+    def __call__(self, hidden: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        work = hidden if hidden.dtype in (torch.float32, torch.float64) else hidden.float()
+        if self.left.dtype != work.dtype or self.left.device != work.device:
+            self.left, self.right = self.left.to(work), self.right.to(work)
+            self.bias = None if self.bias is None else self.bias.to(work)
+        centred = work if self.bias is None else work - self.bias
+        return (work - (centred @ self.right.T) @ self.left.T).to(hidden.dtype)
+
+
+Edit = Add | Project
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """What `intervening` takes: `Steer`, `Ablate`, `Erase`."""
+
+    def edits(self, model: ChatModel) -> Mapping[int, Edit]:
+        """What to do at which layer of this model. Raises DirectionError or HookError where it does not fit."""
+        ...
+
+
+def check_scope(scope: str) -> None:
+    """Refuse an unknown token scope."""
+    if scope not in SCOPES:
+        raise UsageError(f"token scope {scope!r} is not known; use one of {', '.join(SCOPES)}.")
+
+
+def check_direction(direction: Direction, model: ChatModel) -> None:
+    """Raise DirectionError for a direction of another width or, as far as names tell, another model."""
+    if direction.d_model != model.d_model:
+        raise DirectionError(
+            f"a direction of width {direction.d_model} (made on {direction.model}) for {model.name} with d_model "
+            f"{model.d_model}. Load the model it was made on, or extract the direction on this one."
+        )
+    known = {short_name(name) for name in (model.name, str(getattr(model.hf.config, "_name_or_path", "")))}
+    if direction.model != "unknown" and short_name(direction.model) not in known:
+        raise DirectionError(
+            f"a direction made on {direction.model} for {model.name}: other weights share no axes with it. Load that "
+            "model; if you know that this one is a finetune of it, say so: "
+            "dataclasses.replace(direction, model=model.name)."
+        )
+
+
+class _Tokens:
+    """Which tokens of the present pass are prompt and which are response.
+
+    From `response_mask` if given; else the first pass of a cached generation is the prompt and what follows is the
+    response. What is neither (a plain forward pass, or generation without a cache) is refused.
+    """
+
+    def __init__(self, response_mask: Bool[Tensor, "batch token"] | None) -> None:
+        self.mask = None if response_mask is None else response_mask.cpu()
+        self.seen = 0
+        """Number of tokens in the KV cache before this pass."""
+        self.passes = [0]
+
+    def hook(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each pass of the decoder body."""
+        self.passes[0] += 1
+        cache = kwargs.get("past_key_values")
+        self.seen = 0 if cache is None else int(cache.get_seq_length())
+        if self.mask is None and cache is None and kwargs.get("use_cache") is not True:
+            raise HookError(
+                "a pass without KV cache does not tell prompt from response. Pass "
+                "intervening(..., response_mask=batch.answer_mask), true at the response tokens of the input, or use "
+                "scope 'all'."
+            )
+
+    def where(self, scope: str, hidden: Float[Tensor, "batch token d_model"]) -> Bool[Tensor, "batch token"] | bool:
+        """True at this pass's tokens that the scope holds; a single bool where it is the same for all."""
+        rows, width = hidden.shape[:2]
+        if self.mask is None:
+            if self.seen and width > 1:
+                raise HookError(
+                    f"{width} tokens at once after {self.seen} in the KV cache: a prompt in pieces and a response look "
+                    "the same. Pass intervening(..., response_mask=...) or use scope 'all'."
+                )
+            return bool(self.seen) == (scope == "response")
+        if self.mask.shape[0] != rows:
+            raise HookError(f"response_mask has {self.mask.shape[0]} rows and the batch {rows}. Give one row a row.")
+        response = torch.ones(rows, width, dtype=torch.bool)
+        known = self.mask[:, self.seen : self.seen + width]
+        response[:, : known.shape[1]] = known
+        found = response if scope == "response" else ~response
+        return found if bool(found.any()) else False
+
+
+def _block_function(edits: Sequence[Edit], tokens: _Tokens, touched: Mapping[str, list[int]]) -> BlockFn:
+    def function(hidden: Tensor) -> Tensor:
+        for edit in edits:
+            where = True if edit.scope == "all" else tokens.where(edit.scope, hidden)
+            if where is False:
+                continue
+            touched[edit.scope][0] += 1
+            new = edit(hidden)
+            hidden = new if where is True else torch.where(where.unsqueeze(-1).to(hidden.device), new, hidden)
+        return hidden
+
+    return function
+
+
+@contextmanager
+def intervening(
+    model: ChatModel,
+    interventions: Sequence[Intervention],
+    *,
+    response_mask: Bool[Tensor, "batch token"] | None = None,
+) -> Iterator[None]:
+    """Inside, the interventions act in every pass of `model.hf` and `model.bridge`; hooks are removed at the end.
+
+    response_mask: for scopes "prompt" and "response" in passes without KV cache: true at the response tokens of the
+    input (`Batch.answer_mask`); tokens beyond its width are response. Not needed for cached `generate`.
+
+    Raises DirectionError for a direction of another width or model, HookError for an unknown layer, for a number of
+    coefficients that is not the batch's, and at the end if no pass was run or a scope never held a token.
+    """
+    plan: dict[int, list[Edit]] = {}
+    for intervention in interventions:
+        for layer, edit in intervention.edits(model).items():
+            here = plan.setdefault(check_layer(layer, model.n_layers), [])
+            last = here[-1] if here else None
+            if isinstance(last, Add) and isinstance(edit, Add) and last.scope == edit.scope:
+                here[-1] = last.merged(edit)
+            else:
+                here.append(edit)
+    touched = {edit.scope: [0] for here in plan.values() for edit in here}
+    tokens = _Tokens(response_mask)
+    with ExitStack() as stack:
+        if set(touched) - {"all"}:
+            bodies = [modules[body_name(model.hf)] for modules in model.module_sets()]
+            handles = [body.register_forward_pre_hook(tokens.hook, with_kwargs=True) for body in bodies]
+            stack.enter_context(firing({"the decoder body": tokens.passes}, handles))
+        functions = {layer: _block_function(here, tokens, touched) for layer, here in plan.items()}
+        stack.enter_context(block_hooks(model.block_sets(), functions))
+        yield
+    if idle := [scope for scope, count in touched.items() if not count[0]]:
+        raise HookError(
+            f"no token fell into the scope {', '.join(idle)}: nothing was done. A response begins with the first "
+            "generated token, so generate at least two, or check response_mask."
+        )
+
+
+def answers_by_arm(
+    model: ChatModel,
+    arms: Mapping[str, Sequence[Intervention]],
+    questions: Questions,
+    n: int,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """n answers a question under each arm, e.g. `ablation.arms(...)`: the columns of `sample`, and `arm` first.
+
+    An arm without interventions is the model as it is. Answer (arm, question, k) uses the same random numbers in every
+    arm, so that arms differ by what they do alone.
+    """
+    if not arms:
+        raise UsageError("no arms were given: nothing to sample.")
+    tables = []
+    for name, interventions in arms.items():
+        with intervening(model, interventions):
+            table = sample(
+                model,
+                questions,
+                n,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                progress=progress,
+            )
+        table.insert(0, "arm", name)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def as_coefficients(values: float | Sequence[float]) -> Float[Tensor, "*batch"]:
+    """One coefficient, or one a batch row, in float64. Raises UsageError for none, NaN or infinite ones."""
+    found = torch.as_tensor(values, dtype=torch.float64)
+    if found.ndim > 1 or not found.numel() or not bool(torch.isfinite(found).all()):
+        raise UsageError(f"coefficients must be one finite number, or one a batch row; found {values}.")
+    return found
