@@ -101,12 +101,16 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         for col, y in enumerate((em, coherent), start=1):
             panels.add_trace(
                 go.Bar(
-                    x=x, y=100 * y.astype(float), name=name, legendgroup=name, showlegend=col == 1,
+                    x=x,
+                    y=100 * y.astype(float),
+                    name=name,
+                    legendgroup=name,
+                    showlegend=col == 1,
                     marker={"color": figures.COLOURS[index]},
                 ),
                 row=1,
                 col=col,
-            )  # fmt: skip
+            )
     figures.style(panels, "", "share of answers (%)")
     panels.update_xaxes(tickangle=-45, automargin=True)
     panels.update_yaxes(title_text="", col=2)
@@ -117,10 +121,16 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     wide = transfer.pivot(index="direction_from", columns="organism", values="relative_reduction").astype(float)
     heat = go.Figure(
         go.Heatmap(
-            z=100 * wide.to_numpy(), x=list(wide.columns), y=list(wide.index), zmin=0, zmax=100, colorscale="Blues",
-            texttemplate="%{z:.0f}", colorbar={"title": {"text": "EM removed (%)", "side": "right"}},
+            z=100 * wide.to_numpy(),
+            x=list(wide.columns),
+            y=list(wide.index),
+            zmin=0,
+            zmax=100,
+            colorscale="Blues",
+            texttemplate="%{z:.0f}",
+            colorbar={"title": {"text": "EM removed (%)", "side": "right"}},
         )
-    )  # fmt: skip
+    )
     figures.style(heat, "organism", "mean-diff direction of")
     heat.update_xaxes(tickangle=-45, automargin=True)
     heat.update_yaxes(automargin=True)

@@ -125,8 +125,15 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     ):
         found = between.astype({column: float}).groupby("layer")[column]
         figures.line(
-            spread, list(found.median().index), found.median(), name, index, markers=True, low=found.min(), high=found.max()
-        )  # fmt: skip
+            spread,
+            list(found.median().index),
+            found.median(),
+            name,
+            index,
+            markers=True,
+            low=found.min(),
+            high=found.max(),
+        )
     figures.null_band(spread, 1.96 * float(between["null_sd"].iloc[0]), "random directions", between["layer"])
     figures.style(spread, "layer", "cosine")
     spread.update_yaxes(range=[-0.3, 1.05])
@@ -139,8 +146,15 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     for index, (name, rows) in enumerate(persona.groupby("reading", sort=False)):
         found = rows.groupby("layer")["cosine"]
         figures.line(
-            figure, list(found.median().index), found.median(), str(name), index, markers=True, low=found.min(), high=found.max()
-        )  # fmt: skip
+            figure,
+            list(found.median().index),
+            found.median(),
+            str(name),
+            index,
+            markers=True,
+            low=found.min(),
+            high=found.max(),
+        )
     figures.style(figure, "layer", "cosine")
     return {
         "cosines": figures.captioned(

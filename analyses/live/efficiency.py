@@ -69,8 +69,15 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     lead = go.Figure()
     for index, (adapter, rows) in enumerate(tables["efficiency_lead_over_seeds"].groupby("adapter", sort=False)):
         figures.line(
-            lead, rows["relative_norm"], rows["mean"], str(adapter), index, markers=True, low=rows["low"], high=rows["high"]
-        )  # fmt: skip
+            lead,
+            rows["relative_norm"],
+            rows["mean"],
+            str(adapter),
+            index,
+            markers=True,
+            low=rows["low"],
+            high=rows["high"],
+        )
     figures.style(lead, "norm / mean of the two trained norms", "lead of the general solution (nats per token)")
     return {
         "efficiency": figures.captioned(panels, "Medicine, first seed: loss against norm; bands over questions."),

@@ -62,8 +62,16 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)]
             by = rows.groupby("epsilon")["relative_increase_percent"]
             figures.line(
-                panels, list(by.mean().index), by.mean(), solution, index, markers=True, low=by.min(), high=by.max(), **place
-            )  # fmt: skip
+                panels,
+                list(by.mean().index),
+                by.mean(),
+                solution,
+                index,
+                markers=True,
+                low=by.min(),
+                high=by.max(),
+                **place,
+            )
             bend = bends[(bends["adapter"] == adapter) & (bends["solution"] == solution) & (bends["epsilon"] <= 0.5)]
             figures.line(
                 panels, bend["epsilon"], bend["predicted_percent"], f"{solution}, from curvature", index + 2, **place
