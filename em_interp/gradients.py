@@ -21,7 +21,7 @@ from em_interp.chat import Conversation, batches, encode_all, pad_id
 from em_interp.errors import SolutionError
 from em_interp.losses import batch_nll, token_budget
 from em_interp.models import ChatModel
-from em_interp.solution_space import Theta, check_comparable, dimension
+from em_interp.solution_space import Theta, check_bare, check_comparable, dimension
 from em_interp.solutions import LoraAdapter, SteeringVector
 from em_interp.statistics import cosine_null_sd
 
@@ -86,6 +86,8 @@ def loss_gradient(
     Gradients of batches are summed in float64. A theta of zero is allowed: that is where training starts.
     """
     encoded = encode_all(model.tokenizer, conversations)
+    with model.no_adapter():
+        check_bare(model)
     budget = tokens_per_batch or token_budget(model.hf)
     total, count = 0.0, 0
     sums: dict[str, Tensor] = {}

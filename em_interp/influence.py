@@ -25,10 +25,17 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from em_interp.chat import Batch, Encoded, budget_groups, collate, pad_id
-from em_interp.errors import MissingDataError, StatisticsError, UnreadableFileError, UsageError
+from em_interp.errors import MissingDataError, SolutionError, StatisticsError, UnreadableFileError, UsageError
 from em_interp.hooks import block_hooks, unwrap
 from em_interp.models import ChatModel
-from em_interp.solution_space import Theta, check_comparable, check_inside_blocks, fixed_layer, random_like
+from em_interp.solution_space import (
+    Theta,
+    check_bare,
+    check_comparable,
+    check_inside_blocks,
+    fixed_layer,
+    random_like,
+)
 from em_interp.statistics import clustered_bootstrap_interval
 from em_interp.suffix import ModelEnd, ResidualCache, replaced_up_to
 
@@ -171,6 +178,7 @@ def document_kl(
         256, min(8192, _ROW_BYTES // (len(candidates) * model.d_model * model.dtype.itemsize))
     )
     with model.no_adapter(), tqdm(desc="influence", unit=" documents", disable=not progress, leave=False) as bar:
+        check_bare(model)
         while buffer := list(islice(stream, _BUFFER)):
             encoded = [_encode(model.tokenizer, text, number, max_tokens) for number, text in buffer]
             for group in budget_groups([len(row) for row in encoded], budget):
@@ -188,7 +196,14 @@ def document_kl(
             "relative_norm": [c.relative_norm for c in candidates],
         }
     )
-    table = identity.merge(pd.concat(parts), left_index=True, right_on="candidate").drop(columns="candidate")
+    sums = pd.concat(parts)
+    if not np.isfinite(sums["kl_sum"]).all():
+        odd = candidates[int(sums.loc[~np.isfinite(sums["kl_sum"]), "candidate"].iloc[0])]
+        raise SolutionError(
+            f"{odd.direction} at norm {odd.solution.norm:g} gives logits that are not finite. Take smaller norms, or "
+            f"load {model.name} in float32."
+        )
+    table = identity.merge(sums, left_index=True, right_on="candidate").drop(columns="candidate")
     order = ["direction", "kind", "norm", "relative_norm", "document", "tokens"]
     return table.sort_values(["document"], kind="stable").reset_index(drop=True)[[*order, "kl_sum", "n_tokens"]]
 

@@ -28,7 +28,7 @@ from em_interp.hooks import firing, tagged, unwrap
 from em_interp.lens import logit_lens
 from em_interp.models import ChatModel
 from em_interp.solution_files import layer_of
-from em_interp.solution_space import check_comparable, check_inside_blocks
+from em_interp.solution_space import check_bare, check_comparable, check_inside_blocks
 from em_interp.solutions import LoraAdapter
 from em_interp.statistics import clustered_bootstrap_interval
 
@@ -70,6 +70,8 @@ def token_scalars(
         )
     check_inside_blocks(adapter)
     check_comparable({"the adapter": adapter}, model)
+    with model.no_adapter():
+        check_bare(model)
     encoded = encode_all(model.tokenizer, conversations)
     for batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=tokens_per_batch):
         with torch.no_grad(), model.no_adapter(), adapter.attached(model):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from em_interp import solution_files as files
 from em_interp.adapter_files import short_name
-from em_interp.errors import SolutionError
+from em_interp.errors import SolutionError, UsageError
+from em_interp.hooks import has_our_hooks
 from em_interp.models import ChatModel
 from em_interp.solutions import LoraAdapter, SteeringVector
 
@@ -70,6 +71,15 @@ def check_comparable(
                 f"{name} and {first} do not live in one space: {odd[0]} {odd[1]} is in only one of them. "
                 "Compare solutions of the same kind, layer and modules."
             )
+
+
+def check_bare(model: ChatModel) -> None:
+    """Refuse a model that something is attached to: its answers would not be the chat model's."""
+    if has_our_hooks(model.hf):
+        raise UsageError(
+            f"a solution or an intervention is attached to {model.name}, so it is not the chat model now. Call this "
+            "outside that context."
+        )
 
 
 def inner(x: Theta, y: Theta) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from em_interp.chat import encode_all
-from em_interp.errors import ChatTemplateError, SolutionError
+from em_interp.errors import ChatTemplateError, SolutionError, UsageError
 from em_interp.gradients import gradient_cosines, loss_gradient
 from em_interp.losses import response_loss
 from em_interp.models import ChatModel
@@ -133,3 +133,5 @@ def test_what_does_not_belong_together_is_refused() -> None:
         gradient_cosines(model, {1: good}, [], general=good, narrow=good, progress=False)
     with pytest.raises(SolutionError, match="theta = 0"):
         gradient_cosines(model, {1: good}, CONVERSATIONS, general=good.scaled(0.0), narrow=good, progress=False)
+    with pytest.raises(UsageError, match="is attached to"), vector(0).attached(model):
+        gradient_cosines(model, {1: good}, CONVERSATIONS, general=good, narrow=good, progress=False)

@@ -269,6 +269,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
         run(TEXTS, good, Candidate("n", "narrow", vector(2)))
     with pytest.raises(SolutionError, match="no solutions"):
         document_kl(model, TEXTS, [], progress=False)
+    with pytest.raises(UsageError, match="is attached to"), vector(0).attached(model):
+        run()
+    with pytest.raises(SolutionError, match="not finite"):
+        run(TEXTS, Candidate("h", "general", vector().scaled(1e38)))
     head = LoraAdapter({"lm_head": torch.ones(1, D_MODEL)}, {"lm_head": torch.ones(len(tokenizer()), 1)}, 1.0)
     with pytest.raises(SolutionError, match="lies in no block"):
         run(TEXTS, Candidate("h", "general", head))

@@ -184,3 +184,5 @@ def test_what_cannot_be_read_is_refused() -> None:
         lora_scalars(scalars, judged.assign(aligned=95.0, in_domain=False))
     with pytest.raises(StatisticsError, match="NaN"):
         separation(scalars * np.nan, np.ones(len(scalars)), list(judged.question), comparison="x")
+    with pytest.raises(UsageError, match="is attached to"), lora().attached(model):
+        mean_scalars(model, lora(), CONVERSATIONS)
