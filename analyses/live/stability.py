@@ -57,7 +57,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     panels = figures.panels(adapters)
     bends = tables["curvature"]
     for number, adapter in enumerate(adapters):
-        place = {"row": number // 2 + 1, "col": number % 2 + 1}
+        row, col = number // 2 + 1, number % 2 + 1
         for index, solution in enumerate(("general", "narrow")):
             rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)]
             by = rows.groupby("epsilon")["relative_increase_percent"]
@@ -70,11 +70,18 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 markers=True,
                 low=by.min(),
                 high=by.max(),
-                **place,
+                row=row,
+                col=col,
             )
             bend = bends[(bends["adapter"] == adapter) & (bends["solution"] == solution) & (bends["epsilon"] <= 0.5)]
             figures.line(
-                panels, bend["epsilon"], bend["predicted_percent"], f"{solution}, from curvature", index + 2, **place
+                panels,
+                bend["epsilon"],
+                bend["predicted_percent"],
+                f"{solution}, from curvature",
+                index + 2,
+                row=row,
+                col=col,
             )
     figures.style(panels, "eps", "loss increase (% of the gain)", height=640)
     gap = go.Figure()
