@@ -137,15 +137,15 @@ def load_weights(
     return hf, tokenizer
 
 
-def _short(name: str) -> str:
-    """The last part of a name: 'unsloth/Qwen2.5-14B' and 'Qwen/Qwen2.5-14B' are one base."""
+def short_name(name: str) -> str:
+    """The last part of a model's name: 'unsloth/Qwen2.5-14B' and 'Qwen/Qwen2.5-14B' are one base."""
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def check_base(folder: Path, config: Mapping[str, Any], known_as: tuple[str, str]) -> None:
     """Refuse an adapter whose recorded base is none of the names that the model in hand is known by."""
     base = str(config.get("base_model_name_or_path") or "")
-    if base and _short(base) not in {_short(known) for known in known_as}:
+    if base and short_name(base) not in {short_name(known) for known in known_as}:
         raise ModelError(
             f"{folder}: trained on {base}, but the model in hand is {known_as[0]}. Load that base, or pass "
             "any_base=True if it is the same model under another name."
