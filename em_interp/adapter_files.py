@@ -138,7 +138,7 @@ def load_weights(
 
 
 def short_name(name: str) -> str:
-    """The last part of a name: 'unsloth/Qwen2.5-14B' and 'Qwen/Qwen2.5-14B' are one base."""
+    """The last part of a model's name: 'unsloth/Qwen2.5-14B' and 'Qwen/Qwen2.5-14B' are one base."""
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
