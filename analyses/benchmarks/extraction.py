@@ -24,23 +24,22 @@ import pandas as pd
 import torch
 import typer
 from jaxtyping import Float
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from analyses.benchmarks.common import installed, process_peak_mb, random_chats, random_model
 from em_interp import activations
 from em_interp.activations import collect
 from em_interp.chat import Batch, Encoded, budget_groups, collate, encode_all, pad_id
 from em_interp.errors import UsageError
 from em_interp.files import atomic_path, make_folder
 from em_interp.hooks import hidden_of, hook_name, residuals
-from em_interp.manifest import peak_memory_mb, write_manifest
+from em_interp.manifest import write_manifest
 from em_interp.models import ChatModel, load
 
 REFERENCE_BATCH: Final = 25
-WRONG: Final = 1e-3
-"""Relative error from which a method counts as wrong."""
+WRONG: Final = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Relative error from which a method counts as wrong; in half precision 2e-2."""
 Means = Float[Tensor, "n_layers d_model"]
 
 
@@ -88,57 +87,6 @@ class Work:
 
 
 # -- the work
-
-
-def _word_tokenizer(n_words: int) -> Any:
-    """One token a word, so that lengths are exact; ChatML."""
-    special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant"]
-    vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(n_words))])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<pad>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    return fast
-
-
-def random_model(width: int, n_layers: int, n_words: int, seed: int) -> ChatModel:
-    """A randomly initialised Qwen2 with heads of 64."""
-    torch.manual_seed(seed)
-    tokenizer = _word_tokenizer(n_words)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=n_layers,
-        num_attention_heads=max(1, width // 64),
-        num_key_value_heads=max(1, width // 128),
-        max_position_embeddings=8192,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return ChatModel(Qwen2ForCausalLM(config), tokenizer, name=f"random Qwen2 {width} x {n_layers}")
-
-
-def random_chats(n: int, median: float, sigma: float, n_words: int, seed: int) -> list[list[dict[str, str]]]:
-    """Conversations of log-normal length (in words), a quarter of it the question."""
-    rng = np.random.default_rng(seed)
-    lengths = np.clip(rng.lognormal(math.log(median), sigma, n), 8, 4096).astype(int)
-
-    def words(count: int) -> str:
-        return " ".join(f"w{i}" for i in rng.integers(0, n_words, max(1, count)))
-
-    return [
-        [
-            {"role": "user", "content": words(length // 4)},
-            {"role": "assistant", "content": words(length - length // 4)},
-        ]
-        for length in lengths
-    ]
 
 
 def prepare(model: ChatModel, conversations: Sequence[Sequence[dict[str, str]]], tokens_per_batch: int) -> Work:
@@ -241,6 +189,36 @@ def reference(work: Work) -> Means:
 
 
 @torch.no_grad()
+def nnsight(work: Work) -> Means:
+    """nnsight's trace, saving every block's output and stopping after the last, in the order given."""
+    library = importlib.import_module("nnsight")
+    traced = library.NNsight(work.model.hf)
+
+    def stacks() -> Iterator[tuple[Batch, Sequence[Tensor]]]:
+        for batch in work.batches(work.arrival_groups()):
+            with traced.trace(**batch.inputs(), use_cache=False) as tracer:
+                outputs = library.save([layer.output for layer in traced.model.layers])
+                tracer.stop()
+            yield batch, [hidden_of(output) for output in outputs]
+
+    return _masked_mean(work, stacks())
+
+
+@torch.no_grad()
+def steering_vectors(work: Work) -> Means:
+    """steering-vectors' record_activations, in the order given."""
+    library = importlib.import_module("steering_vectors")
+
+    def stacks() -> Iterator[tuple[Batch, Sequence[Tensor]]]:
+        for batch in work.batches(work.arrival_groups()):
+            with library.record_activations(work.model.hf) as recorded:
+                work.model.hf(**batch.inputs(), use_cache=False)
+            yield batch, [recorded[layer][0].to(batch.answer_mask.device) for layer in range(work.model.n_layers)]
+
+    return _masked_mean(work, stacks())
+
+
+@torch.no_grad()
 def repeng(work: Work) -> None:
     """repeng's batched_get_hiddens, batches of 32 as they come: the last token of every layer. Tokenises itself."""
     extract = importlib.import_module("repeng.extract")
@@ -268,9 +246,12 @@ METHODS: Final[dict[str, Callable[[Work], Tensor | None]]] = {
     "output_hidden_states": output_hidden_states,
     "bridge run_with_cache": run_with_cache,
     "reference": reference,
+    "nnsight": nnsight,
+    "steering_vectors": steering_vectors,
     "repeng": repeng,
 }
-PEERS: Final = ("repeng",)
+PEERS: Final = ("nnsight", "steering_vectors", "repeng")
+"""Those that need a package of the same name, which this one does not depend on."""
 
 
 # -- measuring
@@ -279,14 +260,11 @@ PEERS: Final = ("repeng",)
 def missing_peers() -> dict[str, str]:
     """Peer -> why it cannot be imported here."""
     reasons = {}
-    for name in (*PEERS, "nnsight", "steering_vectors"):
+    for name in PEERS:
         try:
             importlib.import_module(name)
         except Exception as error:  # peers break in many ways on versions that they were not made for
             reasons[name] = f"not importable here: {type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            if name not in PEERS:
-                reasons[name] = "importable, but not measured"
     return reasons
 
 
@@ -318,7 +296,7 @@ def measure(work: Work, *, rounds: int, warm_up: int) -> pd.DataFrame:
         table[column] = [float(np.median(speeds[name] / speeds[other])) for name in names]
     errors = [_error(results[name], truth) for name in names]
     table["worst_relative_error"] = [max(error) if error else math.nan for error in errors]
-    table["state"] = [_state(error) for error in errors]
+    table["state"] = [_state(error, WRONG.get(work.model.dtype, 2e-2)) for error in errors]
     gone = pd.DataFrame({"method": list(absent), "state": list(absent.values())})
     whole = pd.concat([table, gone], ignore_index=True)
     return whole.assign(rounds=rounds, n=len(work.encoded), n_tokens=work.n_tokens, tokenise_s=work.tokenise_s)
@@ -330,8 +308,8 @@ def _error(means: Tensor | None, truth: Means) -> list[float]:
     return ((means.double() - truth).norm(dim=1) / truth.norm(dim=1)).tolist()
 
 
-def _state(error: Sequence[float]) -> str:
-    wrong = [layer for layer, size in enumerate(error) if not size < WRONG]
+def _state(error: Sequence[float], limit: float) -> str:
+    wrong = [layer for layer, size in enumerate(error) if not size < limit]
     if not error:
         return "no means"
     return f"silently wrong at layers {wrong}" if wrong else "right"
@@ -344,11 +322,7 @@ def peak_mb(name: str, work: Work) -> float:
         METHODS[name](work)
         return torch.cuda.max_memory_allocated() / 1e6
     METHODS[name](work)
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would give the parent's peak where that is larger
-        kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(kilobytes) * 1024 / 1e6
-    return peak_memory_mb()
+    return process_peak_mb()
 
 
 def main(
@@ -392,6 +366,7 @@ def main(
         out / "extraction.json",
         {
             "benchmark": "extraction",
+            "peers": {name: installed(name) for name in PEERS},
             "model": chat.name,
             "parameters": sum(p.numel() for p in chat.hf.parameters()),
             "attention": chat.hf.config._attn_implementation,
