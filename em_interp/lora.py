@@ -22,13 +22,15 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from em_interp.chat import Conversation, Encoded, batches, encode_all, pad_id
+from em_interp.directions import Direction
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.hooks import firing, tagged, unwrap
+from em_interp.lens import logit_lens
 from em_interp.models import ChatModel
+from em_interp.solution_files import layer_of
 from em_interp.solution_space import check_comparable, check_inside_blocks
 from em_interp.solutions import LoraAdapter
 from em_interp.statistics import clustered_bootstrap_interval
-from em_interp.suffix import ModelEnd
 
 Scope = Literal["prompt", "last_prompt", "response", "all"]
 ALIGNED, MISALIGNED = 90.0, 30.0  # P2 Table 1: aligned [90, 100], misaligned [0, 30]
@@ -240,43 +242,40 @@ def lora_scalars(
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
-def logit_lens(model: ChatModel, direction: Float[Tensor, "d_model"], k: int = 10) -> pd.DataFrame:
-    """The k tokens that a direction of the residual stream promotes most, for both signs.
-
-    The direction goes through the model's own final norm and output head. Columns sign (1, -1), rank, token_id, token,
-    logit.
-    """
-    if direction.shape != (model.d_model,) or not direction.norm() > 0:
-        raise SolutionError(
-            f"a direction of shape {tuple(direction.shape)} and norm {float(direction.norm()):g}; the residual "
-            f"stream of {model.name} has width {model.d_model}. Give a non-zero vector of it."
-        )
-    both = torch.stack([direction, -direction]).to(model.device, model.dtype)
-    with model.no_adapter():
-        logits = ModelEnd(model.hf).logits(both).float()
-    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    rows = [
-        (sign, rank, int(token), model.tokenizer.decode([int(token)]), float(value))
-        for sign, values, tokens in zip((1, -1), top.values, top.indices, strict=True)
-        for rank, (value, token) in enumerate(zip(values, tokens, strict=True), start=1)
-    ]
-    return pd.DataFrame(rows, columns=["sign", "rank", "token_id", "token", "logit"])
+_WRITERS = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", "out_proj", "fc2")
 
 
-def write_lens(model: ChatModel, adapter: LoraAdapter, k: int = 10) -> pd.DataFrame:
-    """`logit_lens` of every module's B, with a column `module` first. Which sign is written depends on the scalar's.
+def write_directions(adapter: LoraAdapter) -> dict[str, Direction]:
+    """What each module of a rank-1 adapter writes for a scalar of 1: scale * B, as a Direction at its block's layer.
 
-    Raises SolutionError for rank above 1 and for modules that do not write to the residual stream.
+    Cosines with other directions are P2 sec. 3.5. Which sign a token gets depends on its scalar. Raises SolutionError
+    for rank above 1, and for modules that do not write to the residual stream.
     """
     if adapter.rank != 1:
-        raise SolutionError(f"the adapter has rank {adapter.rank}; the lens reads the one column of a rank-1 B.")
+        raise SolutionError(f"the adapter has rank {adapter.rank}: it writes more than one direction. Take rank 1.")
+    check_inside_blocks(adapter)
+    found = {}
+    for name, b in adapter.b.items():
+        layer = layer_of(name)
+        if layer is None or not name.endswith(_WRITERS):
+            raise SolutionError(f"{name} does not write to the residual stream, so its B is no direction of it.")
+        found[name] = Direction(
+            (adapter.scale * b[:, 0].detach().float().cpu())[None],
+            (layer,),
+            "lora-B",
+            model=adapter.base or "unknown",
+            token_scope="all",
+            sources=(name,),
+        )
+    return found
+
+
+def write_lens(model: ChatModel, adapter: LoraAdapter, top_k: int = 10) -> pd.DataFrame:
+    """The logit lens (`lens.logit_lens`) of what every module writes, with a column `module` first."""
     check_comparable({"the adapter": adapter}, model)
     parts = []
-    for name, b in adapter.b.items():
-        if not name.endswith(("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2")):
-            raise SolutionError(f"{name} does not write to the residual stream, so its B has no logits. Leave it out.")
-        table = logit_lens(model, b[:, 0].detach() * adapter.scale, k)
+    for name, direction in write_directions(adapter).items():
+        table = logit_lens(model, direction, top_k=top_k)
         table.insert(0, "module", name)
         parts.append(table)
     return pd.concat(parts, ignore_index=True)

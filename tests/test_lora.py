@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from em_interp.lora import (
     _clustered_auc,
     _positions,
     contrasts,
-    logit_lens,
     lora_scalars,
     mean_scalars,
     separation,
     token_scalars,
+    write_directions,
     write_lens,
 )
 from em_interp.solutions import LoraAdapter
@@ -136,24 +137,27 @@ def test_contrasts_are_the_papers() -> None:
         contrasts(judged[["aligned"]])
 
 
-def test_the_lens_reads_what_the_unembedding_writes() -> None:
+def test_what_is_written_is_b_and_its_lens_reads_it() -> None:
     model = make_chat()
     norm, head = model.hf.model.norm, model.hf.lm_head.weight.detach()
-    direction = head[7] / norm.weight.detach()
+    name = "model.layers.2.mlp.down_proj"
+    adapter = LoraAdapter({name: torch.ones(1, 48)}, {name: head[7][:, None]}, 4.0, base=model.name)
+    direction = write_directions(adapter)[name]
+    assert (direction.layers, direction.kind, direction.model) == ((2,), "lora-B", model.name)
+    unit = torch.zeros(1, 3, 48)
+    unit[..., 0] = 1.0
+    module = dict(model.hf.named_modules())[name]
     with torch.no_grad():
-        slow = head.double() @ norm(direction[None])[0].double()
-    table = logit_lens(model, direction, 5)
-    plus = table[table.sign == 1]
-    assert list(plus.token_id) == slow.topk(5).indices.tolist()
+        before = module(unit)
+        with adapter.attached(model):
+            change = module(unit) - before
+    torch.testing.assert_close(change[0, 0], direction.at(2))  # A reads 1 from it
+    with torch.no_grad():
+        slow = head.double() @ norm(direction.at(2)[None])[0].double()
+    table = write_lens(model, adapter, 5)
+    assert set(table["module"]) == {name}
+    assert list(table[table.sign == 1].token_id) == slow.topk(5).indices.tolist()
     assert list(table[table.sign == -1].token_id) == (-slow).topk(5).indices.tolist()
-    np.testing.assert_allclose(plus.logit, slow.topk(5).values, rtol=1e-4)
-    assert list(plus.token) == [tokenizer().decode([i]) for i in plus.token_id]
-    adapter = LoraAdapter(
-        {"model.layers.2.mlp.down_proj": torch.ones(1, 48)}, {"model.layers.2.mlp.down_proj": direction[:, None]}, 4.0
-    )
-    written = write_lens(model, adapter, 5)
-    assert list(written.token_id) == list(table.token_id)
-    assert set(written.module) == {"model.layers.2.mlp.down_proj"}
 
 
 def test_what_cannot_be_read_is_refused() -> None:
@@ -171,8 +175,8 @@ def test_what_cannot_be_read_is_refused() -> None:
     )
     with pytest.raises(SolutionError, match="does not write"):
         write_lens(model, query)
-    with pytest.raises(SolutionError, match="width 32"):
-        logit_lens(model, torch.ones(5))
+    with pytest.raises(SolutionError, match="trained on other"):
+        write_lens(model, replace(lora(), base="other"))
     scalars, judged = fake()
     with pytest.raises(UsageError, match="one row each"):
         lora_scalars(scalars[:5], judged)
