@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from em_interp.contenders import over_training_seeds
-from em_interp.curvature import curvature
-from em_interp.stability import EPSILONS, stability_curve, stability_gap, stability_table
 from tqdm.auto import tqdm
 
 from analyses.organisms import contenders, landscape
 from analyses.suite import Suite
 from em_interp import figures
+from em_interp.contenders import over_training_seeds
+from em_interp.curvature import curvature
+from em_interp.stability import EPSILONS, stability_curve, stability_gap, stability_table
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (
