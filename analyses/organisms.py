@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from em_interp.contenders import Contender
-from em_interp.landscape import Landscape
 
 from em_interp import solutions
 from em_interp.chat import Conversation, encode_all
+from em_interp.contenders import Contender
 from em_interp.errors import EmInterpError
 from em_interp.evaluation.rates import PAPER
 from em_interp.extraction import Contrast, contrast
+from em_interp.landscape import Landscape
 from em_interp.models import ChatModel
 from em_interp.pocket import loading, organisms, registry, suite
 from em_interp.pocket.corpus import finetune_chats, kl_chats
