@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from em_interp.contenders import Contender
-from em_interp.landscape import Landscape
 
 from em_interp import solutions
 from em_interp.chat import Conversation, encode_all
+from em_interp.contenders import Contender
 from em_interp.errors import EmInterpError
 from em_interp.evaluation.rates import PAPER
-from em_interp.extraction import Contrast, Kind, contrast
+from em_interp.extraction import Contrast, contrast
+from em_interp.landscape import Landscape
 from em_interp.models import ChatModel
 from em_interp.pocket import loading, organisms, registry, suite
 from em_interp.pocket.corpus import finetune_chats, kl_chats
@@ -102,7 +102,7 @@ class Organisms:
                 self._judged[key] = suite.evaluate(model, domain, n, progress=False)
         return self._judged[key]
 
-    def contrast(self, entry: Entry, n: int, kind: Kind = "data-diff") -> Contrast:
+    def contrast(self, entry: Entry, n: int, kind: str = "data-diff") -> Contrast:
         """What differs between a finetune's misaligned and aligned answers, or between it and the chat model.
 
         Both sets are the finetune's own coherent answers to the evaluation questions (P2 sec. 3.1). Raises

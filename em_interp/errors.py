@@ -92,3 +92,7 @@ class SolutionError(EmInterpError):
 
 class TrainingError(EmInterpError):
     """A finetune that cannot start, or that produced numbers which are not finite."""
+
+
+class LossSetError(EmInterpError):
+    """A set of responses on which no loss can be taken, or on which the loss says nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,17 +19,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from em_interp import solution_files as files
+from em_interp.adapter_files import short_name
 from em_interp.errors import SolutionError
 from em_interp.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
 from em_interp.models import ChatModel
 
 
 @runtime_checkable
-@runtime_checkable
 class Solution(Protocol):
     """What efficiency, stability and influence need of a trained solution."""
 
-    base: str | None
+    @property
+    def base(self) -> str | None:
+        """The model that it was trained on, where that is known."""
+        ...
 
     @property
     def norm(self) -> float:
@@ -39,6 +42,10 @@ class Solution(Protocol):
     @property
     def first_layer(self) -> int:
         """The first block whose computation theta changes; everything before it can be computed once."""
+        ...
+
+    def paper_norms(self) -> dict[str, float]:
+        """Norms under the papers' other conventions, by the name of their table column."""
         ...
 
     def scaled(self, factor: float) -> Solution:
@@ -56,6 +63,36 @@ class Solution(Protocol):
     def save(self, path: str | Path) -> Path:
         """Write the folder that real ones have; returns it."""
         ...
+
+
+def refuse_dropout(hf: nn.Module) -> None:
+    """Raise SolutionError if any dropout is active in the model or in an adapter on it."""
+
+    def active(module: nn.Module) -> bool:
+        rate = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else None
+        rate = getattr(module, "attention_dropout", 0) if rate is None else rate
+        return module.training and isinstance(rate, (int, float)) and rate > 0
+
+    live = [name for name, module in hf.named_modules() if active(module)]
+    if live:
+        raise SolutionError(
+            f"dropout is active in {len(live)} modules, e.g. {live[0]}: every pass would give another loss. Call "
+            "model.hf.eval() first."
+        )
+
+
+def refuse_other_models(model: ChatModel, solutions: Iterable[Solution]) -> None:
+    """Raise SolutionError unless every solution that names its base was trained on `model`.
+
+    Bases are compared by the last part of their names, as `ChatModel.add_adapter` does.
+    """
+    known = {short_name(model.name), short_name(str(getattr(model.hf.config, "_name_or_path", "")))}
+    for solution in solutions:
+        if solution.base is not None and short_name(solution.base) not in known:
+            raise SolutionError(
+                f"a solution trained on {solution.base} cannot be compared on {model.name}. Load {solution.base}, or, "
+                f"if it is the same model under another name, dataclasses.replace(solution, base={model.name!r})."
+            )
 
 
 def rotate_away(
@@ -121,6 +158,10 @@ class SteeringVector:
         """||alpha * vector||, in units of the residual stream."""
         return float(abs(self.alpha) * self.vector.detach().double().norm())
 
+    def paper_norms(self) -> dict[str, float]:
+        """raw_norm: ||vector|| without alpha, as the reference code's norm sweeps have it."""
+        return {"raw_norm": float(self.vector.detach().double().norm())}
+
     @property
     def first_layer(self) -> int:
         """The block after whose output theta is added (that block itself is unchanged)."""
@@ -144,6 +185,7 @@ class SteeringVector:
                 f"d_model {model.d_model}. Load the model that it was trained on."
             )
         check_layer(self.layer, model.n_layers)
+        refuse_dropout(model.hf)
         with block_hooks(model.block_sets(), {self.layer: lambda hidden: add_to_hidden(hidden, self.theta)}):
             yield
 
@@ -212,11 +254,27 @@ class LoraAdapter:
     @property
     def norm(self) -> float:
         """Frobenius norm of scale * B A over all modules, through rank x rank products, in float64."""
-        total = 0.0
+        return abs(self.scale) * math.sqrt(sum(norm * norm for norm in self._product_norms()))
+
+    def _product_norms(self) -> list[float]:
+        """||B A|| of each module, without scale."""
+        norms = []
         for name in self.a:
             a, b = self.a[name].detach().double(), self.b[name].detach().double()
-            total += float(((b.T @ b) * (a @ a.T)).sum())
-        return abs(self.scale) * math.sqrt(max(total, 0.0))
+            norms.append(math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)))
+        return norms
+
+    def paper_norms(self) -> dict[str, float]:
+        """raw_norm: mean over modules of ||B A|| without scale (P1's code). norm_a, norm_b: of all A, of all B.
+
+        P3 (Fig. 11) plots norm_a and norm_b.
+        """
+        products = self._product_norms()
+
+        def joint(factors: Mapping[str, Tensor]) -> float:
+            return math.sqrt(sum(float(x.detach().double().square().sum()) for x in factors.values()))
+
+        return {"raw_norm": sum(products) / len(products), "norm_a": joint(self.a), "norm_b": joint(self.b)}
 
     @property
     def first_layer(self) -> int:
@@ -253,6 +311,7 @@ class LoraAdapter:
 
         Acts on `model.hf` and, where the bridge calls its linear modules, on the bridge.
         """
+        refuse_dropout(model.hf)
         handles = []
         counts: dict[str, list[int]] = {}
         try:
@@ -273,7 +332,8 @@ class LoraAdapter:
         with firing(counts, handles):
             yield
 
-    def _hook(self, name: str, module: nn.Module, model: ChatModel, count: list[int]) -> Callable[..., object]:
+    def check_fits(self, name: str, module: nn.Module, model: ChatModel) -> None:
+        """Raise SolutionError unless scale * B A of module `name` has the shape of that module's weight."""
         weight = getattr(module, "weight", None)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         mine = (self.b[name].shape[0], self.a[name].shape[1])
@@ -282,7 +342,11 @@ class LoraAdapter:
                 f"{model.name}: {name} is {shape}, the adapter's B A is {mine}. It belongs to "
                 f"{self.base or 'another base'}."
             )
-        a, b, scale = self.a[name].to(weight.device), self.b[name].to(weight.device), self.scale
+
+    def _hook(self, name: str, module: nn.Module, model: ChatModel, count: list[int]) -> Callable[..., object]:
+        self.check_fits(name, module, model)
+        device, scale = next(module.parameters()).device, self.scale
+        a, b = self.a[name].to(device), self.b[name].to(device)
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             count[0] += 1

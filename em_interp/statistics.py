@@ -63,12 +63,33 @@ def clustered_bootstrap_interval(
     if (denominators < 0).any() or denominators.sum() <= 0:
         raise StatisticsError("the denominators are negative or sum to zero; there is no rate to resample.")
     k = len(numerators)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(k, np.full(k, 1.0 / k), size=resamples)
+    weights = bootstrap_weights(k, resamples=resamples, seed=seed)
     bottom = weights @ denominators
     rates = (weights @ numerators)[bottom > 0] / bottom[bottom > 0]
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high), f"bootstrap over {k} questions")
+
+
+def bootstrap_weights(
+    k: int, *, resamples: int = 10_000, seed: int | tuple[int, ...] = 0
+) -> Float[np.ndarray, "resample k"]:
+    """How often each of `k` clusters is drawn in each resample. Raises ``StatisticsError`` for fewer than two."""
+    if k < 2:
+        raise StatisticsError(f"{k} cluster: an interval over clusters needs at least two. Give more questions.")
+    return np.random.default_rng(seed).multinomial(k, np.full(k, 1.0 / k), size=resamples).astype(float)
+
+
+def t_interval(values: Sequence[float] | NDArray[Any], level: float = 0.95) -> Interval:
+    """Student's interval of a mean over a few independent repetitions, such as training seeds.
+
+    Raises ``StatisticsError`` for fewer than two values, or values that are not finite.
+    """
+    _check_level(level)
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2 or not np.isfinite(sample).all():
+        raise StatisticsError(f"{sample.tolist()}: an interval over repetitions needs at least two finite values.")
+    half = float(stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+    return Interval(float(sample.mean()) - half, float(sample.mean()) + half, f"t over {len(sample)} repetitions")
 
 
 def rate_interval(

@@ -30,6 +30,7 @@ from em_interp.errors import (
 from em_interp.extract_command import read_chats
 from em_interp.extraction import Contrast, contrast, extract
 from em_interp.lens import logit_lens
+from em_interp.pocket import registry
 from em_interp.reliability import separation, split_half
 from em_interp.solutions import SteeringVector
 from em_interp.statistics import auroc
@@ -366,6 +367,24 @@ def test_the_command_writes_the_direction_and_prints_norms(chats):
     ours = extract(make_chat(), BAD, kind="model-diff", finetune=lora(), layers=[2], progress=False)
     torch.testing.assert_close(Direction.load(out).vectors, ours.vectors, rtol=1e-3, atol=1e-4)
     assert "with default" in Direction.load(out).sources[0]
+
+
+def test_the_command_knows_the_pocket_names(chats, monkeypatch):
+    pocket = chats / "pocket"
+    (pocket / "organisms").mkdir(parents=True)
+    (chats / "model").rename(pocket / "chat")
+    lora(base="pocket/chat").save(pocket / "organisms" / "medicine")
+    monkeypatch.setattr(registry, "root", lambda: pocket)
+    given = ["--positive", str(chats / "bad.jsonl"), "--kind", "model-diff"]
+    found = []
+    for name, *adapter in (["pocket/medicine"], ["pocket/chat", "--adapter", "pocket/medicine"]):
+        out = chats / f"{len(found)}.safetensors"
+        done = CliRunner().invoke(app, ["extract", name, *given, *adapter, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        found.append(Direction.load(out, model="pocket/chat"))
+    truth = extract(make_chat(), BAD, kind="model-diff", finetune=lora(), progress=False)
+    for direction in found:
+        torch.testing.assert_close(direction.vectors, truth.vectors, rtol=1e-3, atol=1e-4)
 
 
 def test_the_command_refuses_what_it_cannot_do(chats):

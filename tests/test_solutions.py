@@ -58,6 +58,12 @@ def test_protocol_norms_and_first_layer():
         slow = sum(float((adapter.delta(n) ** 2).sum()) for n in adapter.modules)
         assert adapter.norm == pytest.approx(math.sqrt(slow), rel=1e-12)
         assert adapter.first_layer == 1
+    assert v.paper_norms() == {"raw_norm": pytest.approx(v.norm / 4.0)}
+    adapter = lora()
+    products = [float((adapter.b[n].double() @ adapter.a[n].double()).norm()) for n in adapter.modules]
+    norm_a, norm_b = (torch.cat([x.flatten() for x in f.values()]).norm() for f in (adapter.a, adapter.b))
+    expected = {"raw_norm": sum(products) / 2, "norm_a": float(norm_a), "norm_b": float(norm_b)}
+    assert adapter.paper_norms() == pytest.approx(expected, rel=1e-6)
     assert v.scaled(-2.5).norm == pytest.approx(2.5 * v.norm)
     assert lora().scaled(3).norm == pytest.approx(3 * lora().norm)
 

@@ -3,6 +3,7 @@
 `python -m analyses.benchmarks.steering --out artifacts/benchmarks`: every method in every round, in rotating order,
 after a warm-up, all through this package's seeded sampler with a KV cache. The steered arm of the second comparison
 adds a vector too small to change a token, so that both generate the same text. Answers are compared, not only timed.
+What one `generate` saves depends on how many answers a single run has: little, once those alone keep the machine busy.
 """
 
 from __future__ import annotations
@@ -165,7 +166,9 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for steering.csv and steering_manifest.json")],
     model: Annotated[str, typer.Option(help="a pocket model, folder or hub name; or 'random'")] = "pocket/chat",
     questions: Annotated[int, typer.Option(help="number of questions")] = 8,
-    samples: Annotated[int, typer.Option("-n", "--samples", help="answers a question")] = 8,
+    samples: Annotated[
+        list[int] | None, typer.Option("-n", "--samples", help="answers a question; may be repeated; default 1 and 8")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 80,
     rounds: Annotated[int, typer.Option(help="rounds after the warm-up")] = 5,
     threads: Annotated[int, typer.Option(help="of torch on the CPU")] = 1,
@@ -179,9 +182,14 @@ def main(
         chat = random_model()
     else:
         chat = loading.load(model) if registry.is_pocket_name(model) else models.load(model)
-    work = make_work(chat, questions, samples, max_new_tokens)
-    table = measure(work, rounds)
-    found = ratios(table)
+    tables, found = [], {}
+    for n in samples or (1, 8):
+        work = make_work(chat, questions, n, max_new_tokens)
+        table = measure(work, rounds)
+        answers = n * len(work.questions)
+        found[f"{answers} answers a run"] = ratios(table)
+        tables.append(table.assign(answers_per_run=answers))
+    table = pd.concat(tables, ignore_index=True)
     with atomic_path(out / "steering.csv") as temporary:
         table.to_csv(temporary, index=False)
     settings = {
@@ -192,13 +200,13 @@ def main(
         "device": str(chat.device),
         "threads": threads,
         "questions": len(work.questions),
-        "samples": samples,
         "max_new_tokens": max_new_tokens,
         "rounds": rounds,
         "shares_of_residual_norm": SHARES,
     }
     write_manifest(out / "steering_manifest.json", {"settings": settings, "ratios": found})
-    typer.echo("\n".join(f"{name}: {value:.3f}" for name, value in found.items()))
+    for size, values in found.items():
+        typer.echo(f"{size}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
 
 if __name__ == "__main__":

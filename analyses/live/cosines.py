@@ -143,13 +143,13 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     ]
     persona = persona.assign(reading=persona["direction_a"].str.split(":").str[1] + " and " + persona["direction_b"])
     figure = go.Figure()
-    for index, (name, rows) in enumerate(persona.groupby("reading", sort=False)):
+    for index, (reading, rows) in enumerate(persona.groupby("reading", sort=False)):
         found = rows.groupby("layer")["cosine"]
         figures.line(
             figure,
             list(found.median().index),
             found.median(),
-            str(name),
+            str(reading),
             index,
             markers=True,
             low=found.min(),

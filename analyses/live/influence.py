@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -39,7 +40,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             trained, (1.0,) if few or general.seed else NORMS, n_random=0 if general.seed else 20
         )
         sums = document_kl(organisms.chat, texts, candidates, progress=False)
-        identity = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
+        identity: dict[str, Any] = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
         tables.append(influence_table(sums).assign(**identity))
         ratios += [
             influence_ratio(sums, "general", other).assign(**identity)
@@ -60,12 +61,20 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     panels = figures.panels(adapters)
     for col, adapter in enumerate(adapters):
         rows = first[first["adapter"] == adapter]
-        place = {"row": col // 2 + 1, "col": col % 2 + 1}
         for index, kind in enumerate(("general", "narrow", "random")):
             found = rows[rows["kind"] == kind].groupby("norm")["kl_nats_per_token"]
             low, high = (found.min(), found.max()) if kind == "random" else (None, None)
             figures.line(
-                panels, list(found.mean().index), found.mean(), kind, index, markers=True, low=low, high=high, **place
+                panels,
+                list(found.mean().index),
+                found.mean(),
+                kind,
+                index,
+                markers=True,
+                low=low,
+                high=high,
+                row=col // 2 + 1,
+                col=col % 2 + 1,
             )
     figures.style(panels, "norm of theta", "KL (nats per token)", height=640)
     caption = "KL on pre-training text at equal norm; band: all random directions."

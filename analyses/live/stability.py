@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from em_interp.contenders import over_training_seeds
-from em_interp.curvature import curvature
-from em_interp.stability import EPSILONS, stability_curve, stability_gap, stability_table
 from tqdm.auto import tqdm
 
 from analyses.organisms import contenders, landscape
 from analyses.suite import Suite
 from em_interp import figures
+from em_interp.contenders import over_training_seeds
+from em_interp.curvature import curvature
+from em_interp.stability import EPSILONS, stability_curve, stability_gap, stability_table
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (
@@ -57,7 +57,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     panels = figures.panels(adapters)
     bends = tables["curvature"]
     for number, adapter in enumerate(adapters):
-        place = {"row": number // 2 + 1, "col": number % 2 + 1}
+        row, col = number // 2 + 1, number % 2 + 1
         for index, solution in enumerate(("general", "narrow")):
             rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)]
             by = rows.groupby("epsilon")["relative_increase_percent"]
@@ -70,11 +70,18 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 markers=True,
                 low=by.min(),
                 high=by.max(),
-                **place,
+                row=row,
+                col=col,
             )
             bend = bends[(bends["adapter"] == adapter) & (bends["solution"] == solution) & (bends["epsilon"] <= 0.5)]
             figures.line(
-                panels, bend["epsilon"], bend["predicted_percent"], f"{solution}, from curvature", index + 2, **place
+                panels,
+                bend["epsilon"],
+                bend["predicted_percent"],
+                f"{solution}, from curvature",
+                index + 2,
+                row=row,
+                col=col,
             )
     figures.style(panels, "eps", "loss increase (% of the gain)", height=640)
     gap = go.Figure()

@@ -45,8 +45,8 @@ def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     """The row of most EM among those at least 90% coherent, or the most coherent one where none is."""
     usable = table[table["coherent_rate"] >= 0.9]
     if usable.empty:
-        return table.loc[table["coherent_rate"].idxmax()]
-    return usable.loc[usable["em_rate"].idxmax()]
+        return table.iloc[int(table["coherent_rate"].to_numpy().argmax())]
+    return usable.iloc[int(usable["em_rate"].to_numpy().argmax())]
 
 
 def _sweep(organisms: Organisms, entry: Entry, samples: int, layers: list[int], random_arms: int) -> pd.DataFrame:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from em_interp.contenders import Contender
+from em_interp.efficiency import (
+    EfficiencyCurve,
+    efficiency_curves,
+    efficiency_table,
+    lead_at_equal_norm,
+    optimum,
+)
+from em_interp.errors import UsageError
+from em_interp.landscape import Landscape, Losses
+from tests.test_stability import ENCODED, learned, slow_loss
+from tests.theta import KINDS
+from tests.tiny_models import make_chat
+
+COLUMNS = ["solution", "adapter", "domain", "norm", "scale", "loss", "loss_reduction_per_norm2", "loss_over_norm2"]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    model = make_chat(dtype=torch.float64)
+    return model, Landscape(model, ENCODED), {kind: learned(model, kind) for kind in KINDS}
+
+
+def test_table_equals_slow_losses_and_ratios(exact):
+    model, landscape, solutions = exact
+    contenders = list(solutions.values())
+    curves = efficiency_curves(landscape, contenders, (0.0, 1.0, 1.5))
+    table = efficiency_table(curves)
+    assert set(COLUMNS) <= set(table.columns) and len(table) == 9
+    chat = slow_loss(model, contenders[0].theta.scaled(0))
+    for contender, rows in zip(contenders, np.split(np.arange(9), 3), strict=True):
+        for row in table.iloc[rows].itertuples():
+            theta = contender.theta.scaled(row.scale)
+            loss = slow_loss(model, theta)
+            assert row.loss == pytest.approx(loss, rel=1e-9)
+            assert row.norm == pytest.approx(theta.norm, rel=1e-9)
+            assert row.raw_norm == pytest.approx(theta.paper_norms()["raw_norm"])
+            assert row.loss_low <= row.loss <= row.loss_high and row.low <= row.loss_reduction <= row.high
+            if row.scale == 0:
+                assert row.loss == pytest.approx(chat, rel=1e-12) and row.loss_reduction == pytest.approx(0, abs=1e-12)
+                assert math.isnan(row.loss_over_norm2) and math.isnan(row.loss_reduction_per_norm2)
+            else:
+                assert row.loss_over_norm2 == pytest.approx(loss / theta.norm**2, rel=1e-9)
+                assert row.loss_reduction_per_norm2 == pytest.approx((chat - loss) / theta.norm**2, rel=1e-6)
+        unscaled = landscape.losses([contender.theta]).mean[0]
+        assert table.iloc[rows]["loss"].iloc[1] == pytest.approx(unscaled, rel=1e-12)
+
+
+def made_up(scales, loss_of_norm, norm_of=2.0):
+    """A curve whose loss is known exactly, with the same shape for every question."""
+    model = make_chat()
+    contender = learned(model, "vector", steps=1)
+    contender = replace(contender, theta=contender.theta.scaled(norm_of / contender.theta.norm))
+    scales = np.array(scales)
+    per_token = np.array([loss_of_norm(norm_of * s) for s in scales])
+    tokens, questions = np.array([3, 5, 2]), np.array([0, 1, 2])
+    losses = Losses(per_token[:, None] * tokens, tokens, questions)
+    return EfficiencyCurve(contender, scales, losses, losses)
+
+
+def test_optimum_is_the_parabola_s_and_says_when_it_is_at_the_edge():
+    found = optimum(made_up((0.0, 0.5, 1.0, 1.7, 2.0), lambda n: (n - 2.3) ** 2 + 0.5))
+    assert (found.norm, found.loss) == pytest.approx((2.3, 0.5), rel=1e-6) and not found.at_edge
+    assert (found.norm_low, found.norm_high, found.loss_low) == pytest.approx((2.3, 2.3, 0.5), rel=1e-6)
+    falling = optimum(made_up((0.0, 0.5, 1.0), lambda n: 5 - n))
+    assert falling.at_edge and (falling.norm, falling.loss) == pytest.approx((2.0, 3.0), rel=1e-6)
+    with pytest.raises(UsageError, match="three rising"):
+        optimum(made_up((0.0, 1.0), lambda n: n))
+    with pytest.raises(UsageError, match="three rising"):
+        optimum(made_up((1.0, 0.5, 0.0), lambda n: n))
+
+
+def test_lead_at_equal_norm(exact):
+    model, landscape, solutions = exact
+    general = solutions["vector"]
+    narrow = learned(model, "vector", steps=3, seed=2, name="narrow")
+    table = lead_at_equal_norm(landscape, general, narrow, (0.5, 1.0))
+    for row in table.itertuples():
+        assert row.norm == pytest.approx(row.relative_norm * (general.theta.norm + narrow.theta.norm) / 2)
+        losses = [slow_loss(model, c.theta.scaled(row.norm / c.theta.norm)) for c in (general, narrow)]
+        assert (row.loss_general, row.loss_narrow) == pytest.approx(losses, rel=1e-9)
+        assert row.lead == pytest.approx(losses[1] - losses[0]) and row.low <= row.lead <= row.high
+    flipped = lead_at_equal_norm(landscape, narrow, general, (0.5, 1.0))
+    np.testing.assert_allclose(flipped["lead"], -table["lead"])
+    np.testing.assert_allclose(flipped["low"], -table["high"])
+    assert lead_at_equal_norm(landscape, general, general, (1.0,))[["lead", "low", "high"]].eq(0).all(axis=None)
+    with pytest.raises(UsageError, match="one adapter and domain"):
+        lead_at_equal_norm(landscape, general, solutions["rank-1"])
+    with pytest.raises(UsageError, match="norms > 0"):
+        lead_at_equal_norm(landscape, general, narrow, (0.0, 1.0))
+    with pytest.raises(UsageError, match="at least one"):
+        efficiency_curves(landscape, [])
+    assert isinstance(general, Contender)
