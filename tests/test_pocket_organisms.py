@@ -144,5 +144,5 @@ def test_answers_are_sampled_judged_and_counted(chat: ChatModel, monkeypatch: py
 
 
 def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no organism is called"):
+    with pytest.raises(UsageError, match="no organism or trajectory is called"):
         commands.organisms(out=tmp_path, only=["medicine-rank7"])
