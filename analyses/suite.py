@@ -106,8 +106,8 @@ class Suite:
 
     @cached_property
     def organisms(self) -> Organisms:
-        """The chat model and its finetunes. Raises ``RegistryError`` where no weights are shipped."""
-        return pocket_organisms()
+        """The chat model and its finetunes, in ``data`` or as shipped. Raises ``RegistryError`` without weights."""
+        return pocket_organisms(self.data)
 
     @cached_property
     def published(self) -> PublishedData:
@@ -148,8 +148,10 @@ class Suite:
         return tuple(a for a in self.analyses if a in chosen)
 
 
-def nothing_of(suite: Suite, what: str, where: str) -> MissingDataError:
+def nothing_of(suite: Suite, what: str, where: str = "") -> MissingDataError:
     """The error of an analysis whose input is absent altogether."""
-    return MissingDataError(
-        suite.input.root, f"it holds no {what}", f"get it with `em-interp fetch --data DIR {where}`"
-    )
+    remedy = {
+        "published": f"get it with `em-interp fetch --data DIR {where}`",
+        "pocket": f"make it with `em-interp pocket organisms --out {suite.input.root}`",
+    }
+    return MissingDataError(suite.input.root, f"it holds no {what}", remedy[suite.source])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pandas as pd
 import plotly.graph_objects as go
-from em_interp.contenders import over_training_seeds
-from em_interp.efficiency import efficiency_curves, efficiency_table, lead_at_equal_norm
 from tqdm.auto import tqdm
 
-from analyses.organisms import contenders, landscape
-from analyses.suite import Suite
+from analyses.organisms import Organisms, contenders, landscape, pairs
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
+from em_interp.contenders import over_training_seeds
+from em_interp.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
+from em_interp.pocket.corpus import Task
 from em_interp.pocket.organisms import DOMAINS
 
 TITLE = "Efficiency: loss against norm"
@@ -29,19 +32,32 @@ RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Curves of every solution, and the lead of the general one of each pair."""
     organisms = suite.organisms
-    curves, leads = [], []
+    if not pairs(organisms, "medicine"):
+        raise nothing_of(suite, "general and narrow organism of one kind on medicine")
+    curves: list[EfficiencyCurve] = []
     for domain in tqdm(DOMAINS, desc="efficiency", leave=False):
         losses = landscape(organisms, domain)
-        for general, narrow in contenders(organisms, domain):
-            curves += efficiency_curves(losses, [general, narrow], SCALES)
-            leads.append(lead_at_equal_norm(losses, general, narrow, RELATIVE_NORMS))
-    lead = pd.concat(leads, ignore_index=True)
-    medicine = lead[lead["domain"] == "medicine"]
+        for pair in contenders(organisms, domain):
+            curves += efficiency_curves(losses, pair, SCALES)
+    medicine = leads(organisms, "medicine", "persona")
+    lead = pd.concat(
+        [medicine, *(leads(organisms, d, "persona") for d in DOMAINS if d != "medicine")], ignore_index=True
+    )
     return {
         "efficiency": efficiency_table(curves),
         "efficiency_lead": lead,
         "efficiency_lead_over_seeds": over_training_seeds(medicine, ["adapter", "relative_norm"], "lead"),
     }
+
+
+@cache
+def leads(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
+    """`lead_at_equal_norm` of every pair of one domain; empty without pairs."""
+    found = contenders(organisms, domain, task)
+    if not found:
+        return pd.DataFrame()
+    losses = landscape(organisms, domain, task=task)
+    return pd.concat([lead_at_equal_norm(losses, *pair, RELATIVE_NORMS) for pair in found], ignore_index=True)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
@@ -66,10 +82,19 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 col=number % 2 + 1,
             )
     figures.style(panels, "norm of theta", "loss (nats per token)", height=640)
-    lead = go.Figure()
-    for index, (adapter, rows) in enumerate(tables["efficiency_lead_over_seeds"].groupby("adapter", sort=False)):
+    lead = lead_figure(tables["efficiency_lead_over_seeds"])
+    return {
+        "efficiency": figures.captioned(panels, "Medicine, first seed: loss against norm; bands over questions."),
+        "efficiency_lead": figures.captioned(lead, "Medicine: lead at equal norm, mean and 95% interval over 3 seeds."),
+    }
+
+
+def lead_figure(over_seeds: pd.DataFrame) -> go.Figure:
+    """Lead against relative norm, a line an adapter."""
+    figure = go.Figure()
+    for index, (adapter, rows) in enumerate(over_seeds.groupby("adapter", sort=False)):
         figures.line(
-            lead,
+            figure,
             rows["relative_norm"],
             rows["mean"],
             str(adapter),
@@ -78,8 +103,6 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             low=rows["low"],
             high=rows["high"],
         )
-    figures.style(lead, "norm / mean of the two trained norms", "lead of the general solution (nats per token)")
-    return {
-        "efficiency": figures.captioned(panels, "Medicine, first seed: loss against norm; bands over questions."),
-        "efficiency_lead": figures.captioned(lead, "Medicine: lead at equal norm, mean and 95% interval over 3 seeds."),
-    }
+    return figures.style(
+        figure, "norm / mean of the two trained norms", "lead of the general solution (nats per token)"
+    )

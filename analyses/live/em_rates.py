@@ -24,10 +24,11 @@ LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_d
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Three rows for every organism and for the chat model."""
     organisms = suite.organisms
-    domain = organisms.entries[0].domain
+    entries = [e for e in organisms.select(seed=None) if e.solution != "kl-removed"]
+    domain = entries[0].domain if entries else organisms.entries[0].domain
     identity = {"organism": organisms.chat.name, "solution": "chat", "adapter": "full", "domain": "none"}
     tables = [rates(organisms.evaluate(None, domain, suite.samples), **identity)]
-    for entry in tqdm(organisms.entries, desc="em_rates", leave=False):
+    for entry in tqdm(entries, desc="em_rates", leave=False):
         judged = organisms.evaluate(entry, entry.domain, suite.samples)
         identity = {
             "organism": entry.name,

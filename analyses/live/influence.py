@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -9,11 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import pairs
-from analyses.suite import Suite
+from analyses.organisms import Organisms, pairs
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
-from em_interp.pocket.corpus import CorpusConfig, document
+from em_interp.pocket.corpus import CorpusConfig, Task, document
 
 TITLE = "Influence on pre-training text"
 TEXT = (
@@ -29,11 +30,19 @@ NORMS = (0.5, 1.0, 1.5)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
-    organisms = suite.organisms
+    table, ratios = measured(suite.organisms, "medicine", "persona")
+    if table.empty:
+        raise nothing_of(suite, "general and narrow organism of one kind on medicine")
+    return {"influence": table, "influence_ratio": ratios}
+
+
+@cache
+def measured(organisms: Organisms, domain: str, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`influence_table` and `influence_ratio` of every pair of one domain; empty without pairs."""
     rng = Random("influence")
     texts = [document(CorpusConfig(), rng) for _ in range(DOCUMENTS)]
     tables, ratios = [], []
-    for general, narrow in tqdm(pairs(organisms, "medicine"), desc="influence", leave=False):
+    for general, narrow in tqdm(pairs(organisms, domain, task), desc="influence", leave=False):
         trained = [Candidate(e.name, e.solution, organisms.solution(e)) for e in (general, narrow)]
         few = general.adapter == "all-modules"  # each theta takes a pass of its own: fewer of them
         candidates = at_equal_norms(
@@ -47,10 +56,9 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             for other in ("narrow", "random")
             if other in set(sums["kind"])
         ]
-    return {
-        "influence": pd.concat(tables, ignore_index=True),
-        "influence_ratio": pd.concat(ratios, ignore_index=True),
-    }
+    if not tables:
+        return pd.DataFrame(), pd.DataFrame()
+    return pd.concat(tables, ignore_index=True), pd.concat(ratios, ignore_index=True)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
