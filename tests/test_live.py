@@ -101,6 +101,10 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "CHATS", 4)
     monkeypatch.setattr("analyses.live.cosines.PAIRS", 4)
     monkeypatch.setattr(steering, "SHARES", (0.0, 0.5))
+    at_equal_norms = influence.at_equal_norms
+    monkeypatch.setattr(
+        influence, "at_equal_norms", lambda few, norms, n_random: at_equal_norms(few, norms, n_random=min(n_random, 2))
+    )
 
 
 def run(root: Path, out: Path, *only: str, resume: bool = False) -> Outcome:
@@ -120,7 +124,7 @@ def test_every_analysis_gives_its_tables_and_figures(pocket: Path, tmp_path: Pat
         assert len(tables[name]), name
     assert all(s.figures for s in outcome.sections)
     assert all(figure.data for s in outcome.sections for figure in s.figures.values())
-    assert "counterpart" not in outcome.report.read_text(encoding="utf-8")
+    assert "Published numbers" not in outcome.report.read_text(encoding="utf-8")
 
     named = set(tables["em_rates"]["organism"])
     assert not [name for name in named if "register" in name or "kl-removed" in name]
