@@ -88,7 +88,8 @@ def hidden_of(output: object) -> Float[Tensor, "batch token d_model"]:
     return hidden
 
 
-def _with_hidden(output: object, hidden: Tensor) -> object:
+def with_hidden(output: object, hidden: Tensor) -> object:
+    """A block's or MLP's output with another hidden state in it."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -135,7 +136,7 @@ def block_hooks(
         def hook(_module: nn.Module, _args: object, output: object) -> object:
             count[0] += 1
             new = function(hidden_of(output))
-            return output if new is None else _with_hidden(output, new)
+            return output if new is None else with_hidden(output, new)
 
         return tagged(hook)
 

@@ -22,12 +22,14 @@ from tqdm.auto import tqdm
 
 from em_interp.chat import Batch, Encoded, batches, budget_groups, collate, pad_id
 from em_interp.errors import LossSetError, ModelError
-from em_interp.hooks import find_blocks, firing, has_our_hooks, scored_logits, tagged
+from em_interp.hooks import find_blocks, firing, has_our_hooks, hidden_of, scored_logits, tagged, with_hidden
 from em_interp.losses import nll_each, nll_sum, token_budget
 from em_interp.models import ChatModel
 from em_interp.solutions import LoraAdapter, Solution, SteeringVector, refuse_dropout, refuse_other_models
 from em_interp.suffix import ResidualCache, replaced_up_to
 
+# Larger passes are no faster on a CPU (measured at d_model 256: 512 and 8,192 tokens are 10-20% slower).
+_CPU_TOKENS = 2048
 # Entries of the LoRA factors that are stacked at once: 1 GB in float32.
 _STACKED_ENTRIES = 2**28
 # Relative difference of a response's loss above which an architecture is held to break the sharing.
@@ -72,7 +74,7 @@ class _VectorStack:
     def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
         return (residual + self.theta.to(residual.dtype)[:, None, None]).flatten(0, 1)
 
-    def on(self, n_tokens: int) -> AbstractContextManager[None]:
+    def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -84,6 +86,8 @@ class _LoraStack:
         self.layer = _entering_layer(first)
         self.modules = {name: model.hf.get_submodule(name) for name in first.modules}
         self.n = len(members)
+        late = _last_mlp(model.hf)
+        self.late = {name for name, x in self.modules.items() if late is not None and x in set(late.modules())}
 
         def stacked(parts: list[Tensor], module: nn.Module) -> Tensor:
             return torch.stack(parts).detach().to(next(module.parameters()).device)
@@ -100,11 +104,13 @@ class _LoraStack:
         return residual.expand(self.n, *residual.shape).flatten(0, 1)
 
     @contextmanager
-    def on(self, n_tokens: int) -> Iterator[None]:
-        """The hooks. n_tokens: token positions of one theta, which every module must be given in order."""
+    def on(self, n_tokens: int, n_scored: int) -> Iterator[None]:
+        """The hooks. Modules are given all positions of one theta after the other, in the last MLP the scored ones."""
         counts: dict[str, list[int]] = {name: [0] for name in self.modules}
         handles = [
-            module.register_forward_hook(tagged(partial(self._add, name, n_tokens, counts[name])))
+            module.register_forward_hook(
+                tagged(partial(self._add, name, n_scored if name in self.late else n_tokens, counts[name]))
+            )
             for name, module in self.modules.items()
         ]
         with firing(counts, handles):
@@ -122,6 +128,34 @@ class _LoraStack:
         if flat.dtype == b.dtype:
             return torch.baddbmm(flat, update, b).view_as(output)
         return (flat + torch.bmm(update, b)).to(output.dtype).view_as(output)
+
+
+def _last_mlp(hf: nn.Module) -> nn.Module | None:
+    """The last block's MLP where the architecture has one under that name."""
+    mlp = getattr(find_blocks(hf)[-1], "mlp", None)
+    return mlp if isinstance(mlp, nn.Module) else None
+
+
+@contextmanager
+def _last_mlp_sees_only(hf: nn.Module, positions: Bool[Tensor, "row token"]) -> Iterator[None]:
+    """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads."""
+
+    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][positions].unsqueeze(0), *args[1:])
+
+    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> object:
+        hidden = hidden_of(output)
+        whole = hidden.new_zeros(*positions.shape, hidden.shape[-1])
+        whole[positions] = hidden[0]
+        return with_hidden(output, whole)
+
+    mlp = _last_mlp(hf)
+    handles = [] if mlp is None else [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _NotShareable(Exception):
@@ -149,8 +183,9 @@ class Landscape:
     """The loss of thetas over `model`'s weights on encoded conversations (`chat.encode_all`).
 
     Every span of the conversations is scored, and responses to the same prompt form one cluster. tokens_per_pass
-    bounds a pass (rows x thetas x longest row); by default its logits stay near 1 GB. Residuals are kept up to
-    cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully masked set.
+    bounds a pass (rows x thetas x longest row); by default its logits stay near 1 GB, and it has at most 2,048 tokens
+    on a CPU. Residuals are kept up to cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully
+    masked set.
     """
 
     def __init__(
@@ -171,7 +206,8 @@ class Landscape:
             )
         self.model, self.encoded = model, list(encoded)
         self.pad = pad_id(model.tokenizer)
-        self.tokens_per_pass = tokens_per_pass or token_budget(model.hf)
+        budget = token_budget(model.hf)
+        self.tokens_per_pass = tokens_per_pass or (min(budget, _CPU_TOKENS) if model.device.type == "cpu" else budget)
         self.cache_bytes = cache_bytes
         self.tokens = np.array([row.n_response for row in encoded])
         prompts: dict[tuple[int, ...], int] = {}
@@ -295,8 +331,9 @@ class Landscape:
             cache = self._cache(stack.layer)
             hidden = stack.enter(cache.get(batch)[stack.layer])
             start = replaced_up_to(self._blocks, stack.layer, hidden, as_tuple=cache.as_tuple)
-        with start, stack.on(batch.input_ids.numel()):
-            return scored_logits(self.model.hf, inputs, where.repeat(n, 1))
+        scored = where.repeat(n, 1)
+        with start, stack.on(where.numel(), int(where.sum())), _last_mlp_sees_only(self.model.hf, scored):
+            return scored_logits(self.model.hf, inputs, scored)
 
     def _cache(self, layer: int) -> ResidualCache:
         if layer not in self._caches:

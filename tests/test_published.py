@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from em_interp.errors import (
     ShapeError,
     UnreadableFileError,
     UnsafeFileError,
+    UsageError,
 )
 from em_interp.published import (
     model_of,
@@ -32,6 +34,7 @@ from em_interp.published import (
     read_questions,
     read_run,
     scan,
+    solution_at,
 )
 from tests.published_factory import D_MODEL, FOLDER, N_LAYERS, QUESTIONS, STEPS, SV_STEM, judged_table, lora_scale
 
@@ -74,6 +77,20 @@ def test_both_run_layouts(synthetic: Path) -> None:
     assert set(github.scales.tolist()) == {16.0}
     hub = read_run(synthetic / "runs" / "Tiny_steering_vector_general_cooking").trajectories[0]
     assert (hub.steps, hub.layer, hub.run.role) == (STEPS, 3, "general")
+
+
+def test_a_checkpoint_of_either_layout_is_a_solution(synthetic: Path) -> None:
+    for name in (SV_STEM, "Tiny_steering_vector_general_cooking"):
+        trajectory = read_run(synthetic / "runs" / name).trajectories[0]
+        solution = solution_at(trajectory, STEPS[-1])
+        assert (solution.layer, solution.alpha) == (3, 16.0)
+        norms = trajectory.norms()
+        assert norms is not None
+        assert solution.norm == pytest.approx(float(norms[-1]))
+        with pytest.raises(UsageError, match="has no step 99999"):
+            solution_at(trajectory, 99999)
+        with pytest.raises(UsageError, match="needs a steering vector with layer and alpha"):
+            solution_at(replace(trajectory, scales=None), STEPS[0])
 
 
 def test_a_repository_with_only_its_end(tmp_path: Path) -> None:

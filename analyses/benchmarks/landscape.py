@@ -50,7 +50,7 @@ class Size:
     rounds: int
 
 
-FULL, SMOKE = Size(100, 10, 8, 5), Size(12, 1, 2, 1)
+FULL, SMOKE = Size(100, 10, 8, 5), Size(6, 1, 2, 1)
 
 
 def make_model() -> ChatModel:

@@ -13,7 +13,7 @@ from em_interp.published.activations import (
 )
 from em_interp.published.judged import read_judged_csv
 from em_interp.published.questions import JudgePrompt, Question, QuestionSet, read_judges, read_questions
-from em_interp.published.runs import LoraCheckpoint, Run, TrainingLog, read_lora_checkpoint, read_run
+from em_interp.published.runs import LoraCheckpoint, Run, TrainingLog, read_lora_checkpoint, read_run, solution_at
 from em_interp.published.scan import JudgedSet, PublishedData, StoredPCA, scan
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "read_questions",
     "read_run",
     "scan",
+    "solution_at",
 ]

@@ -26,9 +26,11 @@ from em_interp.errors import (
     MissingDataError,
     ShapeError,
     UnreadableFileError,
+    UsageError,
 )
 from em_interp.published.activations import model_of
 from em_interp.published.torchfile import check_finite, load_tensors, load_torch
+from em_interp.solutions import SteeringVector
 from em_interp.trajectories import RunName, Trajectory
 
 _GITHUB_FILE: Final = re.compile(r"steering_vector_checkpoint_(\d+)\.pt")
@@ -134,6 +136,26 @@ def read_run(folder: Path, problems: list[EmInterpError] | None = None) -> Run:
         run.trajectories.extend(_read_adapters(folder, name, config, adapters, problems))
     run.log = _read_log(folder, ordered[-1][0].parent, problems)
     return run
+
+
+def solution_at(trajectory: Trajectory, step: int) -> SteeringVector:
+    """The steering vector of one checkpoint, as something to attach, scale and perturb.
+
+    Its base stays open: a run's name does not say which chat model of a family it was trained on.
+    Raises ``UsageError`` for a run that is not of steering vectors, that names no layer or alpha, or has no such step.
+    """
+    if trajectory.parameter != "steering-vector" or trajectory.layer is None or trajectory.scales is None:
+        raise UsageError(
+            f"{trajectory.name}: parameter {trajectory.parameter}, layer {trajectory.layer}; a solution needs a "
+            "steering vector with layer and alpha. Read LoRA checkpoints with em_interp.solutions.load_checkpoints"
+        )
+    if step not in trajectory.steps:
+        raise UsageError(
+            f"{trajectory.name} has no step {step}; it has {trajectory.steps[0]} to {trajectory.steps[-1]}"
+        )
+    index = trajectory.steps.index(step)
+    alpha = float(trajectory.scales[index])
+    return SteeringVector(trajectory.vectors[index].float(), trajectory.layer, alpha)
 
 
 def _refuse(error: EmInterpError, problems: list[EmInterpError] | None) -> None:
