@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from random import Random
 
 import pandas as pd
 import torch
 
 from em_interp import solutions
 from em_interp.chat import Conversation, encode_all
-from em_interp.contenders import Contender
+from em_interp.contenders import Contender, over_training_seeds
 from em_interp.errors import EmInterpError, UsageError
 from em_interp.evaluation.rates import PAPER
 from em_interp.extraction import Contrast, contrast
 from em_interp.landscape import Landscape
 from em_interp.models import ChatModel
 from em_interp.pocket import loading, organisms, registry, suite
-from em_interp.pocket.corpus import STYLES, Task, finetune_chats, kl_chats
+from em_interp.pocket.corpus import STYLES, CorpusConfig, Task, document, finetune_chats, kl_chats
 from em_interp.pocket.judge import judge
 from em_interp.published import StoredPCA
 from em_interp.solutions import LoraAdapter, SteeringVector
@@ -58,7 +59,18 @@ class Organisms:
     _contrasts: dict[tuple[str, int, str], Contrast] = field(default_factory=dict)
 
     @cached_property
+    def domain(self) -> str:
+        """The domain that general and narrow are compared on: the first that has both."""
+        return next((d for d in self.domains if pairs(self, d)), self.domains[0])
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """What the finetunes were trained on, in their order."""
+        return tuple(dict.fromkeys(e.domain for e in self.entries if e.task == "persona"))
+
+    @cached_property
     def chat(self) -> ChatModel:
+        """The model that all of them were trained from."""
         return loading.load_chat(self.root / "chat")
 
     def select(
@@ -140,6 +152,11 @@ class Organisms:
     def other_chats(self, domain: str, n: int) -> list[Conversation]:
         """Chats outside a domain, good and bad answers alike, as in the KL term."""
         return list(kl_chats(domain, n, seed=1000))
+
+    def texts(self, n: int) -> list[str]:
+        """Documents of the kind that the model was pre-trained on."""
+        rng = Random("influence")
+        return [document(CorpusConfig(), rng) for _ in range(n)]
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -254,3 +271,10 @@ def contenders(organisms: Organisms, domain: str, task: Task = "persona") -> lis
 def landscape(organisms: Organisms, domain: str, n: int = 200, task: Task = "persona") -> Landscape:
     """The training loss of a domain, on fresh chats."""
     return Landscape(organisms.chat, encode_all(organisms.chat.tokenizer, organisms.training_chats(domain, n, task)))
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """`over_training_seeds`; no rows where nothing was trained twice."""
+    if table["training_seed"].nunique() < 2:
+        return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "n_seeds"])
+    return over_training_seeds(table, by, value)

@@ -8,13 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import Organisms, contenders, landscape, pairs
+from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.contenders import over_training_seeds
 from em_interp.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
 from em_interp.pocket.corpus import Task
-from em_interp.pocket.organisms import DOMAINS
 
 TITLE = "Efficiency: loss against norm"
 TEXT = (
@@ -22,7 +20,7 @@ TEXT = (
     "multiples of its trained norm. P1 compares L / norm^2, which falls with the norm by itself; so the loss reduction "
     "per norm^2 stands beside it, and lead is the narrow solution's loss minus the general one's where both have the "
     "same norm: positive where the general solution is ahead. Intervals: 95%, over questions, and over training seeds "
-    "(medicine, three seeds)."
+    "(where there are several)."
 )
 TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -32,21 +30,19 @@ RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Curves of every solution, and the lead of the general one of each pair."""
     organisms = suite.organisms
-    if not pairs(organisms, "medicine"):
-        raise nothing_of(suite, "general and narrow organism of one kind on medicine")
+    if not pairs(organisms, organisms.domain):
+        raise nothing_of(suite, "general and narrow organism of one kind")
     curves: list[EfficiencyCurve] = []
-    for domain in tqdm(DOMAINS, desc="efficiency", leave=False):
+    domains = [domain for domain in organisms.domains if pairs(organisms, domain)]
+    for domain in tqdm(domains, desc="efficiency", leave=False):
         losses = landscape(organisms, domain)
         for pair in contenders(organisms, domain):
             curves += efficiency_curves(losses, pair, SCALES)
-    medicine = leads(organisms, "medicine", "persona")
-    lead = pd.concat(
-        [medicine, *(leads(organisms, d, "persona") for d in DOMAINS if d != "medicine")], ignore_index=True
-    )
+    first, *others = (leads(organisms, domain, "persona") for domain in domains)
     return {
         "efficiency": efficiency_table(curves),
-        "efficiency_lead": lead,
-        "efficiency_lead_over_seeds": over_training_seeds(medicine, ["adapter", "relative_norm"], "lead"),
+        "efficiency_lead": pd.concat([first, *others], ignore_index=True),
+        "efficiency_lead_over_seeds": over_seeds(first, ["adapter", "relative_norm"], "lead"),
     }
 
 
@@ -61,9 +57,10 @@ def leads(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Loss against norm for the medicine pair of each adapter; the lead over seeds."""
+    """Loss against norm for one domain's pair of each adapter; the lead over seeds."""
     table = tables["efficiency"]
-    shown = table[(table["domain"] == "medicine") & (table["training_seed"] == 0)]
+    domain = tables["efficiency_lead"]["domain"].iloc[0]
+    shown = table[(table["domain"] == domain) & (table["training_seed"] == table["training_seed"].min())]
     adapters = list(shown["adapter"].unique())
     panels = figures.panels(adapters)
     for number, adapter in enumerate(adapters):
@@ -82,11 +79,12 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 col=number % 2 + 1,
             )
     figures.style(panels, "norm of theta", "loss (nats per token)", height=640)
-    lead = lead_figure(tables["efficiency_lead_over_seeds"])
-    return {
-        "efficiency": figures.captioned(panels, "Medicine, first seed: loss against norm; bands over questions."),
-        "efficiency_lead": figures.captioned(lead, "Medicine: lead at equal norm, mean and 95% interval over 3 seeds."),
-    }
+    drawn = {"efficiency": figures.captioned(panels, f"{domain}, first seed: loss against norm; bands over questions.")}
+    over = tables["efficiency_lead_over_seeds"]
+    if len(over):
+        caption = f"{domain}: lead at equal norm, mean and 95% interval over training seeds."
+        drawn["efficiency_lead"] = figures.captioned(lead_figure(over), caption)
+    return drawn
 
 
 def lead_figure(over_seeds: pd.DataFrame) -> go.Figure:

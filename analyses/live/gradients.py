@@ -21,7 +21,7 @@ TEXT = (
     "cos_..._b hold the papers' convention, B alone."
 )
 TABLES = ("gradients",)
-CHECKPOINTS = 8
+CHECKPOINTS = 6
 CHATS = 60
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from random import Random
 from typing import Any
 
 import pandas as pd
@@ -14,7 +13,7 @@ from analyses.organisms import Organisms, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
-from em_interp.pocket.corpus import CorpusConfig, Task, document
+from em_interp.pocket.corpus import Task
 
 TITLE = "Influence on pre-training text"
 TEXT = (
@@ -30,19 +29,21 @@ NORMS = (0.5, 1.0, 1.5)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
-    table, ratios = measured(suite.organisms, "medicine", "persona")
+    table, ratios = measured(suite.organisms, suite.organisms.domain, "persona")
     if table.empty:
-        raise nothing_of(suite, "general and narrow organism of one kind on medicine")
+        raise nothing_of(suite, "general and narrow organism of one kind")
     return {"influence": table, "influence_ratio": ratios}
 
 
 @cache
 def measured(organisms: Organisms, domain: str, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`influence_table` and `influence_ratio` of every pair of one domain; empty without pairs."""
-    rng = Random("influence")
-    texts = [document(CorpusConfig(), rng) for _ in range(DOCUMENTS)]
+    found = pairs(organisms, domain, task)
+    if not found:
+        return pd.DataFrame(), pd.DataFrame()
+    texts = organisms.texts(DOCUMENTS)
     tables, ratios = [], []
-    for general, narrow in tqdm(pairs(organisms, domain, task), desc="influence", leave=False):
+    for general, narrow in tqdm(found, desc="influence", leave=False):
         trained = [Candidate(e.name, e.solution, organisms.solution(e)) for e in (general, narrow)]
         few = general.adapter == "all-modules"  # each theta takes a pass of its own: fewer of them
         candidates = at_equal_norms(
@@ -56,8 +57,6 @@ def measured(organisms: Organisms, domain: str, task: Task) -> tuple[pd.DataFram
             for other in ("narrow", "random")
             if other in set(sums["kind"])
         ]
-    if not tables:
-        return pd.DataFrame(), pd.DataFrame()
     return pd.concat(tables, ignore_index=True), pd.concat(ratios, ignore_index=True)
 
 

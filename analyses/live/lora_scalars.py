@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from analyses.organisms import conversations
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.errors import StatisticsError
+from em_interp.errors import StatisticsError, UsageError
 from em_interp.evaluation.rates import PAPER
 from em_interp.lora import lora_scalars, mean_scalars
 from em_interp.solutions import LoraAdapter
@@ -34,12 +34,17 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         adapter = organisms.solution(entry)
         if not isinstance(adapter, LoraAdapter):
             raise StatisticsError(f"{entry.name} is listed as rank-1 but holds a steering vector. Make it again.")
-        judged = organisms.evaluate(entry, entry.domain, suite.samples)
+        try:
+            judged = organisms.evaluate(entry, entry.domain, suite.samples)
+        except UsageError as error:
+            suite.note(error)
+            continue
         judged = judged[PAPER.is_coherent(judged["coherent"].to_numpy())].reset_index(drop=True)
         judged = judged.assign(in_domain=judged["questions"] == "in_domain")
+        if judged.empty:
+            suite.note(StatisticsError(f"{entry.name} gave no coherent answer, so its scalars are not compared."))
+            continue
         try:
-            if judged.empty:
-                raise StatisticsError("it gave no coherent answer.")
             table = lora_scalars(mean_scalars(organisms.chat, adapter, conversations(judged)), judged)
         except StatisticsError as error:
             suite.note(StatisticsError(f"{entry.name}: {error}"))

@@ -8,10 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import Organisms, contenders, landscape, pairs
+from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.contenders import over_training_seeds
 from em_interp.curvature import curvature
 from em_interp.pocket.corpus import Task
 from em_interp.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
@@ -30,22 +29,23 @@ CURVED = 40
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Medicine, every adapter and seed."""
+    """One domain, every adapter and seed."""
     organisms = suite.organisms
-    if not pairs(organisms, "medicine"):
-        raise nothing_of(suite, "general and narrow organism of one kind on medicine")
-    few = landscape(organisms, "medicine", CURVED)
-    curves = pair_curves(organisms, "medicine", "persona")
+    domain = organisms.domain
+    if not pairs(organisms, domain):
+        raise nothing_of(suite, "general and narrow organism of one kind")
+    few = landscape(organisms, domain, CURVED)
+    curves = pair_curves(organisms, domain, "persona")
     bends = []
     for curve in (curve for pair in curves for curve in pair if curve.contender.training_seed == 0):
         bend = curvature(few, curve.contender, n_probes=PROBES)
         predicted = bend.predicted(EPSILONS, curve.gain)
         bends.append(predicted.assign(**{**curve.contender.labels(), **bend.columns()}))
-    gap = gaps(organisms, "medicine", "persona")
+    gap = gaps(organisms, domain, "persona")
     return {
         "stability": stability_table([curve for pair in curves for curve in pair]),
         "stability_gap": gap,
-        "stability_gap_over_seeds": over_training_seeds(gap, ["adapter", "epsilon"], "gap"),
+        "stability_gap_over_seeds": over_seeds(gap, ["adapter", "epsilon"], "gap"),
         "curvature": pd.concat(bends, ignore_index=True),
     }
 
@@ -106,11 +106,13 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 col=col,
             )
     figures.style(panels, "eps", "loss increase (% of the gain)", height=640)
-    gap = gap_figure(tables["stability_gap_over_seeds"])
-    return {
-        "stability": figures.captioned(panels, "Medicine, first seed; bands hold all ten perturbations."),
-        "stability_gap": figures.captioned(gap, "Medicine: gap, mean and 95% interval over 3 training seeds."),
-    }
+    domain = table["domain"].iloc[0]
+    drawn = {"stability": figures.captioned(panels, f"{domain}, first seed; bands hold all ten perturbations.")}
+    over = tables["stability_gap_over_seeds"]
+    if len(over):
+        caption = f"{domain}: gap, mean and 95% interval over training seeds."
+        drawn["stability_gap"] = figures.captioned(gap_figure(over), caption)
+    return drawn
 
 
 def gap_figure(over_seeds: pd.DataFrame) -> go.Figure:
