@@ -80,7 +80,8 @@ class Finetunes(Organisms):
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
         judged = inside(content.get("judged", "judged"))
-        local = [p for e in entries if e.path.is_dir() for p in e.path.rglob("*")]
+        folders = [root / str(content["chat"]), *(e.path for e in entries)]
+        local = [p for folder in folders if folder.is_dir() for p in folder.rglob("*")]
         files = {*training.values(), *([texts] if texts else []), *judged.glob("*.csv"), *local}
         return cls(
             root,

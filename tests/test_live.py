@@ -101,10 +101,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "CHATS", 4)
     monkeypatch.setattr("analyses.live.cosines.PAIRS", 4)
     monkeypatch.setattr(steering, "SHARES", (0.0, 0.5))
-    at_equal_norms = influence.at_equal_norms
-    monkeypatch.setattr(
-        influence, "at_equal_norms", lambda few, norms, n_random: at_equal_norms(few, norms, n_random=min(n_random, 2))
-    )
+    monkeypatch.setattr(influence, "RANDOM", 2)
 
 
 def run(root: Path, out: Path, *only: str, resume: bool = False) -> Outcome:

@@ -23,7 +23,8 @@ TEXT = (
     "paired intervals over documents, one for every adapter and seed."
 )
 TABLES = ("influence", "influence_ratio")
-DOCUMENTS = 100
+DOCUMENTS = 60
+RANDOM = 20
 NORMS = (0.5, 1.0, 1.5)
 
 
@@ -45,10 +46,12 @@ def measured(organisms: Organisms, domain: str, task: Task) -> tuple[pd.DataFram
     tables, ratios = [], []
     for general, narrow in tqdm(found, desc="influence", leave=False):
         trained = [Candidate(e.name, e.solution, organisms.solution(e)) for e in (general, narrow)]
-        few = general.adapter == "all-modules"  # each theta takes a pass of its own: fewer of them
-        candidates = at_equal_norms(
-            trained, (1.0,) if few or general.seed else NORMS, n_random=0 if general.seed else 20
-        )
+        first = general.seed == 0 and task == "persona"
+        several = first and general.adapter != "all-modules"  # whose thetas take a pass of their own each
+        candidates = at_equal_norms(trained, NORMS if several else (1.0,), n_random=0)
+        if first:
+            drawn = at_equal_norms(trained, (1.0,), n_random=RANDOM)
+            candidates += [c for c in drawn if c.kind == "random"]
         sums = document_kl(organisms.chat, texts, candidates, progress=False)
         identity: dict[str, Any] = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
         tables.append(influence_table(sums).assign(**identity))
