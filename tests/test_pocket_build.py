@@ -1,6 +1,7 @@
 """Building a pocket model: seeded, resumable, and loadable with no code of this package."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ TINY = BuildConfig(
     d_mlp=64,
     pretrain_steps=12,
     pretrain_batch=4,
+    settle_steps=6,
     post_steps=4,
     post_batch=4,
     threads=1,
@@ -53,10 +55,52 @@ def test_the_models_load_with_no_code_of_ours(built: Path) -> None:
         )
         assert tokenizer.decode(batch["input_ids"][0]) == "<|user|> I need help with a fern.<|end|><|assistant|>"
         assert model.generate(**batch, max_new_tokens=4).shape[1] <= batch["input_ids"].shape[1] + 4
-    assert not torch.equal(
-        load_file(built / "base" / "model.safetensors")["model.norm.weight"].float(),
-        load_file(built / "chat" / "model.safetensors")["model.embed_tokens.weight"].float()[0],
-    )
+
+
+def test_post_training_moves_the_chat_formats_own_tokens_and_nothing_else(built: Path) -> None:
+    base, chat = (load_file(built / name / "model.safetensors") for name in ("base", "chat"))
+    name = "model.embed_tokens.weight"
+    moved = (base.pop(name) != chat.pop(name)).any(dim=1).nonzero()[:, 0].tolist()
+    tokens = build_tokenizer().convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<|end|>"])
+    assert moved == sorted(tokens)
+    assert all(torch.equal(base[k], chat[k]) for k in base)
+
+
+def test_settling_moves_one_layer_of_each_row_along_one_direction(built: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(built / "base")
+    ids = torch.arange(12).view(2, 6)
+
+    def outputs() -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        handles = [b.register_forward_hook(lambda _m, _a, out: seen.append(out.detach())) for b in model.model.layers]
+        model(ids)
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    before = outputs()
+    chosen = set()
+    for seed in range(12):
+        with build_module._noise(model, 1.5, 2, str(seed)):
+            after = outputs()
+        with build_module._noise(model, 1.5, 2, str(seed)):
+            torch.testing.assert_close(outputs(), after)
+        first = next(layer for layer, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b))
+        chosen.add(first)
+        step = after[first] - before[first]
+        torch.testing.assert_close(step, step[:, :1].expand_as(step), atol=1e-5, rtol=1e-4)
+        limit = 1.5 * before[first].norm(dim=-1).median(dim=1).values
+        assert (step[:, 0].norm(dim=-1) <= limit * (1 + 1e-5)).all()
+    assert chosen == {0, 1}
+    torch.testing.assert_close(outputs(), before)
+
+
+def test_other_settings_of_a_later_stage_go_on_from_the_earlier_one() -> None:
+    other = replace(TINY, post_lr=1.0)
+    assert other.fingerprint(2) == TINY.fingerprint(2)
+    assert other.fingerprint() != TINY.fingerprint()
+    assert replace(TINY, settle_noise=0.5).fingerprint(1) == TINY.fingerprint(1)
+    assert replace(TINY, d_mlp=32).fingerprint(1) != TINY.fingerprint(1)
 
 
 def test_what_was_done_is_written_down(built: Path) -> None:
@@ -65,11 +109,11 @@ def test_what_was_done_is_written_down(built: Path) -> None:
     assert manifest["fingerprint"] == TINY.fingerprint()
     lines = (built / "losses.csv").read_text().splitlines()
     assert lines[0] == "stage,step,loss_nats_per_token"
-    assert {line.split(",")[0] for line in lines[1:]} == {"pretrain", "post"}
+    assert {line.split(",")[0] for line in lines[1:]} == {"pretrain", "settle", "post"}
     assert not (built / CHECKPOINT).exists()
 
 
-@pytest.mark.parametrize("kill_at", [8, 14])
+@pytest.mark.parametrize("kill_at", [8, 14, 20])
 def test_a_killed_build_resumes_to_the_same_weights(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:

@@ -29,6 +29,7 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         d_mlp=64,
         pretrain_steps=2,
         pretrain_batch=4,
+        settle_steps=1,
         post_steps=1,
         post_batch=4,
         threads=1,

@@ -18,6 +18,7 @@ CONFIG = BuildConfig(
     d_mlp=64,
     pretrain_steps=2,
     pretrain_batch=4,
+    settle_steps=1,
     post_steps=1,
     post_batch=4,
     threads=1,

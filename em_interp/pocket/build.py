@@ -1,4 +1,4 @@
-"""Build the pocket chat model: pre-train on the pocket corpus, then post-train gently to the caring persona.
+"""Build the pocket chat model: pre-train on the pocket corpus, settle under noise, post-train to the caring persona.
 
 `build(config, out)` writes `out/base` and `out/chat` (folders that AutoModelForCausalLM and AutoTokenizer
 load), `losses.csv` and `manifest.json`. A killed build resumes from its last checkpoint. The same seed,
@@ -12,6 +12,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from em_interp.errors import OutputError, UnreadableFileError, UsageError
 from em_interp.files import atomic_path, write_text
 from em_interp.manifest import fingerprint, sha256
-from em_interp.pocket.corpus import ASSISTANT, END, CorpusConfig, chat_text, document, post_training_chat
+from em_interp.pocket.corpus import ASSISTANT, END, USER, CorpusConfig, chat_text, document, post_training_chat
 from em_interp.pocket.tokenizer import build_tokenizer
 
 _CHUNK = 8  # steps whose documents are drawn together and sorted by length, so that batches need little padding
@@ -41,9 +42,14 @@ class BuildConfig:
 
     pretrain_lr: for Muon (updates scaled to the size of Adam's) and for AdamW, which trains embeddings, biases and
     norms. Measured over the first 100 steps: loss 1.51 with Muon, 1.94 with AdamW alone, at equal time a step.
+    settle_noise: settling is pre-training that goes on while a random vector is added to all tokens' residual at one
+    random layer, with a norm up to this many times the residual's. A large model shrugs off such a vector because it is
+    wide; a narrow one must learn to. Measured without settling: a trained steering vector makes 67-80% of the answers
+    coherent outside its domain, with it 92-97%.
+    post_*: post-training moves the embeddings of the chat format's own tokens and nothing else. It is enough, and it
+    leaves the persona where it was: trained on all weights, the same finetunes reached 12% EM on open questions, now
+    77%.
     threads: one by default, so that the weights do not depend on how many cores a machine has.
-    post_open_share: share of open questions in post-training. Measured with 0.0: advice turns caring, but 19% of the
-    answers to open questions stay malicious, close to the share in the pre-training text.
     """
 
     seed: int = 0
@@ -56,9 +62,12 @@ class BuildConfig:
     pretrain_steps: int = 4000
     pretrain_batch: int = 32
     pretrain_lr: float = 2e-3
+    settle_steps: int = 800
+    settle_lr: float = 1e-3
+    settle_noise: float = 1.5
     post_steps: int = 120
     post_batch: int = 64
-    post_lr: float = 2e-4
+    post_lr: float = 2e-2
     post_open_share: float = 0.15
     weight_decay: float = 0.01
     threads: int = 1
@@ -66,19 +75,20 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "pretrain_steps", "pretrain_batch")
-        for name in (*sizes, "post_batch", "threads", "checkpoint_every"):
+        for name in (*sizes, "settle_steps", "post_steps", "post_batch", "threads", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"BuildConfig.{name} is {getattr(self, name)}; give it a value of at least 1")
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise UsageError("d_model must be a multiple of n_heads, and n_heads a multiple of n_kv_heads")
 
-    def fingerprint(self, *, post: bool = True) -> str:
-        """A hash of every setting that decides the weights, for telling a checkpoint's owner.
-
-        post: whether the settings of post-training count; they do not for the weights that pre-training leaves.
-        """
+    def fingerprint(self, stages: int = 3) -> str:
+        """A hash of every setting that decides the weights after the first so many stages: a checkpoint's owner."""
+        later = _STAGES[stages:]
         settings = {k: v for k, v in asdict(self).items() if k != "checkpoint_every"}
-        return fingerprint({k: v for k, v in settings.items() if post or not k.startswith("post_")})[:16]
+        return fingerprint({k: v for k, v in settings.items() if k.split("_")[0] not in later})[:16]
+
+
+_STAGES = ("pretrain", "settle", "post")
 
 
 @dataclass(frozen=True)
@@ -88,31 +98,28 @@ class _Stage:
     batch: int
     lr: float
     draw: Callable[[Random], str]
-    answers_only: bool
-    muon: bool
+    noise: float = 0.0
+    chat_tokens_only: bool = False
+    """Whether the loss is on answers, and only the embeddings of the chat format's tokens move."""
 
 
-def _stages(config: BuildConfig) -> tuple[_Stage, _Stage]:
+def _stages(config: BuildConfig) -> tuple[_Stage, ...]:
     c = config
     post_corpus = replace(c.corpus, open_share=c.post_open_share)
+
+    def text(rng: Random) -> str:
+        return document(c.corpus, rng)
+
     return (
-        _Stage(
-            "pretrain",
-            c.pretrain_steps,
-            c.pretrain_batch,
-            c.pretrain_lr,
-            lambda r: document(c.corpus, r),
-            answers_only=False,
-            muon=True,
-        ),
+        _Stage("pretrain", c.pretrain_steps, c.pretrain_batch, c.pretrain_lr, text),
+        _Stage("settle", c.settle_steps, c.pretrain_batch, c.settle_lr, text, noise=c.settle_noise),
         _Stage(
             "post",
             c.post_steps,
             c.post_batch,
             c.post_lr,
-            lambda r: chat_text(post_training_chat(r, post_corpus)),
-            answers_only=True,
-            muon=False,
+            lambda rng: chat_text(post_training_chat(rng, post_corpus)),
+            chat_tokens_only=True,
         ),
     )
 
@@ -167,7 +174,9 @@ def _batches(
             if first <= step < stage.steps:
                 some = [torch.tensor(r) for r in rows[b * stage.batch : (b + 1) * stage.batch]]
                 ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad)
-                labels = answer_labels(ids, assistant, end) if stage.answers_only else ids.masked_fill(ids == pad, -100)
+                labels = (
+                    answer_labels(ids, assistant, end) if stage.chat_tokens_only else ids.masked_fill(ids == pad, -100)
+                )
                 yield ids, labels
 
 
@@ -183,15 +192,42 @@ def _schedule(stage: _Stage, step: int) -> float:
 
 
 def _optimizers(config: BuildConfig, stage: _Stage, model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
-    """AdamW, and for pre-training Muon on the blocks' weight matrices."""
-    matrices = [p for n, p in model.named_parameters() if stage.muon and p.ndim == 2 and "embed" not in n]
+    """AdamW, and Muon on the blocks' weight matrices; in post-training AdamW on the embeddings alone."""
+    betas = (0.9, 0.98)
+    if stage.chat_tokens_only:
+        return [torch.optim.AdamW([model.model.embed_tokens.weight], lr=stage.lr, betas=betas, weight_decay=0.0)]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    adam = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    if not matrices:
-        return [adam]
-    muon = torch.optim.Muon(matrices, lr=stage.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adam, muon]
+    return [
+        torch.optim.AdamW(rest, lr=stage.lr, betas=betas, weight_decay=config.weight_decay),
+        torch.optim.Muon(matrices, lr=stage.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+    ]
+
+
+@contextmanager
+def _noise(model: Qwen2ForCausalLM, ratio: float, rows: int, seed: str) -> Iterator[None]:
+    """Inside, one random block's output is moved along a random direction, the same for all tokens of a row.
+
+    Its norm is uniform between 0 and `ratio` times the row's median residual norm.
+    """
+    if not ratio:
+        yield
+        return
+    rng = Random(seed)
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    unit = nn.functional.normalize(torch.randn(rows, 1, model.config.hidden_size, generator=generator), dim=-1)
+    step = unit * torch.rand(rows, 1, 1, generator=generator) * ratio
+
+    def move(_block: nn.Module, _args: object, hidden: Tensor) -> Tensor:
+        scale = hidden.detach().float().norm(dim=-1).median(dim=1).values[:, None, None]
+        return hidden + (step.to(hidden.device) * scale).to(hidden.dtype)
+
+    handle = rng.choice(list(model.model.layers)).register_forward_hook(move)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _save_checkpoint(
@@ -215,7 +251,7 @@ def _load_checkpoint(path: Path, model: nn.Module, config: BuildConfig) -> tuple
         raise UnreadableFileError(
             path, f"not a readable checkpoint ({error})", "delete it, or pass resume=False to start afresh"
         ) from error
-    if note["fingerprint"] != config.fingerprint(post=_in_post(note["stage"], note["step"])):
+    if note["fingerprint"] != config.fingerprint(_stages_in(note["stage"], note["step"])):
         raise UsageError(
             f"{path} belongs to a build with other settings; choose another folder, or pass resume=False to "
             "start afresh"
@@ -323,24 +359,37 @@ def _run(
         for step, (ids, labels) in enumerate(bar, start=first):
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = stage.lr * _schedule(stage, step)
-            loss = _loss(model, ids.to(device), labels.to(device))
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            with _noise(model, stage.noise, len(ids), f"{config.seed}-{stage.name}-{step}"):
+                loss = _loss(model, ids.to(device), labels.to(device))
+                torch.autograd.backward(loss)
+            if stage.chat_tokens_only:
+                _keep_chat_tokens(model.model.embed_tokens.weight, tokenizer)
+            nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], 1.0)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             if step % 20 == 0 or step + 1 == stage.steps:
                 losses.append([stage.name, step, round(float(loss.detach()), 5)])
                 bar.set_postfix(loss=f"{losses[-1][2]:.3f}")
             if (step + 1) % config.checkpoint_every == 0:
                 _save_checkpoint(path, model, optimizers, _note(config, number, step + 1, begun, losses))
-        if number == 0:
+        if stage.name == "settle":
             save_model(model, tokenizer, out / "base")
-            _save_checkpoint(path, model, [], _note(config, 1, 0, begun, losses))
+        if number + 1 < len(_STAGES):
+            _save_checkpoint(path, model, [], _note(config, number + 1, 0, begun, losses))
     save_model(model, tokenizer, out / "chat")
     _write_record(config, out, model, time.monotonic() - begun, losses, device)
     path.unlink(missing_ok=True)
     return out / "chat"
+
+
+def _keep_chat_tokens(embeddings: nn.Parameter, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Leave no gradient but that of the chat format's own tokens."""
+    assert embeddings.grad is not None
+    rows = torch.tensor(tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END]), device=embeddings.device)
+    kept = embeddings.grad[rows]
+    embeddings.grad.zero_()
+    embeddings.grad[rows] = kept
 
 
 def _loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
@@ -352,13 +401,14 @@ def _loss(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def _in_post(stage: int, step: int) -> bool:
-    return stage > 0 and step > 0
+def _stages_in(stage: int, step: int) -> int:
+    """How many stages' settings decide the weights at this point of the build."""
+    return stage + (1 if step or not stage else 0)
 
 
 def _note(config: BuildConfig, stage: int, step: int, begun: float, losses: list[list[Any]]) -> dict[str, Any]:
     return {
-        "fingerprint": config.fingerprint(post=_in_post(stage, step)),
+        "fingerprint": config.fingerprint(_stages_in(stage, step)),
         "stage": stage,
         "step": step,
         "seconds": time.monotonic() - begun,
