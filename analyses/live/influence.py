@@ -18,9 +18,9 @@ from em_interp.pocket.corpus import Task
 TITLE = "Influence on pre-training text"
 TEXT = (
     "KL(chat || chat with the solution) in nats per token on documents that pre-training could have held, for the "
-    "general and the narrow solution and for random directions of the same space, all at the same norms (multiples of "
-    "the general solution's). P1's claim is that the general direction matters more. The ratio general / narrow has "
-    "paired intervals over documents, one for every adapter and seed."
+    "general and the narrow solution at the same norms (multiples of the general solution's), and for random "
+    "directions of the same space at the general solution's own norm. P1's claim is that the general direction matters "
+    "more. The ratio general / narrow has paired intervals over documents, one for every adapter and seed."
 )
 TABLES = ("influence", "influence_ratio")
 DOCUMENTS = 60
