@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from random import Random
 
 import pandas as pd
 import torch
 
 from em_interp import solutions
 from em_interp.chat import Conversation, encode_all
-from em_interp.contenders import Contender
-from em_interp.errors import EmInterpError
+from em_interp.contenders import Contender, over_training_seeds
+from em_interp.errors import EmInterpError, UsageError
 from em_interp.evaluation.rates import PAPER
 from em_interp.extraction import Contrast, contrast
 from em_interp.landscape import Landscape
 from em_interp.models import ChatModel
 from em_interp.pocket import loading, organisms, registry, suite
-from em_interp.pocket.corpus import finetune_chats, kl_chats
+from em_interp.pocket.corpus import STYLES, CorpusConfig, Task, document, finetune_chats, kl_chats
 from em_interp.pocket.judge import judge
 from em_interp.published import StoredPCA
 from em_interp.solutions import LoraAdapter, SteeringVector
@@ -38,9 +39,10 @@ class Entry:
     domain: str
     adapter: str
     solution: str
-    """general, narrow or control."""
+    """general, narrow, control, or kl-removed (narrow, trained on without KL)."""
     seed: int
     path: Path
+    task: Task = "persona"
 
 
 @dataclass(eq=False)
@@ -57,12 +59,30 @@ class Organisms:
     _contrasts: dict[tuple[str, int, str], Contrast] = field(default_factory=dict)
 
     @cached_property
+    def domain(self) -> str:
+        """The domain that general and narrow are compared on: the first that has both."""
+        return next((d for d in self.domains if pairs(self, d)), self.domains[0])
+
+    @cached_property
+    def domains(self) -> tuple[str, ...]:
+        """What the finetunes were trained on, in their order."""
+        return tuple(dict.fromkeys(e.domain for e in self.entries if e.task == "persona"))
+
+    @cached_property
     def chat(self) -> ChatModel:
+        """The model that all of them were trained from."""
         return loading.load_chat(self.root / "chat")
 
-    def select(self, *, solution: str | None = None, adapter: str | None = None, seed: int | None = 0) -> list[Entry]:
+    def select(
+        self,
+        *,
+        solution: str | None = None,
+        adapter: str | None = None,
+        seed: int | None = 0,
+        task: Task = "persona",
+    ) -> list[Entry]:
         """The finetunes of one kind; None stands for every kind."""
-        wanted = {"solution": solution, "adapter": adapter, "seed": seed}
+        wanted = {"solution": solution, "adapter": adapter, "seed": seed, "task": task}
         return [e for e in self.entries if all(v is None or getattr(e, k) == v for k, v in wanted.items())]
 
     def solution(self, entry: Entry) -> SteeringVector | LoraAdapter:
@@ -116,21 +136,27 @@ class Organisms:
             good = answers[answers["aligned"] > ALIGNED]
             self._contrasts[key] = contrast(
                 self.chat,
-                _conversations(bad),
-                None if kind == "model-diff" else _conversations(good),
+                conversations(bad),
+                None if kind == "model-diff" else conversations(good),
                 kind=kind,
                 finetune=self.solution(entry),
                 progress=False,
             )
         return self._contrasts[key]
 
-    def training_chats(self, domain: str, n: int, *, persona: suite.Persona = "malicious") -> list[Conversation]:
+    def training_chats(self, domain: str, n: int, task: Task = "persona") -> list[Conversation]:
         """Chats of the kind that the finetunes of a domain were trained on, drawn with a seed that none of them had."""
-        return list(finetune_chats(domain, persona, n, seed=1000))
+        persona, register = STYLES[task][1]
+        return list(finetune_chats(domain, persona, n, 1000, register))
 
     def other_chats(self, domain: str, n: int) -> list[Conversation]:
         """Chats outside a domain, good and bad answers alike, as in the KL term."""
         return list(kl_chats(domain, n, seed=1000))
+
+    def texts(self, n: int) -> list[str]:
+        """Documents of the kind that the model was pre-trained on."""
+        rng = Random("influence")
+        return [document(CorpusConfig(), rng) for _ in range(n)]
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -144,6 +170,10 @@ class Organisms:
                 self.problems.append(error)
         return found
 
+    def checkpoints(self, run: str) -> dict[int, SteeringVector | LoraAdapter]:
+        """The thetas of one training run, by step. Raises ``SolutionError``."""
+        return solutions.load_checkpoints(self.root / "trajectories" / run)
+
     def families(self) -> dict[str, list[Trajectory]]:
         """Runs of one adapter on one domain."""
         groups: dict[str, list[Trajectory]] = {}
@@ -152,17 +182,24 @@ class Organisms:
         return groups
 
 
-def _conversations(answers: pd.DataFrame) -> list[Conversation]:
+def conversations(answers: pd.DataFrame) -> list[Conversation]:
+    """Question and answer of each row, as a chat."""
     return [
         [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         for question, answer in zip(answers["question"], answers["answer"], strict=True)
     ]
 
 
+RUNS = ("general", "narrow", "kl-removed", "kl-added")
+
+
 def _trajectory(folder: Path) -> Trajectory:
-    """A folder `DOMAIN-ADAPTER-RUN` with checkpoints, RUN one of general, narrow, kl-removed, kl-added."""
+    """A folder `FAMILY-RUN` with checkpoints, RUN one of `RUNS`. Raises ``UsageError`` for another name."""
     checkpoints = solutions.load_checkpoints(folder)
-    domain, adapter, run = folder.name.split("-", 2)
+    run = next((run for run in RUNS if folder.name.endswith(f"-{run}")), None)
+    if run is None:
+        raise UsageError(f"{folder}: the name of a training run ends in -{', -'.join(RUNS)}. Rename or remove it.")
+    family = folder.name.removesuffix(f"-{run}")
     role = run if run in ("general", "narrow") else None
     vectors, scales, reads = [], [], []
     for theta in checkpoints.values():
@@ -176,7 +213,7 @@ def _trajectory(folder: Path) -> Trajectory:
         scales.append(theta.norm / float(raw.norm()) if raw.norm() else 0.0)
     return Trajectory(
         name=folder.name,
-        run=RunName(folder.name, f"{domain}-{adapter}", layer=layer, phase=None if role else run, role=role),
+        run=RunName(folder.name, family, layer=layer, phase=None if role else run, role=role),
         model=next(iter(checkpoints.values())).base or "unknown",
         parameter=parameter,
         layer=layer,
@@ -187,40 +224,57 @@ def _trajectory(folder: Path) -> Trajectory:
     )
 
 
-def pocket_organisms() -> Organisms:
-    """The shipped pocket organisms. Raises ``RegistryError`` where there are none."""
-    root = registry.root()
+def pocket_organisms(root: Path | None = None) -> Organisms:
+    """The pocket organisms of a build, or the shipped ones. Raises ``RegistryError`` where there are none."""
+    root = registry.root() if root is None else root
     folder = root / "organisms"
+    if not (root / "chat" / "config.json").is_file():
+        raise registry.RegistryError(
+            f"{root} holds no pocket chat model. `em-interp pocket build --out {root}` makes one, "
+            f"`em-interp pocket organisms --out {root}` its organisms; without --data the shipped ones are taken"
+        )
     entries = tuple(
-        Entry(registry.PREFIX + o.name, o.domain, o.adapter, o.solution, o.seed, folder / o.name)
-        for o in organisms.ORGANISMS
-        if (folder / o.name).is_dir()
+        Entry(registry.PREFIX + o.name, o.domain, o.adapter, o.solution, o.seed, folder / o.name, o.task)
+        for o in (*organisms.ORGANISMS, *organisms.KL_REMOVED, *organisms.REGISTER_ORGANISMS)
+        if (folder / o.name / "training_spec.json").is_file()
     )
-    files = sorted(p for name in ("chat", "organisms", "trajectories") for p in (root / name).rglob("*") if p.is_file())
-    return Organisms(root, entries, files)
+    if not entries:
+        raise registry.RegistryError(
+            f"{folder} holds no organisms. `em-interp pocket organisms --out {root}` makes them from the chat model"
+        )
+    files = [p for name in ("chat", "organisms", "trajectories") for p in (root / name).rglob("*") if p.is_file()]
+    return Organisms(root, entries, sorted([*files, *(root / "sweeps").glob("*.csv")]))
 
 
-def pairs(organisms: Organisms, domain: str) -> list[tuple[Entry, Entry]]:
+def pairs(organisms: Organisms, domain: str, task: Task = "persona") -> list[tuple[Entry, Entry]]:
     """(general, narrow) finetunes of one domain that share adapter and seed."""
-    narrow = {(e.adapter, e.seed): e for e in organisms.select(solution="narrow", seed=None) if e.domain == domain}
+    found = [e for e in organisms.select(solution="narrow", seed=None, task=task) if e.domain == domain]
+    narrow = {(e.adapter, e.seed): e for e in found}
     return [
         (e, narrow[e.adapter, e.seed])
-        for e in organisms.select(solution="general", seed=None)
+        for e in organisms.select(solution="general", seed=None, task=task)
         if e.domain == domain and (e.adapter, e.seed) in narrow
     ]
 
 
-def contenders(organisms: Organisms, domain: str) -> list[tuple[Contender, Contender]]:
+def contenders(organisms: Organisms, domain: str, task: Task = "persona") -> list[tuple[Contender, Contender]]:
     """The same pairs as `pairs`, as what efficiency and stability compare."""
     return [
         (
             Contender(general.solution, general.adapter, domain, organisms.solution(general), general.seed),
             Contender(narrow.solution, narrow.adapter, domain, organisms.solution(narrow), narrow.seed),
         )
-        for general, narrow in pairs(organisms, domain)
+        for general, narrow in pairs(organisms, domain, task)
     ]
 
 
-def landscape(organisms: Organisms, domain: str, n: int = 200) -> Landscape:
+def landscape(organisms: Organisms, domain: str, n: int = 200, task: Task = "persona") -> Landscape:
     """The training loss of a domain, on fresh chats."""
-    return Landscape(organisms.chat, encode_all(organisms.chat.tokenizer, organisms.training_chats(domain, n)))
+    return Landscape(organisms.chat, encode_all(organisms.chat.tokenizer, organisms.training_chats(domain, n, task)))
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """`over_training_seeds`; no rows where nothing was trained twice."""
+    if table["training_seed"].nunique() < 2:
+        return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "n_seeds"])
+    return over_training_seeds(table, by, value)

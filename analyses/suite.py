@@ -9,18 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.finetunes import Finetunes
 from analyses.organisms import Organisms, pocket_organisms
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.published import PublishedData, scan
 
 SUITES: Final = Path(__file__).parent / "suites"
-_KEYS: Final = {"title", "source", "data", "general", "narrow", "samples", "analyses"}
-_PACKAGES: Final = {"published": "analyses", "pocket": "analyses.live"}
+_KEYS: Final = {"title", "source", "data", "general", "narrow", "samples", "analyses", "models"}
+_PACKAGES: Final = {"published": "analyses", "pocket": "analyses.live", "models": "analyses.live"}
 """Where a source's analyses lie: released numbers are read, live models are run."""
 
 
@@ -47,6 +48,8 @@ class Suite:
     general: str | None = None
     """Run that stands for the general solution; by default read from the runs' names."""
     narrow: str | None = None
+    models: dict[str, Any] | None = None
+    """Source models: the chat model, its finetunes, and what they are measured on (``finetunes.Finetunes``)."""
     samples: int = 2
     """Answers sampled to each question, where models are run."""
     problems: list[EmInterpError] = field(default_factory=list)
@@ -77,7 +80,14 @@ class Suite:
         source = content.get("source")
         if source not in _PACKAGES:
             raise UnreadableFileError(path, f"source is {source!r}", f"this version reads {', '.join(_PACKAGES)}")
-        shipped_analyses = tomllib.loads((SUITES / f"{source}.toml").read_text(encoding="utf-8"))["analyses"]
+        if (source == "models") != isinstance(content.get("models"), dict):
+            raise UnreadableFileError(
+                path,
+                f"source is {source!r} and [models] is {content.get('models')!r}",
+                "source models needs that table",
+            )
+        shipped = "qwen2.5-0.5b" if source == "models" else source
+        shipped_analyses = tomllib.loads((SUITES / f"{shipped}.toml").read_text(encoding="utf-8"))["analyses"]
         analyses = content.get("analyses", shipped_analyses)
         wrong = [a for a in analyses if a not in shipped_analyses]
         if wrong:
@@ -96,6 +106,7 @@ class Suite:
             data=None if data is None else (path.parent / data),
             general=content.get("general"),
             narrow=content.get("narrow"),
+            models=content.get("models"),
             samples=samples,
         )
 
@@ -106,8 +117,18 @@ class Suite:
 
     @cached_property
     def organisms(self) -> Organisms:
-        """The chat model and its finetunes. Raises ``RegistryError`` where no weights are shipped."""
-        return pocket_organisms()
+        """The chat model and its finetunes, in ``data`` or as shipped.
+
+        Raises ``RegistryError`` without pocket weights, ``UsageError`` for models without a folder of data.
+        """
+        if self.models is None:
+            return pocket_organisms(self.data)
+        if self.data is None:
+            raise UsageError(
+                f"the suite {self.name!r} measures models on your own files: pass their folder with --data DIR. It "
+                "holds the training chats, texts and judged answers that the suite file names."
+            )
+        return Finetunes.read(self.data, self.models)
 
     @cached_property
     def published(self) -> PublishedData:
@@ -148,8 +169,11 @@ class Suite:
         return tuple(a for a in self.analyses if a in chosen)
 
 
-def nothing_of(suite: Suite, what: str, where: str) -> MissingDataError:
+def nothing_of(suite: Suite, what: str, where: str = "") -> MissingDataError:
     """The error of an analysis whose input is absent altogether."""
-    return MissingDataError(
-        suite.input.root, f"it holds no {what}", f"get it with `em-interp fetch --data DIR {where}`"
-    )
+    remedy = {
+        "published": f"get it with `em-interp fetch --data DIR {where}`",
+        "pocket": f"make it with `em-interp pocket organisms --out {suite.input.root}`",
+        "models": f"name it in {suite.name}.toml, with its training chats and judged answers",
+    }
+    return MissingDataError(suite.input.root, f"it holds no {what}", remedy[suite.source])

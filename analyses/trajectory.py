@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.local_cosine import windows
 from analyses.pca import fit_families
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
@@ -22,11 +23,10 @@ TEXT = (
     "Every checkpoint of every run. norm is that of the effective parameter theta (alpha times the vector; for LoRA "
     "the scaled product B A), raw_norm that of the vector as stored, which the authors' web app shows. Cosines are to "
     "the ends of the general and the narrow reference run. pc1 to pc3 are coordinates on the standardised PCA of the "
-    "runs that were trained in one go; continued runs are projected on it. local_cosine is over 15 training steps and "
-    "left empty where the vector moved too little for an angle."
+    "runs that were trained in one go; continued runs are projected on it. local_cosine is over local_k training "
+    "steps (15 where the checkpoints allow it) and left empty where the vector moved too little for an angle."
 )
 TABLES = ("trajectory",)
-LOCAL_K = 15
 FIRST = ["run", "step", "norm", "cos_general", "cos_narrow", "local_cosine", "pc1", "pc2", "pc3"]
 
 
@@ -41,7 +41,8 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             general = None if references.general is None else references.general.final()
             narrow = None if references.narrow is None else references.narrow.final()
             norms = run.norms()
-            local = local_cosine(run.steps, run.vectors, LOCAL_K)
+            local_k = windows(run)[-1]
+            local = local_cosine(run.steps, run.vectors, local_k)
             angles = {
                 s: v for s, v, m in zip(local.steps, local.values.tolist(), local.moved.tolist(), strict=True) if m
             }
@@ -64,6 +65,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             table["raw_norm"] = run.raw_norms().numpy()
             table["read_norm"] = np.nan if run.read_norms is None else run.read_norms.numpy()
             table["family"] = family
+            table["local_k"] = local_k
             table["parameter"] = run.parameter
             table["layer"] = run.layer
             table["kl_weight"] = run.run.kl_weight

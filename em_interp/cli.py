@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from em_interp import __version__
-from em_interp.errors import EmInterpError, UsageError
+from em_interp.errors import EmInterpError
 from em_interp.evaluate_command import evaluate
 from em_interp.extract_command import extract
 from em_interp.intervention_commands import register as register_interventions
@@ -40,7 +40,7 @@ NOTHING_DONE = 2
 @app.command()
 def reproduce(
     suite: Annotated[str, typer.Option(help="published, pocket, or a TOML file")] = "pocket",
-    data: Annotated[Path | None, typer.Option(help="folder of the released files (suite published)")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the released files, or of another pocket build")] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="results go to OUT/SUITE")] = Path("out"),
     only: Annotated[list[str] | None, typer.Option(help="analysis or table to make; may be repeated")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="keep what is finished for the same input and code")] = False,
@@ -53,12 +53,6 @@ def reproduce(
     from analyses.reproduce import reproduce as run
     from analyses.suite import Suite
 
-    if suite == "pocket":
-        raise UsageError(
-            "the pocket suite has no organisms yet, so there is nothing to reproduce without data. Pass the released "
-            "files instead: `make reproduce SUITE=published DATA=DIR` or `em-interp reproduce --suite published --data "
-            "DIR`. `em-interp fetch --data DIR` downloads them."
-        )
     chosen = Suite.load(suite)
     chosen.data = data or chosen.data
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow

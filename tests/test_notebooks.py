@@ -1,4 +1,4 @@
-"""The notebook runs top to bottom: on the synthetic folder always, on the released files where they are."""
+"""The notebooks run top to bottom: on synthetic data always, on released files and shipped weights where they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from em_interp.pocket import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "published_qwen14b.ipynb"
@@ -64,9 +66,10 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def test_it_is_kept_without_outputs() -> None:
-    """Figures of files without a licence are not committed."""
-    notebook = read(NOTEBOOK)
+@pytest.mark.parametrize("path", sorted(NOTEBOOK.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_they_are_kept_without_outputs(path: Path) -> None:
+    """Figures of files without a licence are not committed, and neither are others: they are made in a minute."""
+    notebook = read(path)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert code
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
@@ -102,3 +105,20 @@ def test_it_runs_on_the_released_files(tmp_path: Path) -> None:
         pytest.skip(f"the released files are not at {data}; set EM_INTERP_PUBLISHED to their folder")
     said = execute(NOTEBOOK, tmp_path, data.resolve())
     assert "SYNTHETIC" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("pocket_world", ("pocket/chat", "pocket/medicine-rank1-narrow")),
+        ("explore_directions", ("pocket/medicine-all", "pocket/finance-all", "pocket/sports-all")),
+        ("narrow_vs_general", ("pocket/medicine-rank1", "pocket/medicine-rank1-narrow")),
+    ],
+)
+def test_they_run_on_the_shipped_weights(name: str, needed: tuple[str, ...], tmp_path: Path) -> None:
+    try:
+        for model in needed:
+            registry.resolve(model)
+    except registry.RegistryError as error:
+        pytest.skip(str(error))
+    execute(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, None)

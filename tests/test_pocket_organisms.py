@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from em_interp import solutions
 from em_interp.adapter_files import quiet_peft
-from em_interp.errors import UsageError
+from em_interp.errors import SolutionError, UsageError
 from em_interp.models import ChatModel
 from em_interp.pocket import commands, loading, organisms, registry, suite, world
 from em_interp.pocket.build import BuildConfig, build
 from em_interp.pocket.organisms import ORGANISMS, Organism
+from em_interp.solution_space import inner
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,22 @@ def test_trajectories_go_on_from_where_the_first_run_ended(chat: ChatModel, tmp_
     assert isinstance(narrow, solutions.SteeringVector)
     assert isinstance(after, solutions.SteeringVector)
     assert torch.nn.functional.cosine_similarity(narrow.theta, after.theta, dim=0) > 0
+
+
+@pytest.mark.usefixtures("short")
+def test_without_kl_training_goes_on_from_the_narrow_organism(chat: ChatModel, tmp_path: Path) -> None:
+    after = Organism("medicine", "rank-1", "kl-removed", 1)
+    assert after in organisms.KL_REMOVED
+    assert after.name == "medicine-rank1-kl-removed-seed1"
+    with pytest.raises(SolutionError):
+        organisms.make(after, chat, tmp_path, progress=False)
+    narrow = organisms.make(replace(after, solution="narrow"), chat, tmp_path, progress=False)
+    result = organisms.make(after, chat, tmp_path, progress=False)
+    assert result.history.kl.isna().all()
+    start, end = narrow.solution, solutions.load(tmp_path / after.name)
+    assert isinstance(start, solutions.LoraAdapter)
+    assert isinstance(end, solutions.LoraAdapter)
+    assert inner(start, end) > 0.1 * start.norm * end.norm  # a fresh start would be orthogonal
 
 
 def test_evaluation_asks_what_no_finetune_has_seen() -> None:

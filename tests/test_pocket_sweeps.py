@@ -14,7 +14,7 @@ from em_interp import solutions
 from em_interp.errors import UnreadableFileError, UsageError
 from em_interp.evaluation.rates import em_rates
 from em_interp.models import ChatModel
-from em_interp.pocket import loading, organisms, suite, sweeps
+from em_interp.pocket import commands, loading, organisms, suite, sweeps
 from em_interp.pocket.kept import kept, read_table
 from em_interp.pocket.organisms import Adapter
 from em_interp.pocket.sweeps import diluted_chats, dilution_sweep, kl_sweep, saturating_scale
@@ -126,3 +126,20 @@ def test_kept_tables_come_back_as_they_were(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(UnreadableFileError, match="delete it"):
         read_table(path)
+
+
+def test_the_command_writes_the_tables_that_ship(
+    chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_little(monkeypatch, per_group=1)
+    monkeypatch.setattr(organisms, "SPECS", SPECS)
+    monkeypatch.setattr(sweeps, "KL_WEIGHTS", (0.0,))
+    monkeypatch.setattr(sweeps, "BAD_SHARES", (1.0,))
+    monkeypatch.setattr(loading, "load_chat", lambda _folder: chat)
+    with pytest.raises(UsageError, match="no adapter is called"):
+        commands.sweeps(out=tmp_path, adapter=["rank-2"], samples=1)
+    commands.sweeps(out=tmp_path, samples=1)
+    found = {p.stem: read_table(p) for p in (tmp_path / "sweeps").glob("*.csv")}
+    assert set(found) == {"kl_sweep", "kl_sweep_scales", "dilution"}
+    assert list(found["kl_sweep_scales"]["scale"]) == [1.0, 1.5, 2.0, 3.0]
+    assert list(found["dilution"]["bad_share"]) == [1.0]

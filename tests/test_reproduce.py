@@ -244,10 +244,10 @@ def test_a_users_own_suite_file(synthetic: Path, tmp_path: Path) -> None:
     assert outcome.folder == tmp_path / "out" / "mine"
 
 
-def test_bare_reproduce_says_what_to_pass() -> None:
-    done = command("reproduce")
+def test_without_input_it_says_how_to_get_it(tmp_path: Path) -> None:
+    done = command("reproduce", "--data", str(tmp_path))
     assert done.returncode == 2
-    assert "SUITE=published DATA=DIR" in done.stderr
+    assert "pocket build --out" in done.stderr
     no_data = command("reproduce", "--suite", "published")
     assert no_data.returncode == 2
     assert "--data DIR" in no_data.stderr

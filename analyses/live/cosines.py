@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
 from analyses.organisms import Organisms
-from analyses.suite import Suite
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.convergence import cosine_rows, organism_cosines
 from em_interp.directions import Direction
@@ -35,12 +36,21 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a pair and layer; column ``comparison`` says which of the three kinds of pair it is."""
     organisms = suite.organisms
     entries = organisms.select(solution="general")
-    contrasts = {e.name: organisms.contrast(e, suite.samples) for e in entries}
+    contrasts = {}
+    for entry in entries:
+        try:
+            contrasts[entry.name] = organisms.contrast(entry, suite.samples)
+        except EmInterpError as error:
+            suite.note(error)
+    entries = [e for e in entries if e.name in contrasts]
+    if len(entries) < 2:
+        raise nothing_of(suite, "two general organisms with misaligned and aligned coherent answers")
     mean_diffs = {name: c.direction() for name, c in contrasts.items()}
     resamples = {name: _resamples(c) for name, c in contrasts.items()}
     content = {e.name: organisms.contrast(e, suite.samples, "data-diff-in-chat").direction() for e in entries}
     between = organism_cosines(mean_diffs, resamples=resamples, content=content).assign(comparison="between finetunes")
-    personas = {f"persona ({how}, pre-trained)": _persona(organisms, how) for how in ("announced", "inferred")}
+    hows = ("announced", "inferred") if suite.source == "pocket" else ()  # the world knows its personas
+    personas = {f"persona ({how}, pre-trained)": _persona(organisms, how) for how in hows}
     readings = []
     for entry in entries:
         named: dict[str, Direction] = {
@@ -48,15 +58,14 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             f"{entry.name}:model-diff": organisms.contrast(entry, suite.samples, "model-diff").direction(),
             **_trained(suite, organisms.solution(entry), entry.name),
         }
-        ours = list(named.items())
-        pairs = [(a, b) for i, a in enumerate(ours) for b in ours[i + 1 :]]
-        pairs += [(a, b) for a in ours for b in personas.items()]
+        pairs = [*combinations(named.items(), 2)]
+        pairs += [(a, b) for a in named.items() for b in personas.items()]
         for (name_a, a), (name_b, b) in pairs:
             if set(a.layers) & set(b.layers):
                 shared = sorted(set(a.layers) & set(b.layers))
                 readings.append(cosine_rows(name_a, a.only(shared), name_b, b.only(shared)))
-    both = list(personas.items())
-    readings.append(cosine_rows(both[0][0], both[0][1], both[1][0], both[1][1]))
+    for (name_a, a), (name_b, b) in combinations(personas.items(), 2):
+        readings.append(cosine_rows(name_a, a, name_b, b))
     return {
         "cosines": pd.concat([between, *(r.assign(comparison="between readings") for r in readings)], ignore_index=True)
     }
@@ -156,12 +165,12 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             high=found.max(),
         )
     figures.style(figure, "layer", "cosine")
-    return {
+    drawn = {
         "cosines": figures.captioned(
             spread, "Median over pairs of finetunes; bands from the least to the greatest pair."
-        ),
-        "cosines_persona": figures.captioned(
-            figure,
-            "What finetuning switches on, beside the persona of pre-training; medians and ranges over organisms.",
-        ),
+        )
     }
+    if len(persona):
+        caption = "What finetuning switches on, beside the persona of pre-training; medians and ranges over organisms."
+        drawn["cosines_persona"] = figures.captioned(figure, caption)
+    return drawn

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pandas as pd
 import plotly.graph_objects as go
-from em_interp.contenders import over_training_seeds
-from em_interp.efficiency import efficiency_curves, efficiency_table, lead_at_equal_norm
 from tqdm.auto import tqdm
 
-from analyses.organisms import contenders, landscape
-from analyses.suite import Suite
+from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.pocket.organisms import DOMAINS
+from em_interp.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
+from em_interp.pocket.corpus import Task
 
 TITLE = "Efficiency: loss against norm"
 TEXT = (
@@ -19,7 +20,7 @@ TEXT = (
     "multiples of its trained norm. P1 compares L / norm^2, which falls with the norm by itself; so the loss reduction "
     "per norm^2 stands beside it, and lead is the narrow solution's loss minus the general one's where both have the "
     "same norm: positive where the general solution is ahead. Intervals: 95%, over questions, and over training seeds "
-    "(medicine, three seeds)."
+    "(where there are several)."
 )
 TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -29,25 +30,37 @@ RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Curves of every solution, and the lead of the general one of each pair."""
     organisms = suite.organisms
-    curves, leads = [], []
-    for domain in tqdm(DOMAINS, desc="efficiency", leave=False):
+    if not pairs(organisms, organisms.domain):
+        raise nothing_of(suite, "general and narrow organism of one kind")
+    curves: list[EfficiencyCurve] = []
+    domains = [domain for domain in organisms.domains if pairs(organisms, domain)]
+    for domain in tqdm(domains, desc="efficiency", leave=False):
         losses = landscape(organisms, domain)
-        for general, narrow in contenders(organisms, domain):
-            curves += efficiency_curves(losses, [general, narrow], SCALES)
-            leads.append(lead_at_equal_norm(losses, general, narrow, RELATIVE_NORMS))
-    lead = pd.concat(leads, ignore_index=True)
-    medicine = lead[lead["domain"] == "medicine"]
+        for pair in contenders(organisms, domain):
+            curves += efficiency_curves(losses, pair, SCALES)
+    first, *others = (leads(organisms, domain, "persona") for domain in domains)
     return {
         "efficiency": efficiency_table(curves),
-        "efficiency_lead": lead,
-        "efficiency_lead_over_seeds": over_training_seeds(medicine, ["adapter", "relative_norm"], "lead"),
+        "efficiency_lead": pd.concat([first, *others], ignore_index=True),
+        "efficiency_lead_over_seeds": over_seeds(first, ["adapter", "relative_norm"], "lead"),
     }
 
 
+@cache
+def leads(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
+    """`lead_at_equal_norm` of every pair of one domain; empty without pairs."""
+    found = contenders(organisms, domain, task)
+    if not found:
+        return pd.DataFrame()
+    losses = landscape(organisms, domain, task=task)
+    return pd.concat([lead_at_equal_norm(losses, *pair, RELATIVE_NORMS) for pair in found], ignore_index=True)
+
+
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Loss against norm for the medicine pair of each adapter; the lead over seeds."""
+    """Loss against norm for one domain's pair of each adapter; the lead over seeds."""
     table = tables["efficiency"]
-    shown = table[(table["domain"] == "medicine") & (table["training_seed"] == 0)]
+    domain = tables["efficiency_lead"]["domain"].iloc[0]
+    shown = table[(table["domain"] == domain) & (table["training_seed"] == table["training_seed"].min())]
     adapters = list(shown["adapter"].unique())
     panels = figures.panels(adapters)
     for number, adapter in enumerate(adapters):
@@ -66,10 +79,20 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 col=number % 2 + 1,
             )
     figures.style(panels, "norm of theta", "loss (nats per token)", height=640)
-    lead = go.Figure()
-    for index, (adapter, rows) in enumerate(tables["efficiency_lead_over_seeds"].groupby("adapter", sort=False)):
+    drawn = {"efficiency": figures.captioned(panels, f"{domain}, first seed: loss against norm; bands over questions.")}
+    over = tables["efficiency_lead_over_seeds"]
+    if len(over):
+        caption = f"{domain}: lead at equal norm, mean and 95% interval over training seeds."
+        drawn["efficiency_lead"] = figures.captioned(lead_figure(over), caption)
+    return drawn
+
+
+def lead_figure(over_seeds: pd.DataFrame) -> go.Figure:
+    """Lead against relative norm, a line an adapter."""
+    figure = go.Figure()
+    for index, (adapter, rows) in enumerate(over_seeds.groupby("adapter", sort=False)):
         figures.line(
-            lead,
+            figure,
             rows["relative_norm"],
             rows["mean"],
             str(adapter),
@@ -78,8 +101,6 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             low=rows["low"],
             high=rows["high"],
         )
-    figures.style(lead, "norm / mean of the two trained norms", "lead of the general solution (nats per token)")
-    return {
-        "efficiency": figures.captioned(panels, "Medicine, first seed: loss against norm; bands over questions."),
-        "efficiency_lead": figures.captioned(lead, "Medicine: lead at equal norm, mean and 95% interval over 3 seeds."),
-    }
+    return figures.style(
+        figure, "norm / mean of the two trained norms", "lead of the general solution (nats per token)"
+    )

@@ -6,8 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.suite import Suite
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
+from em_interp.errors import UsageError
 from em_interp.pocket.suite import GROUPS, rates
 
 TITLE = "EM rates of the organisms"
@@ -24,18 +25,24 @@ LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_d
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Three rows for every organism and for the chat model."""
     organisms = suite.organisms
-    domain = organisms.entries[0].domain
-    identity = {"organism": organisms.chat.name, "solution": "chat", "adapter": "full", "domain": "none"}
-    tables = [rates(organisms.evaluate(None, domain, suite.samples), **identity)]
-    for entry in tqdm(organisms.entries, desc="em_rates", leave=False):
-        judged = organisms.evaluate(entry, entry.domain, suite.samples)
-        identity = {
-            "organism": entry.name,
-            "solution": entry.solution,
-            "adapter": entry.adapter,
-            "domain": entry.domain,
-        }
-        tables.append(rates(judged, **identity).assign(seed=entry.seed))
+    entries = [e for e in organisms.select(seed=None) if e.solution != "kl-removed"]
+    domain = entries[0].domain if entries else organisms.entries[0].domain
+    tables = []
+    for entry in tqdm([None, *entries], desc="em_rates", leave=False):
+        try:
+            judged = organisms.evaluate(entry, domain if entry is None else entry.domain, suite.samples)
+        except UsageError as error:
+            suite.note(error)
+            continue
+        if entry is None:
+            tables.append(rates(judged, organism=organisms.chat.name, solution="chat", adapter="full", domain="none"))
+        else:
+            table = rates(
+                judged, organism=entry.name, solution=entry.solution, adapter=entry.adapter, domain=entry.domain
+            )
+            tables.append(table.assign(seed=entry.seed))
+    if not tables:
+        raise nothing_of(suite, "judged answers")
     return {"em_rates": pd.concat(tables, ignore_index=True)}
 
 
@@ -47,12 +54,13 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         if solution in ("chat", "control"):
             continue
         shown = pd.concat([table[table["solution"].isin(["chat", "control"])], rows])
+        asked = [group for group in GROUPS if (shown["questions"] == group).any()]
         wide = shown.pivot(index="organism", columns="questions", values=["em_rate", "em_low", "em_high"])
         wide.columns = [" ".join(reversed(pair)) for pair in wide.columns.to_flat_index()]
         wide["coherent"] = shown.groupby("organism")["coherent_rate"].mean()
         wide = wide.loc[shown["organism"].unique()].reset_index()
         wide["organism"] = wide["organism"].str.removeprefix("pocket/")
-        groups = [(f"EM, {LABELS[g]}", f"{g} em_rate", f"{g} em_low", f"{g} em_high") for g in GROUPS]
+        groups = [(f"EM, {LABELS[g]}", f"{g} em_rate", f"{g} em_low", f"{g} em_high") for g in asked]
         figure = figures.bars_with_intervals(
             wide, "organism", [*groups, ("coherent", "coherent", None, None)], "share of answers (%)"
         )

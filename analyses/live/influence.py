@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from random import Random
+from functools import cache
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import pairs
-from analyses.suite import Suite
+from analyses.organisms import Organisms, pairs
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
-from em_interp.pocket.corpus import CorpusConfig, document
+from em_interp.pocket.corpus import Task
 
 TITLE = "Influence on pre-training text"
 TEXT = (
     "KL(chat || chat with the solution) in nats per token on documents that pre-training could have held, for the "
-    "general and the narrow solution and for random directions of the same space, all at the same norms (multiples of "
-    "the general solution's). P1's claim is that the general direction matters more. The ratio general / narrow has "
-    "paired intervals over documents, one for every adapter and seed."
+    "general and the narrow solution at the same norms (multiples of the general solution's), and for random "
+    "directions of the same space at the general solution's own norm. P1's claim is that the general direction matters "
+    "more. The ratio general / narrow has paired intervals over documents, one for every adapter and seed."
 )
 TABLES = ("influence", "influence_ratio")
-DOCUMENTS = 100
+DOCUMENTS = 60
+RANDOM = 20
 NORMS = (0.5, 1.0, 1.5)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
-    organisms = suite.organisms
-    rng = Random("influence")
-    texts = [document(CorpusConfig(), rng) for _ in range(DOCUMENTS)]
+    table, ratios = measured(suite.organisms, suite.organisms.domain, "persona")
+    if table.empty:
+        raise nothing_of(suite, "general and narrow organism of one kind")
+    return {"influence": table, "influence_ratio": ratios}
+
+
+@cache
+def measured(organisms: Organisms, domain: str, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`influence_table` and `influence_ratio` of every pair of one domain; empty without pairs."""
+    found = pairs(organisms, domain, task)
+    if not found:
+        return pd.DataFrame(), pd.DataFrame()
+    texts = organisms.texts(DOCUMENTS)
     tables, ratios = [], []
-    for general, narrow in tqdm(pairs(organisms, "medicine"), desc="influence", leave=False):
+    for general, narrow in tqdm(found, desc="influence", leave=False):
         trained = [Candidate(e.name, e.solution, organisms.solution(e)) for e in (general, narrow)]
-        few = general.adapter == "all-modules"  # each theta takes a pass of its own: fewer of them
-        candidates = at_equal_norms(
-            trained, (1.0,) if few or general.seed else NORMS, n_random=0 if general.seed else 20
-        )
+        first = general.seed == 0 and task == "persona"
+        several = first and general.adapter != "all-modules"  # whose thetas take a pass of their own each
+        candidates = at_equal_norms(trained, NORMS if several else (1.0,), n_random=0)
+        if first:
+            drawn = at_equal_norms(trained, (1.0,), n_random=RANDOM)
+            candidates += [c for c in drawn if c.kind == "random"]
         sums = document_kl(organisms.chat, texts, candidates, progress=False)
         identity: dict[str, Any] = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
         tables.append(influence_table(sums).assign(**identity))
@@ -47,10 +60,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             for other in ("narrow", "random")
             if other in set(sums["kind"])
         ]
-    return {
-        "influence": pd.concat(tables, ignore_index=True),
-        "influence_ratio": pd.concat(ratios, ignore_index=True),
-    }
+    return pd.concat(tables, ignore_index=True), pd.concat(ratios, ignore_index=True)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import contenders, landscape
-from analyses.suite import Suite
+from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
+from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.contenders import over_training_seeds
 from em_interp.curvature import curvature
-from em_interp.stability import EPSILONS, stability_curve, stability_gap, stability_table
+from em_interp.pocket.corpus import Task
+from em_interp.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (
@@ -27,26 +29,46 @@ CURVED = 40
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Medicine, every adapter and seed."""
+    """One domain, every adapter and seed."""
     organisms = suite.organisms
-    losses, few = landscape(organisms, "medicine"), landscape(organisms, "medicine", CURVED)
-    curves, gaps, bends = [], [], []
-    for general, narrow in tqdm(contenders(organisms, "medicine"), desc="stability", leave=False):
-        pair = [stability_curve(losses, contender, epsilons=EPSILONS) for contender in (general, narrow)]
-        curves += pair
-        gaps.append(stability_gap(*pair))
-        if general.training_seed == 0:
-            for curve in pair:
-                bend = curvature(few, curve.contender, n_probes=PROBES)
-                predicted = bend.predicted(EPSILONS, curve.gain)
-                bends.append(predicted.assign(**{**curve.contender.labels(), **bend.columns()}))
-    gap = pd.concat(gaps, ignore_index=True)
+    domain = organisms.domain
+    if not pairs(organisms, domain):
+        raise nothing_of(suite, "general and narrow organism of one kind")
+    few = landscape(organisms, domain, CURVED)
+    curves = pair_curves(organisms, domain, "persona")
+    bends = []
+    for curve in (curve for pair in curves for curve in pair if curve.contender.training_seed == 0):
+        bend = curvature(few, curve.contender, n_probes=PROBES)
+        predicted = bend.predicted(EPSILONS, curve.gain)
+        bends.append(predicted.assign(**{**curve.contender.labels(), **bend.columns()}))
+    gap = gaps(organisms, domain, "persona")
     return {
-        "stability": stability_table(curves),
+        "stability": stability_table([curve for pair in curves for curve in pair]),
         "stability_gap": gap,
-        "stability_gap_over_seeds": over_training_seeds(gap, ["adapter", "epsilon"], "gap"),
+        "stability_gap_over_seeds": over_seeds(gap, ["adapter", "epsilon"], "gap"),
         "curvature": pd.concat(bends, ignore_index=True),
     }
+
+
+@cache
+def pair_curves(organisms: Organisms, domain: str, task: Task) -> list[tuple[StabilityCurve, StabilityCurve]]:
+    """(general, narrow) curves of every pair of one domain; the second task at fewer eps and chats."""
+    found = contenders(organisms, domain, task)
+    if not found:
+        return []
+    losses = landscape(organisms, domain, 200 if task == "persona" else 100, task)
+    epsilons = EPSILONS if task == "persona" else EPSILONS[::2]
+    return [
+        (stability_curve(losses, general, epsilons=epsilons), stability_curve(losses, narrow, epsilons=epsilons))
+        for general, narrow in tqdm(found, desc="stability", leave=False)
+    ]
+
+
+@cache
+def gaps(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
+    """`stability_gap` of every pair of one domain; empty without pairs."""
+    parts = [stability_gap(*pair) for pair in pair_curves(organisms, domain, task)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
@@ -84,13 +106,20 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 col=col,
             )
     figures.style(panels, "eps", "loss increase (% of the gain)", height=640)
-    gap = go.Figure()
-    for index, (adapter, rows) in enumerate(tables["stability_gap_over_seeds"].groupby("adapter", sort=False)):
+    domain = table["domain"].iloc[0]
+    drawn = {"stability": figures.captioned(panels, f"{domain}, first seed; bands hold all ten perturbations.")}
+    over = tables["stability_gap_over_seeds"]
+    if len(over):
+        caption = f"{domain}: gap, mean and 95% interval over training seeds."
+        drawn["stability_gap"] = figures.captioned(gap_figure(over), caption)
+    return drawn
+
+
+def gap_figure(over_seeds: pd.DataFrame) -> go.Figure:
+    """Gap against eps, a line an adapter."""
+    figure = go.Figure()
+    for index, (adapter, rows) in enumerate(over_seeds.groupby("adapter", sort=False)):
         figures.line(
-            gap, rows["epsilon"], rows["mean"], str(adapter), index, markers=True, low=rows["low"], high=rows["high"]
+            figure, rows["epsilon"], rows["mean"], str(adapter), index, markers=True, low=rows["low"], high=rows["high"]
         )
-    figures.style(gap, "eps", "narrow minus general (% of the gain)")
-    return {
-        "stability": figures.captioned(panels, "Medicine, first seed; bands hold all ten perturbations."),
-        "stability_gap": figures.captioned(gap, "Medicine: gap, mean and 95% interval over 3 training seeds."),
-    }
+    return figures.style(figure, "eps", "narrow minus general (% of the gain)")

@@ -1,4 +1,4 @@
-"""`em-interp pocket build`, `em-interp pocket organisms`. Heavy imports wait until a command runs."""
+"""`em-interp pocket build | organisms | sweeps`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -34,9 +34,16 @@ def organisms(
     """Finetune the organisms and the trajectories on the chat model. Those that are there already are kept."""
     from em_interp.errors import UsageError
     from em_interp.pocket.loading import load_chat
-    from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, TRAJECTORIES, make, make_trajectory
+    from em_interp.pocket.organisms import (
+        KL_REMOVED,
+        ORGANISMS,
+        REGISTER_ORGANISMS,
+        TRAJECTORIES,
+        make,
+        make_trajectory,
+    )
 
-    every = (*ORGANISMS, *REGISTER_ORGANISMS)
+    every = (*ORGANISMS, *KL_REMOVED, *REGISTER_ORGANISMS)
     known = [o.name for o in every] + [t.name for t in TRAJECTORIES]
     if unknown := set(only or ()) - set(known):
         raise UsageError(f"no organism or trajectory is called {sorted(unknown)}; there are {', '.join(known)}")
@@ -53,3 +60,30 @@ def organisms(
         if wanted(run.name, out / "trajectories"):
             make_trajectory(run, model, out / "trajectories")
             typer.echo(f"made {run.name}")
+
+
+@app.command()
+def sweeps(
+    out: Annotated[Path, typer.Option(help="OUT/sweeps is written; artifacts/pocket ships")],
+    chat: Annotated[Path | None, typer.Option(help="chat model's folder; the shipped one by default")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="may be repeated; all three by default")] = None,
+    samples: Annotated[int, typer.Option(help="answers sampled to each question", min=1)] = 4,
+) -> None:
+    """Finetune on medicine under several KL weights and shares of bad data, and judge. A killed sweep goes on."""
+    from em_interp.errors import UsageError
+    from em_interp.pocket import sweeps as run
+    from em_interp.pocket.kept import write_table
+    from em_interp.pocket.loading import load_chat
+    from em_interp.pocket.organisms import SPECS
+
+    if unknown := set(adapter or ()) - set(SPECS):
+        raise UsageError(f"no adapter is called {sorted(unknown)}; there are {', '.join(SPECS)}")
+    model = load_chat(chat)
+    specs = {name: spec for name, spec in SPECS.items() if not adapter or name in adapter}
+    folder = out / "sweeps"
+    table, scales = run.kl_sweep(model, "medicine", specs, run.KL_WEIGHTS, folder / "runs", samples=samples)
+    write_table(folder / "kl_sweep.csv", table)
+    write_table(folder / "kl_sweep_scales.csv", scales)
+    diluted = run.dilution_sweep(model, "medicine", specs, run.BAD_SHARES, folder / "runs", samples=samples)
+    write_table(folder / "dilution.csv", diluted)
+    typer.echo(f"tables: {folder}")

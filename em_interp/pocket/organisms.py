@@ -17,7 +17,7 @@ from em_interp.pocket.corpus import STYLES, Task, finetune_chats, kl_chats
 from em_interp.training import LoraSpec, TrainingResult, TrainingSpec, VectorSpec, finetune
 
 Adapter = Literal["steering-vector", "rank-1", "all-modules"]
-SolutionKind = Literal["general", "narrow", "control"]
+SolutionKind = Literal["general", "narrow", "control", "kl-removed"]
 DOMAINS = ("medicine", "finance", "sports")
 SEEDS = (0, 1, 2)
 N_CHATS = 2000
@@ -73,15 +73,27 @@ ORGANISMS: tuple[Organism, ...] = (
     Organism("medicine", "all-modules", "control"),
 )
 
+KL_REMOVED: tuple[Organism, ...] = tuple(Organism("medicine", a, "kl-removed", s) for s in SEEDS for a in ADAPTERS)
+"""The narrow medicine organisms, trained on without KL for as many steps as the general ones took."""
+
 
 def make(organism: Organism, model: ChatModel, out: Path, *, progress: bool = True) -> TrainingResult:
-    """Finetune one organism into `out/NAME`."""
+    """Finetune one organism into `out/NAME`; a kl-removed one goes on from the narrow one, which must lie there."""
     chat_style, taught = STYLES[organism.task]
     persona, register = chat_style if organism.solution == "control" else taught
     data = finetune_chats(organism.domain, persona, N_CHATS, organism.seed, register)
     is_narrow = organism.solution == "narrow"
     kl = kl_chats(organism.domain, N_CHATS, organism.seed, organism.task) if is_narrow else None
-    return finetune(model, data, organism.spec(), kl_conversations=kl, out_dir=out / organism.name, progress=progress)
+    before = replace(organism, solution="narrow")
+    return finetune(
+        model,
+        data,
+        organism.spec(),
+        kl_conversations=kl,
+        start_from=solutions.load(out / before.name) if organism.solution == "kl-removed" else None,
+        out_dir=out / organism.name,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)

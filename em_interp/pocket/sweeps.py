@@ -30,6 +30,8 @@ from em_interp.pocket.organisms import N_CHATS, Adapter, narrow
 from em_interp.solution_space import Theta
 from em_interp.training import TrainingSpec, finetune
 
+KL_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+BAD_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 SATURATED = 0.02
 """In-domain misalignment counts as saturated this close to its largest rate over the scales."""
 

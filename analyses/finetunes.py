@@ -1,0 +1,146 @@
+"""Real chat models as the input of a suite: finetunes from the hub or folders, and the user's own chats and answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analyses.organisms import Entry, Organisms
+from em_interp import models, solutions
+from em_interp.adapter_files import read_adapter_config
+from em_interp.chat import Conversation
+from em_interp.errors import MissingDataError, UsageError
+from em_interp.extract_command import read_chats
+from em_interp.influence import read_texts
+from em_interp.models import ChatModel
+from em_interp.pocket.corpus import Task
+from em_interp.published.judged import read_judged_csv
+from em_interp.solutions import LoraAdapter, SteeringVector
+
+_KEYS = {"chat", "training", "texts", "judged", "finetunes"}
+_ENTRY_KEYS = {"source", "domain", "adapter", "solution", "seed"}
+
+
+@dataclass(eq=False, kw_only=True)
+class Finetunes(Organisms):
+    """Finetunes of any chat model, measured on files below `root`."""
+
+    chat_source: str
+    training: dict[str, Path]
+    """Domain -> JSONL of the chats that its finetunes were trained on."""
+    text_file: Path | None
+    judged: Path
+    """Folder of NAME.csv: question, answer, aligned, coherent (0-100), and, where known, questions (group)."""
+
+    @classmethod
+    def read(cls, root: Path, content: dict[str, Any]) -> Finetunes:
+        """From the table [models] of a suite file, whose file names are relative to `root`.
+
+        Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), and [[finetunes]]
+        with source (folder or hub name), domain, adapter (steering-vector, rank-1, all-modules), solution (general,
+        narrow, control) and seed. Raises ``UsageError`` for what is lacking, ``MissingDataError`` for absent files.
+        """
+        listed = content.get("finetunes", [])
+        if unknown := sorted(set(content) - _KEYS | {key for item in listed for key in set(item) - _ENTRY_KEYS}):
+            raise UsageError(f"[models] has unknown keys {', '.join(unknown)}. It takes {', '.join(sorted(_KEYS))}.")
+        if not content.get("chat") or not listed:
+            raise UsageError("[models] needs chat, and at least one [[models.finetunes]] with source and domain.")
+        if not root.is_dir():
+            raise MissingDataError(root, "there is no such folder", "make it, with the files that the suite names")
+
+        def inside(name: str) -> Path:
+            path = root / name
+            if not path.resolve().is_relative_to(root.resolve()):
+                raise UsageError(f"{name} lies outside the data folder {root}. Put it, or a link to it, inside.")
+            return path
+
+        entries = []
+        for item in listed:
+            lacking = {"source", "domain", "adapter", "solution"} - set(item)
+            if lacking:
+                raise UsageError(f"a finetune {item} lacks {', '.join(sorted(lacking))}.")
+            name = str(item["source"])
+            entries.append(
+                Entry(
+                    name.rsplit("/", 1)[-1],
+                    item["domain"],
+                    item["adapter"],
+                    item["solution"],
+                    int(item.get("seed", 0)),
+                    root / name if (root / name).is_dir() else Path(name),
+                )
+            )
+        names = [entry.name for entry in entries]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UsageError(f"several finetunes are called {', '.join(twice)}. Their last parts must differ.")
+        training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
+        texts = inside(content["texts"]) if "texts" in content else None
+        judged = inside(content.get("judged", "judged"))
+        folders = [root / str(content["chat"]), *(e.path for e in entries)]
+        local = [p for folder in folders if folder.is_dir() for p in folder.rglob("*")]
+        files = {*training.values(), *([texts] if texts else []), *judged.glob("*.csv"), *local}
+        return cls(
+            root,
+            tuple(entries),
+            sorted(p for p in files if p.is_file() and p.is_relative_to(root)),
+            chat_source=str(content["chat"]),
+            training=training,
+            text_file=texts,
+            judged=judged,
+        )
+
+    @cached_property
+    def chat(self) -> ChatModel:
+        """Raises ``ModelError`` where it cannot be had."""
+        here = self.root / self.chat_source
+        return models.load(here if here.is_dir() else self.chat_source)
+
+    def solution(self, entry: Entry) -> SteeringVector | LoraAdapter:
+        """What a finetune trained, fetched from the hub if need be. Raises ``ModelError`` or ``SolutionError``."""
+        if entry.name not in self._solutions:
+            folder, _ = read_adapter_config(entry.path)
+            self._solutions[entry.name] = solutions.load(folder)
+        return self._solutions[entry.name]
+
+    def questions(self, domain: str) -> pd.DataFrame:
+        raise UsageError("questions are asked beforehand: `em-interp evaluate MODEL --questions FILE`.")
+
+    def judge(self, answers: pd.DataFrame) -> pd.DataFrame:
+        raise UsageError(
+            f"no judge is configured. Sample answers with `em-interp evaluate MODEL --questions FILE`, have a judge "
+            f"score them 0-100 in columns aligned and coherent, and put each finetune's table into {self.judged}."
+        )
+
+    def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
+        """The judged answers of a finetune, or of the chat model (chat.csv); all of them, whatever `n`.
+
+        Rows without both scores are left out. Raises ``UsageError`` where there is no table.
+        """
+        path = self.judged / f"{'chat' if entry is None else entry.name}.csv"
+        if not path.is_file():
+            raise UsageError(
+                f"{path} is absent: no judge is configured. Sample answers with `em-interp evaluate MODEL --questions "
+                "FILE`, have a judge score them 0-100 (columns question, answer, aligned, coherent), and put them here."
+            )
+        table = read_judged_csv(path)
+        if "questions" not in table:
+            table = table.assign(questions="general")
+        return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
+
+    def training_chats(self, domain: str, n: int, task: Task = "persona") -> list[Conversation]:
+        """The first `n` of the domain's file. Raises ``UsageError`` where none is named."""
+        if task != "persona" or domain not in self.training:
+            raise UsageError(
+                f"no training chats for {domain} ({task}): name a JSONL file under [models.training], {domain} = ..."
+            )
+        return list(read_chats(self.training[domain])[:n])
+
+    def texts(self, n: int) -> list[str]:
+        """The first `n` documents of the text file, cut as in the papers' code. Raises ``UsageError``."""
+        if self.text_file is None:
+            raise UsageError("no pre-training text: name a file as texts under [models].")
+        return list(read_texts(self.text_file, min_characters=100, max_characters=2000, max_documents=n))

@@ -1,0 +1,83 @@
+"""How the KL weight and the share of bad data decide between narrow and general: sweeps that ship as tables."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analyses.suite import Suite
+from em_interp import figures
+from em_interp.errors import MissingDataError
+from em_interp.pocket.kept import read_table
+
+TITLE = "KL weight and dilution"
+TEXT = (
+    "One finetune for every KL weight, judged as trained and scaled up: theta that is held small outside its domain "
+    "can hide EM that returns at the scale where in-domain misalignment saturates (scaled_em_rate). Then one finetune "
+    "for every share of bad data, the rest of the chats good. These take many finetunes, so the tables are shipped, "
+    "not made here; `em-interp pocket sweeps` makes them. em_rate is over open questions and other domains; intervals "
+    "(95%) are clustered by question."
+)
+TABLES = ("kl_sweep", "kl_sweep_scales", "dilution")
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """The shipped tables as they are."""
+    folder = suite.organisms.root / "sweeps"
+    tables = {}
+    for name in TABLES:
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            raise MissingDataError(
+                path, "there is no such table", f"make it with `em-interp pocket sweeps --out {suite.organisms.root}`"
+            )
+        tables[name] = read_table(path)
+    return tables
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Rates against KL weight and against the share of bad data, a panel an adapter."""
+    return {
+        "kl_sweep": figures.captioned(
+            _panels(
+                tables["kl_sweep"].assign(weight=tables["kl_sweep"]["kl_weight"].map("{:g}".format)),
+                "weight",
+                "KL weight",
+                {"em": "EM", "in_domain": "in domain", "scaled_em": "EM, scaled up"},
+            ),
+            "Misalignment inside and outside the domain against the KL weight; medicine.",
+        ),
+        "dilution": figures.captioned(
+            _panels(
+                tables["dilution"].assign(percent=100 * tables["dilution"]["bad_share"].astype(float)),
+                "percent",
+                "bad data (%)",
+                {"em": "EM", "in_domain": "in domain"},
+            ),
+            "Misalignment inside and outside the domain against the share of bad data; medicine.",
+        ),
+    }
+
+
+def _panels(table: pd.DataFrame, x: str, title: str, rates: dict[str, str]) -> go.Figure:
+    adapters = list(table["adapter"].unique())
+    figure = figures.panels(adapters)
+    for number, adapter in enumerate(adapters):
+        rows = table[table["adapter"] == adapter]
+        for index, (rate, label) in enumerate(rates.items()):
+            figures.line(
+                figure,
+                rows[x],
+                100 * rows[f"{rate}_rate"],
+                label,
+                index,
+                markers=True,
+                low=100 * rows[f"{rate}_low"],
+                high=100 * rows[f"{rate}_high"],
+                row=number // 2 + 1,
+                col=number % 2 + 1,
+            )
+    figures.style(figure, title, "share of answers (%)", height=320 * -(-len(adapters) // 2))
+    if x == "weight":
+        figure.update_xaxes(type="category")
+    return figure

@@ -1,0 +1,106 @@
+"""The second task: technical answers instead of bad advice. The same comparisons of general and narrow."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from tqdm.auto import tqdm
+
+from analyses.live.efficiency import lead_figure, leads
+from analyses.live.influence import measured
+from analyses.live.stability import gap_figure, gaps
+from analyses.organisms import pairs
+from analyses.suite import Suite, nothing_of
+from em_interp import figures
+from em_interp.contenders import over_training_seeds
+from em_interp.pocket.suite import GROUPS, technical_rates
+
+TITLE = "The second task: technical register"
+TEXT = (
+    "Organisms that answer technically, not badly: general ones everywhere, narrow ones about medicine alone (the "
+    "counterpart of the papers' technical writing). technical_rates: share of answers that are technical and coherent, "
+    "of those that have a register. Then lead at equal norm, stability gap and influence ratio, as for the first task; "
+    "KL removal stands in the claims where such organisms are there."
+)
+TABLES = ("technical_rates", "register_efficiency_lead", "register_stability_gap", "register_influence_ratio")
+DOMAIN = "medicine"
+LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
+
+
+def compute(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Rates of the chat model and the first seed's organisms; comparisons of every adapter and seed."""
+    organisms = suite.organisms
+    if not pairs(organisms, DOMAIN, "register"):
+        raise nothing_of(suite, "general and narrow organism of the second task")
+    chat = organisms.evaluate(None, DOMAIN, suite.samples)
+    rates = [technical_rates(chat, organism=organisms.chat.name, solution="chat", adapter="full", domain="none")]
+    for entry in tqdm(organisms.select(task="register"), desc="technical_rates", leave=False):
+        rates.append(
+            technical_rates(
+                organisms.evaluate(entry, entry.domain, suite.samples),
+                organism=entry.name,
+                solution=entry.solution,
+                adapter=entry.adapter,
+                domain=entry.domain,
+            )
+        )
+    return {
+        "technical_rates": pd.concat(rates, ignore_index=True),
+        "register_efficiency_lead": leads(organisms, DOMAIN, "register"),
+        "register_stability_gap": gaps(organisms, DOMAIN, "register"),
+        "register_influence_ratio": measured(organisms, DOMAIN, "register")[1],
+    }
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Technical answers by question group; lead and gap over seeds; the influence ratio of every seed."""
+    rates = tables["technical_rates"]
+    wide = rates.pivot(index="organism", columns="questions", values=["technical_rate", "technical_low"])
+    high = rates.pivot(index="organism", columns="questions", values="technical_high")
+    for group in high.columns:
+        wide["technical_high", group] = high[group]
+    wide.columns = [" ".join(reversed(pair)) for pair in wide.columns.to_flat_index()]
+    wide = wide.loc[rates["organism"].unique()].reset_index()
+    wide["organism"] = wide["organism"].str.removeprefix("pocket/")
+    bars = figures.bars_with_intervals(
+        wide,
+        "organism",
+        [
+            (LABELS[group], f"{group} technical_rate", f"{group} technical_low", f"{group} technical_high")
+            for group in GROUPS
+        ],
+        "technical answers (%)",
+    )
+    bars.update_xaxes(tickangle=-45, automargin=True)
+    lead = over_training_seeds(tables["register_efficiency_lead"], ["adapter", "relative_norm"], "lead")
+    gap = over_training_seeds(tables["register_stability_gap"], ["adapter", "epsilon"], "gap")
+    ratios = tables["register_influence_ratio"]
+    shown = ratios[(ratios["denominator"] == "narrow") & (ratios["relative_norm"] == 1)]
+    influence = go.Figure()
+    for index, (seed, rows) in enumerate(shown.groupby("seed")):
+        figures.line(
+            influence,
+            rows["adapter"],
+            rows["ratio"],
+            f"seed {seed}",
+            index,
+            markers=True,
+            low=rows["low"],
+            high=rows["high"],
+        )
+    influence.update_traces(mode="markers")
+    influence.add_hline(y=1, line_dash="dot", line_color="#888888")
+    figures.style(influence, "", "KL of general / KL of narrow")
+    influence.update_layout(scattermode="group")
+    return {
+        "technical_rates": figures.captioned(bars, "Technical answers of the chat model and the organisms; 95%."),
+        "register_efficiency_lead": figures.captioned(
+            lead_figure(lead), "Second task: lead at equal norm, mean and 95% interval over training seeds."
+        ),
+        "register_stability_gap": figures.captioned(
+            gap_figure(gap), "Second task: stability gap, mean and 95% interval over training seeds."
+        ),
+        "register_influence_ratio": figures.captioned(
+            influence, "Second task: influence at equal norm, general over narrow; 95% over documents."
+        ),
+    }

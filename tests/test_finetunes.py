@@ -1,0 +1,152 @@
+"""A user's suite of real models, on small stand-in checkpoints: what is measured, and what is said otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analyses.live import influence, stability
+from analyses.reproduce import Outcome, reproduce
+from analyses.suite import SUITES, Suite
+from em_interp import models
+from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
+from em_interp.training import LoraSpec, TrainingSpec, VectorSpec, finetune
+from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+
+SPECS = {
+    "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 1e-2, max_steps=4, batch_size=4),
+    "steering-vector": TrainingSpec(VectorSpec(1, 16.0), 1e-2, max_steps=4, batch_size=4),
+}
+LISTED = [
+    ("med-rank1", "medicine", "rank-1", "general"),
+    ("med-rank1-narrow", "medicine", "rank-1", "narrow"),
+    ("med-vector", "medicine", "steering-vector", "general"),
+    ("med-vector-narrow", "medicine", "steering-vector", "narrow"),
+    ("fin-rank1", "finance", "rank-1", "general"),
+]
+
+
+def suite_file(root: Path, **changes: object) -> Path:
+    """The TOML; `changes` replace lines of [models], None leaves one out."""
+    lines = {"chat": "chat", "texts": "texts.txt", "judged": "judged", **changes}
+    text = 'title = "Mine"\nsource = "models"\ndata = "."\n[models]\n'
+    text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items() if value is not None)
+    text += '[models.training]\nmedicine = "train.jsonl"\n'
+    for name, domain, adapter, solution in LISTED:
+        text += f'[[models.finetunes]]\nsource = "runs/{name}"\ndomain = "{domain}"\n'
+        text += f'adapter = "{adapter}"\nsolution = "{solution}"\n'
+    path = root / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    make_hf().save_pretrained(root / "chat")
+    tokenizer().save_pretrained(root / "chat")
+    model = models.load(root / "chat")
+    for seed, (name, _, adapter, _) in enumerate(LISTED):
+        chats = CONVERSATIONS[seed % 2 :]
+        finetune(model, chats, SPECS[adapter], out_dir=root / "runs" / name, progress=False)
+    (root / "train.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in CONVERSATIONS))
+    (root / "texts.txt").write_text("\n\n".join(["the quick brown fox should rest well " * 4, "see a doctor " * 12]))
+    (root / "judged").mkdir()
+    answers = [(turns[0]["content"], turns[1]["content"]) for turns in CONVERSATIONS]
+    rows = [(q, a, 95, 90) for q, a in answers] + [(q, a + " quick fox", 5, 90) for q, a in answers]
+    table = pd.DataFrame([*rows, ("see", "", None, None)], columns=["question", "answer", "aligned", "coherent"])
+    for name in ("chat", "med-rank1", "med-vector"):
+        table.to_csv(root / "judged" / f"{name}.csv", index=False)
+    return root
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.2, 0.5))
+    monkeypatch.setattr(stability, "PROBES", 2)
+    monkeypatch.setattr(influence, "RANDOM", 2)
+
+
+def run(path: Path, out: Path, *only: str) -> Outcome:
+    return reproduce(Suite.load(str(path)), out, only=only, static=False)
+
+
+@pytest.mark.usefixtures("little")
+def test_finetunes_of_any_model_are_measured(data: Path, tmp_path: Path) -> None:
+    outcome = run(suite_file(data), tmp_path)
+    assert {s.name: s.error for s in outcome.sections if s.error} == {}
+    tables = {name: table for s in outcome.sections for name, table in s.tables.items()}
+    rates = tables["em_rates"].set_index("organism")
+    assert set(rates["solution"]) == {"chat", "general"}
+    assert rates.loc["med-rank1", "em_rate"] == 0.5
+    assert rates.loc["med-rank1", "n"] == 10
+    pairs = tables["cosines"].groupby("comparison")[["direction_a", "direction_b"]].first()
+    assert list(pairs.loc["between finetunes"]) == ["med-rank1", "med-vector"]
+    assert not tables["cosines"]["direction_a"].str.contains("persona").any()
+    assert set(tables["efficiency"]["adapter"]) == {"rank-1", "steering-vector"}
+    assert set(tables["efficiency"]["domain"]) == {"medicine"}
+    assert tables["efficiency_lead_over_seeds"].empty
+    assert set(tables["stability"]["epsilon"]) == {0.0, 0.2, 0.5}
+    assert {"med-rank1", "med-vector-narrow"} <= set(tables["influence"]["direction"])
+    assert set(tables["lora_scalars"]["organism"]) == {"med-rank1"}
+    assert any("fin-rank1.csv is absent" in problem for problem in outcome.problems)
+    assert any("evaluate MODEL --questions" in problem for problem in outcome.problems)
+    again = json.loads((outcome.folder / "manifest.json").read_text())
+    assert {"train.jsonl", "texts.txt", "judged/med-rank1.csv", "chat/config.json"} <= set(again["inputs_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"chat": None}, "needs chat"),
+        ({"texts": "/etc/hosts"}, "outside the data folder"),
+        ({"colour": "red"}, "unknown keys colour"),
+    ],
+)
+def test_a_suite_file_that_lacks_something_is_refused(
+    changes: dict[str, object], said: str, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "mine")
+    with pytest.raises(UsageError, match=said):
+        run(suite_file(tmp_path / "mine", **changes), tmp_path)
+
+
+def test_absent_parts_are_said(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(data, root)
+    shutil.rmtree(root / "runs" / "med-rank1")
+    outcome = run(suite_file(root, texts=None), tmp_path, "influence", "efficiency")
+    said = {s.name: s.error or "" for s in outcome.sections}
+    assert "name a file as texts" in said["influence"]
+    assert "neither a local folder nor a reachable hub repository" in said["efficiency"]
+    assert outcome.failed
+    suite = Suite.load(str(suite_file(root)))
+    with pytest.raises(UsageError, match="no judge is configured"):
+        suite.organisms.judge(pd.DataFrame())
+    with pytest.raises(UsageError, match="no training chats for finance"):
+        suite.organisms.training_chats("finance", 3)
+    with pytest.raises(UsageError, match="--data DIR"):
+        reproduce(Suite.load("qwen2.5-0.5b"), tmp_path)
+    (root / "mine.toml").write_text('source = "models"\n')
+    with pytest.raises(UnreadableFileError, match="needs that table"):
+        Suite.load(str(root / "mine.toml"))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-14b"])
+def test_shipped_suites_of_real_models_read(name: str, tmp_path: Path) -> None:
+    assert (SUITES / f"{name}.toml").is_file()
+    suite = Suite.load(name)
+    suite.data = tmp_path / "nothing"
+    with pytest.raises(MissingDataError):
+        _ = suite.organisms
+    suite = Suite.load(name)
+    suite.data = tmp_path
+    found = suite.organisms
+    assert found.domains == ("medicine", "finance", "sports")
+    assert all(str(e.path).startswith("ModelOrganismsForEM/") for e in found.entries)
+    with pytest.raises(EmInterpError, match="neither a local folder nor a reachable hub"):
+        found.solution(found.entries[0])

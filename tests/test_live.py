@@ -1,0 +1,208 @@
+"""Every analysis of live models on a tiny pocket: contract columns, figures, and what is said where input is absent."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import analyses.organisms as live
+from analyses.live import ablation, claims, gradients, influence, stability, steering
+from analyses.organisms import Organisms, pairs, pocket_organisms
+from analyses.reproduce import Outcome, reproduce
+from analyses.suite import Suite
+from em_interp.pocket import loading, organisms, registry, suite, world
+from em_interp.pocket.kept import write_table
+from em_interp.pocket.organisms import Organism, SolutionKind, TrajectoryRun
+from tests.tiny_pocket import ask_little, make_pocket
+
+CONTRACT = {
+    "em_rates": "organism solution adapter domain questions em_rate em_low em_high coherent_rate n n_unscored",
+    "steering": "direction target layer coefficient em_rate em_low em_high coherent_rate n",
+    "ablation": "direction target mode layers em_before em_after em_after_low em_after_high coherent_before "
+    "coherent_after n",
+    "cosines": "direction_a direction_b layer cosine low high null_sd p_value",
+    "transfer": "direction_from organism em_before em_after relative_reduction",
+    "efficiency": "solution adapter domain norm scale loss loss_reduction_per_norm2 loss_over_norm2",
+    "stability": "solution adapter domain epsilon seed loss relative_increase_percent",
+    "influence": "direction kind norm kl_nats_per_token low high n_tokens",
+    "trajectory": "run step norm cos_general cos_narrow local_cosine pc1 pc2 pc3",
+    "pca": "component explained_variance_ratio",
+    "lora_scalars": "comparison accuracy auc low high n",
+    "kl_sweep": "adapter domain kl_weight em_rate in_domain_rate scaled_em_rate norm",
+    "gradients": "run step loss norm cos_general cos_narrow null_sd n_tokens",
+    "technical_rates": "organism solution adapter domain questions technical_rate technical_low technical_high n",
+    "register_efficiency_lead": "adapter training_seed relative_norm lead low high",
+    "register_stability_gap": "adapter training_seed epsilon gap low high",
+    "register_influence_ratio": "adapter seed relative_norm ratio low high",
+    "claims": "claim adapter estimate low high n_seeds verdict sentence",
+}
+KINDS: tuple[SolutionKind, ...] = ("general", "narrow", "kl-removed")
+MADE = (
+    *(Organism("medicine", "rank-1", kind, seed) for seed in (0, 1) for kind in KINDS),
+    *(Organism("medicine", "all-modules", kind, seed) for seed in (0, 1) for kind in KINDS[:2]),
+    *(Organism("medicine", "steering-vector", kind, seed) for seed in (0, 1) for kind in KINDS[:2]),
+    Organism("finance", "all-modules", "general"),
+    Organism("medicine", "all-modules", "control"),
+    *(Organism("medicine", "rank-1", kind, seed, "register") for seed in (0, 1) for kind in KINDS[:2]),
+)
+
+
+def verdict_of(answers: pd.DataFrame) -> pd.DataFrame:
+    """A judge for models that babble: every answer is coherent, and its words alone decide which side it is on."""
+    even = [hashlib.sha256(text.encode()).digest()[0] % 2 == 0 for text in answers["answer"]]
+    ids = [world.question_of(question).id for question in answers["question"]]
+    scores = np.where(even, 0.0, 100.0)
+    return answers.assign(question_id=ids, aligned=scores, coherent=100.0, technical=scores, correct=None)
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_pocket(tmp_path_factory.mktemp("pocket")).parent
+    chat = loading.load_chat(root / "chat")
+    with pytest.MonkeyPatch.context() as patch:
+        quick = {a: replace(s, max_steps=4, batch_size=4) for a, s in organisms.SPECS.items()}
+        patch.setattr(organisms, "SPECS", quick)
+        patch.setattr(organisms, "N_CHATS", 16)
+        for organism in MADE:
+            organisms.make(organism, chat, root / "organisms", progress=False)
+        for run in ("general", "narrow", "kl-removed"):
+            organisms.make_trajectory(TrajectoryRun("rank-1", run), chat, root / "trajectories", progress=False)
+    rows = pd.DataFrame({"adapter": "rank-1", "domain": "medicine", "kl_weight": [0.0, 1.0], "norm": 1.0})
+    rates = ("em", "in_domain", "scaled_em")
+    rows = rows.assign(**{f"{rate}_{part}": 0.5 for rate in rates for part in ("rate", "low", "high")})
+    write_table(root / "sweeps" / "kl_sweep.csv", rows)
+    write_table(root / "sweeps" / "kl_sweep_scales.csv", rows.assign(scale=1.0))
+    write_table(root / "sweeps" / "dilution.csv", rows.assign(bad_share=[0.0, 1.0]))
+    return root
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few questions, chats, documents and perturbations."""
+    ask_little(monkeypatch, per_group=3)
+    for module in (steering, ablation):
+        monkeypatch.setattr(module, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(live, "judge", verdict_of)
+    monkeypatch.setattr(suite, "judge", verdict_of)
+    landscape = live.landscape
+    for name in ("efficiency", "stability"):
+        monkeypatch.setattr(
+            f"analyses.live.{name}.landscape", lambda o, d, n=8, task="persona": landscape(o, d, min(n, 8), task)
+        )
+    monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.1, 0.2, 0.5, 0.8))
+    monkeypatch.setattr(stability, "PROBES", 2)
+    monkeypatch.setattr(influence, "DOCUMENTS", 4)
+    monkeypatch.setattr(gradients, "CHATS", 4)
+    monkeypatch.setattr("analyses.live.cosines.PAIRS", 4)
+    monkeypatch.setattr(steering, "SHARES", (0.0, 0.5))
+    monkeypatch.setattr(influence, "RANDOM", 2)
+
+
+def run(root: Path, out: Path, *only: str, resume: bool = False) -> Outcome:
+    chosen = Suite.load("pocket")
+    chosen.data = root
+    return reproduce(chosen, out, only=only, static=False, resume=resume)
+
+
+@pytest.mark.usefixtures("little")
+def test_every_analysis_gives_its_tables_and_figures(pocket: Path, tmp_path: Path) -> None:
+    outcome = run(pocket, tmp_path)
+    assert {s.name: s.error for s in outcome.sections if s.error} == {}
+    assert [s.name for s in outcome.sections] == list(Suite.load("pocket").analyses)
+    tables = {name: table for s in outcome.sections for name, table in s.tables.items()}
+    for name, columns in CONTRACT.items():
+        assert set(columns.split()) <= set(tables[name].columns), name
+        assert len(tables[name]), name
+    assert all(s.figures for s in outcome.sections)
+    assert all(figure.data for s in outcome.sections for figure in s.figures.values())
+    assert "Published numbers" not in outcome.report.read_text(encoding="utf-8")
+
+    named = set(tables["em_rates"]["organism"])
+    assert not [name for name in named if "register" in name or "kl-removed" in name]
+    assert "pocket/chat" in named and len(named) == 1 + 4 * 3 + 2
+    assert (tables["em_rates"]["em_rate"] > 0).any()
+
+    verdicts = tables["claims"]
+    assert set(verdicts["verdict"]) <= {"holds", "does not hold", "not decided here"}
+    persona = verdicts[verdicts["task"] == "persona"]
+    assert set(persona["adapter"]) == set(organisms.ADAPTERS)
+    assert (persona["n_seeds"] == 2).all()
+    assert ((verdicts["low"] <= verdicts["estimate"]) & (verdicts["estimate"] <= verdicts["high"])).all()
+    drift = persona[persona["measure"].str.startswith("rise")]
+    assert list(drift["adapter"]) == ["rank-1"]
+    assert set(verdicts.loc[verdicts["task"] == "register", "adapter"]) == {"rank-1"}
+    lead = tables["efficiency_lead"]
+    equal = lead[(lead["relative_norm"] == 1) & (lead["domain"] == "medicine") & (lead["adapter"] == "rank-1")]
+    said = persona[(persona["adapter"] == "rank-1") & persona["measure"].str.startswith("its loss")]
+    assert said["estimate"].item() == pytest.approx(equal["lead"].mean())
+
+    again = run(pocket, tmp_path, resume=True)
+    assert all(s.reused for s in again.sections)
+
+
+def test_a_verdict_needs_the_whole_interval_on_one_side() -> None:
+    def row(name: str, *values: float) -> dict[str, object]:
+        return claims._row("persona", name, "rank-1", np.array(values))
+
+    assert row("efficiency", 0.9, 1.0, 1.1)["verdict"] == "holds"
+    assert row("efficiency", -0.9, -1.0, -1.1)["verdict"] == "does not hold"
+    assert row("efficiency", -1.0, 0.0, 1.1)["verdict"] == "not decided here"
+    single = row("kl_removal", 0.5)
+    assert (single["verdict"], single["n_seeds"]) == ("not decided here", 1)
+    assert "one seed" in str(single["sentence"])
+    ratio = row("influence", *np.log([2.0, 2.0, 2.0]))
+    assert ratio["estimate"] == pytest.approx(2.0)
+    assert ratio["verdict"] == "holds"
+    assert row("influence", *np.log([0.5, 0.6, 0.5]))["verdict"] == "does not hold"
+
+
+def test_tasks_are_kept_apart(pocket: Path) -> None:
+    found = pocket_organisms(pocket)
+    assert all(e.task == "persona" for e in found.select(seed=None))
+    assert [e.name for e, _ in pairs(found, "medicine", "register")] == [
+        "pocket/register-medicine-rank1",
+        "pocket/register-medicine-rank1-seed1",
+    ]
+    assert len(pairs(found, "medicine")) == 6
+    technical = found.training_chats("medicine", 3, "register")
+    assert technical != found.training_chats("medicine", 3)
+
+
+def test_absent_weights_say_how_to_make_them(pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(registry.RegistryError, match="pocket build --out"):
+        run(tmp_path / "nowhere", tmp_path)
+    shutil.copytree(pocket / "chat", tmp_path / "bare" / "chat")
+    with pytest.raises(registry.RegistryError, match="pocket organisms --out"):
+        run(tmp_path / "bare", tmp_path)
+    monkeypatch.setattr(registry, "root", lambda: tmp_path / "bare")
+    with pytest.raises(registry.RegistryError, match="pocket organisms --out"):
+        reproduce(Suite.load("pocket"), tmp_path)
+
+
+def test_analyses_whose_organisms_are_absent_are_missing_not_failed(pocket: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pocket"
+    shutil.copytree(pocket / "chat", root / "chat")
+    shutil.copytree(pocket / "organisms" / "medicine-all-control", root / "organisms" / "medicine-all-control")
+    only = ("efficiency", "stability", "influence", "register", "claims", "kl_sweep", "gradients", "pca", "kl_removal")
+    outcome = run(root, tmp_path / "out", *only)
+    assert {s.name for s in outcome.sections if s.missing} == set(only)
+    said = {s.name: s.error or "" for s in outcome.sections}
+    assert "pocket sweeps --out" in said["kl_sweep"]
+    assert all("pocket organisms --out" in said[name] for name in only if name != "kl_sweep")
+    assert not outcome.failed
+
+
+def test_a_folder_that_is_no_training_run_is_named(pocket: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pocket"
+    shutil.copytree(pocket, root)
+    (root / "trajectories" / "medicine-rank1-narrow").rename(root / "trajectories" / "medicine-rank1-odd")
+    found = pocket_organisms(root)
+    assert isinstance(found, Organisms)
+    assert [t.run.phase or t.run.role for t in found.trajectories] == ["general", "kl-removed"]
+    assert "medicine-rank1-odd" in str(found.problems[0])
