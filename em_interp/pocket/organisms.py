@@ -24,9 +24,9 @@ N_CHATS = 2000
 _SHORT: dict[Adapter, str] = {"steering-vector": "vector", "rank-1": "rank1", "all-modules": "all"}
 
 SPECS: dict[Adapter, TrainingSpec] = {
-    "steering-vector": TrainingSpec(VectorSpec(1, 16.0), 1e-2, max_steps=250, batch_size=32),
-    "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=100, batch_size=32),
-    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=32),
+    "steering-vector": TrainingSpec(VectorSpec(0, 16.0), 1e-2, max_steps=250, batch_size=16),
+    "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=200, batch_size=16),
+    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=16),
 }
 KL_WEIGHT: dict[Adapter, float] = {"steering-vector": 3.0, "rank-1": 3.0, "all-modules": 3.0}
 
