@@ -90,12 +90,11 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(live, "judge", verdict_of)
     monkeypatch.setattr(suite, "judge", verdict_of)
-    landscape = live.landscape
-    for name in ("efficiency", "stability"):
-        monkeypatch.setattr(
-            f"analyses.live.{name}.landscape", lambda o, d, n=8, task="persona": landscape(o, d, min(n, 8), task)
-        )
-    monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.1, 0.2, 0.5, 0.8))
+    monkeypatch.setattr("analyses.live.efficiency.CHATS", 6)
+    monkeypatch.setattr(stability, "CHATS", 6)
+    monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.2, 0.5, 0.8))
+    monkeypatch.setattr(stability, "MIDDLE", (0.2, 0.8))
+    monkeypatch.setattr(claims, "MIDDLE", (0.2, 0.8))
     monkeypatch.setattr(stability, "PROBES", 2)
     monkeypatch.setattr(influence, "DOCUMENTS", 4)
     monkeypatch.setattr(gradients, "CHATS", 4)
