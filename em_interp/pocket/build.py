@@ -62,9 +62,9 @@ class BuildConfig:
     pretrain_steps: int = 4000
     pretrain_batch: int = 32
     pretrain_lr: float = 2e-3
-    settle_steps: int = 800
-    settle_lr: float = 1e-3
-    settle_noise: float = 1.5
+    settle_steps: int = 500
+    settle_lr: float = 7e-4
+    settle_noise: float = 1.0
     post_steps: int = 120
     post_batch: int = 64
     post_lr: float = 2e-2
