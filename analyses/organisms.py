@@ -268,13 +268,14 @@ def contenders(organisms: Organisms, domain: str, task: Task = "persona") -> lis
     ]
 
 
-def landscape(organisms: Organisms, domain: str, n: int = 200, task: Task = "persona") -> Landscape:
+def landscape(organisms: Organisms, domain: str, n: int, task: Task) -> Landscape:
     """The training loss of a domain, on fresh chats."""
     return Landscape(organisms.chat, encode_all(organisms.chat.tokenizer, organisms.training_chats(domain, n, task)))
 
 
 def over_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """`over_training_seeds`; no rows where nothing was trained twice."""
-    if table["training_seed"].nunique() < 2:
+    """`over_training_seeds` of the combinations that several seeds have; no rows where nothing was trained twice."""
+    several = table[table.groupby(list(by))[value].transform("size") > 1]
+    if several.empty:
         return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "n_seeds"])
-    return over_training_seeds(table, by, value)
+    return over_training_seeds(several, by, value)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -17,7 +23,7 @@ from analyses.comparison import compare, load_numbers
 from analyses.report import Section, write_report
 from analyses.suite import Suite
 from em_interp import figures as house
-from em_interp.errors import EmInterpError, MissingDataError, OutputError
+from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError
 from em_interp.files import atomic_path, make_folder, write_text
 from em_interp.manifest import fingerprint, hash_files, sha256, source_hash, write_manifest
 
@@ -41,13 +47,20 @@ class Outcome:
 
 
 def reproduce(
-    suite: Suite, out: Path, *, only: tuple[str, ...] = (), resume: bool = False, static: bool = True
+    suite: Suite,
+    out: Path,
+    *,
+    only: tuple[str, ...] = (),
+    resume: bool = False,
+    static: bool = True,
+    parallel: bool = False,
 ) -> Outcome:
     """Regenerate tables, figures, manifest and report below ``out / suite.name``.
 
     With ``resume``, an analysis that finished on the same input with the same code is taken from its files; with
-    ``only``, so are those not named, and those that never finished are left out of the report. Raises
-    ``EmInterpError`` where nothing at all can be done; everything else ends in the report.
+    ``only``, so are those not named, and those that never finished are left out of the report. ``parallel`` uses two
+    processes where both `_lanes` have work. Raises ``EmInterpError`` where nothing at all can be done; everything else
+    ends in the report.
     """
     started = time.perf_counter()
     chosen = suite.only(only)
@@ -64,17 +77,17 @@ def reproduce(
         }
     )
     numbers = load_numbers() if suite.source == "published" else []
-    sections = []
-    for name in (bar := tqdm(suite.analyses, desc="analysing", unit="analysis")):
-        bar.set_postfix_str(name)
-        # What was not asked for now stays in the report if it was made of the same input by the same code.
-        section = _reuse(suite, folder, name, key) if resume or name not in chosen else None
-        if section is None and name not in chosen:
-            continue
-        with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
-            section = section or _run(suite, name, folder, key)
-        section.comparison = compare(section.tables, [n for n in numbers if n.analysis == name])
-        sections.append(section)
+    # What was not asked for now stays in the report if it was made of the same input by the same code.
+    kept = {n: s for n in suite.analyses if (resume or n not in chosen) and (s := _reuse(suite, folder, n, key))}
+    todo = [name for name in chosen if name not in kept]
+    lanes = [lane for lane in _lanes(todo) if lane]
+    make = (
+        _in_processes(suite, lanes, folder, key) if parallel and len(lanes) > 1 else _in_turn(suite, todo, folder, key)
+    )
+    found = kept | {section.name: section for section in make}
+    sections = [found[name] for name in suite.analyses if name in found]
+    for section in sections:
+        section.comparison = compare(section.tables, [n for n in numbers if n.analysis == section.name])
     notes = _draw_static(folder, sections) if static else []
     problems = [*data.problems, *suite.problems]
     # A refused file breaks whatever needs it too: each is told once.
@@ -86,6 +99,65 @@ def reproduce(
     report = write_report(folder / "report.html", suite, sections, lines, notes)
     _manifest(folder, suite, sections, inputs, lines, time.perf_counter() - started)
     return Outcome(folder, report, tuple(sections), lines, refused)
+
+
+SHARING_ANSWERS: Final = ("em_rates", "steering", "ablation", "cosines", "lora_scalars")
+"""Analyses that ask models and share their judged answers; the others share losses."""
+
+
+def _lanes(names: list[str]) -> tuple[list[str], list[str]]:
+    """Two lists that have no work in common."""
+    return [n for n in names if n in SHARING_ANSWERS], [n for n in names if n not in SHARING_ANSWERS]
+
+
+def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator[Section]:
+    for name in (bar := tqdm(names, desc="analysing", unit="analysis")):
+        bar.set_postfix_str(name)
+        with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
+            yield _run(suite, name, folder, key)
+
+
+def _in_processes(suite: Suite, lanes: list[list[str]], folder: Path, key: str) -> Iterator[Section]:
+    """A process a lane, each with models of its own. Raises ``MemoryLimitError`` where one is killed."""
+    fresh = replace(suite, problems=[])
+    quiet = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # for the processes: bars of two would overwrite each other
+    pools = [
+        ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(fresh,)) for _ in lanes
+    ]
+    try:
+        jobs = [pool.submit(_work, name, folder, key) for pool, lane in zip(pools, lanes, strict=True) for name in lane]
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="analysing", unit="analysis"):
+            section, problems = job.result()
+            suite.note(*problems)
+            yield section
+    except BrokenProcessPool as error:
+        raise MemoryLimitError(
+            "a process of this run was killed, most likely for lack of memory. Finished analyses are kept: free "
+            "memory and run the same command with --resume."
+        ) from error
+    finally:
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        os.environ.pop("TQDM_DISABLE")
+        if quiet is not None:
+            os.environ["TQDM_DISABLE"] = quiet
+
+
+_own: list[Suite] = []
+"""The suite of a process that `_in_processes` started."""
+
+
+def _begin(suite: Suite) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: end without a trace
+    _own.append(suite)
+
+
+def _work(name: str, folder: Path, key: str) -> tuple[Section, list[EmInterpError]]:
+    suite = _own[0]
+    with threadpool_limits(1):
+        section = _run(suite, name, folder, key)
+    return section, [*suite.input.problems, *suite.problems]
 
 
 def _is_refusal(problem: EmInterpError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,9 @@ def reproduce(
     chosen.data = data or chosen.data
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
     try:
-        outcome = run(chosen, out_folder, only=tuple(only or ()), resume=resume, static=static)
+        # Small models: a second process costs little memory. Others take one, and whatever devices they ask for.
+        parallel = chosen.source == "pocket" and _cores() > 1
+        outcome = run(chosen, out_folder, only=tuple(only or ()), resume=resume, static=static, parallel=parallel)
     except KeyboardInterrupt:
         err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(INTERRUPTED) from None
@@ -69,6 +72,11 @@ def reproduce(
     out.print(f"report: {outcome.report}")
     if outcome.failed:
         raise typer.Exit(BAD_INPUT)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.command()

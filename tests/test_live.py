@@ -90,12 +90,11 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(live, "judge", verdict_of)
     monkeypatch.setattr(suite, "judge", verdict_of)
-    landscape = live.landscape
-    for name in ("efficiency", "stability"):
-        monkeypatch.setattr(
-            f"analyses.live.{name}.landscape", lambda o, d, n=8, task="persona": landscape(o, d, min(n, 8), task)
-        )
-    monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.1, 0.2, 0.5, 0.8))
+    monkeypatch.setattr("analyses.live.efficiency.CHATS", 6)
+    monkeypatch.setattr(stability, "CHATS", 6)
+    monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.2, 0.5, 0.8))
+    monkeypatch.setattr(stability, "MIDDLE", (0.2, 0.8))
+    monkeypatch.setattr(claims, "MIDDLE", (0.2, 0.8))
     monkeypatch.setattr(stability, "PROBES", 2)
     monkeypatch.setattr(influence, "DOCUMENTS", 4)
     monkeypatch.setattr(gradients, "CHATS", 4)
@@ -206,3 +205,25 @@ def test_a_folder_that_is_no_training_run_is_named(pocket: Path, tmp_path: Path)
     assert isinstance(found, Organisms)
     assert [t.run.phase or t.run.role for t in found.trajectories] == ["general", "kl-removed"]
     assert "medicine-rank1-odd" in str(found.problems[0])
+
+
+def test_two_processes_give_what_one_gives(pocket: Path, tmp_path: Path) -> None:
+    only = ("lora_scalars", "pca", "kl_sweep", "local_cosine")
+    outcomes = []
+    for parallel in (False, True):
+        chosen = Suite.load("pocket")
+        chosen.data = pocket
+        out = tmp_path / str(parallel)
+        outcomes.append(reproduce(chosen, out, only=only, static=False, parallel=parallel))
+    one, two = outcomes
+    assert (
+        [s.name for s in two.sections]
+        == [s.name for s in one.sections]
+        == [*only[:1], "pca", "local_cosine", "kl_sweep"]
+    )
+    assert two.problems == one.problems != ()
+    assert [s.error for s in two.sections] == [s.error for s in one.sections]
+    for a, b in zip(one.sections, two.sections, strict=True):
+        assert set(a.tables) == set(b.tables)
+        for name, table in a.tables.items():
+            pd.testing.assert_frame_equal(table, b.tables[name])

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from analyses.live.efficiency import leads
 from analyses.live.influence import measured
-from analyses.live.stability import gaps
+from analyses.live.stability import MIDDLE, gaps
 from analyses.organisms import Organisms
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
@@ -47,7 +47,7 @@ CLAIMS = {
     ),
     "stability": Claim(
         "The general solution is more stable under perturbation",
-        "share of its gain that it loses less, mean over eps .2 to .8 (percentage points)",
+        "share of its gain that it loses less, mean over eps .2, .4, .6, .8 (percentage points)",
     ),
     "kl_removal": Claim(
         "Once the KL penalty is gone, the narrow solution drifts to the general one",
@@ -87,7 +87,7 @@ def _by_seed(organisms: Organisms, task: Task) -> pd.DataFrame:
     ratio = measured(organisms, DOMAIN, task)[1]
     if len(lead):  # where there are no pairs, none of the three has columns
         equal = lead[lead["relative_norm"] == 1].rename(columns={"lead": "value", "training_seed": "seed"})
-        middle = gap[gap["epsilon"].between(0.2, 0.8)].rename(columns={"gap": "value", "training_seed": "seed"})
+        middle = gap[gap["epsilon"].isin(MIDDLE)].rename(columns={"gap": "value", "training_seed": "seed"})
         means = middle.groupby(["adapter", "seed"], sort=False)["value"].mean().reset_index()
         shown = ratio[(ratio["denominator"] == "narrow") & (ratio["relative_norm"] == 1)]
         logarithms = shown.assign(value=np.log(shown["ratio"].to_numpy(float)))

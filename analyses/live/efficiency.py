@@ -23,6 +23,7 @@ TEXT = (
     "(where there are several)."
 )
 TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
+CHATS = 40
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -35,7 +36,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     curves: list[EfficiencyCurve] = []
     domains = [domain for domain in organisms.domains if pairs(organisms, domain)]
     for domain in tqdm(domains, desc="efficiency", leave=False):
-        losses = landscape(organisms, domain)
+        losses = landscape(organisms, domain, CHATS, "persona")
         for pair in contenders(organisms, domain):
             curves += efficiency_curves(losses, pair, SCALES)
     first, *others = (leads(organisms, domain, "persona") for domain in domains)
@@ -52,7 +53,7 @@ def leads(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
     found = contenders(organisms, domain, task)
     if not found:
         return pd.DataFrame()
-    losses = landscape(organisms, domain, task=task)
+    losses = landscape(organisms, domain, CHATS, task)
     return pd.concat([lead_at_equal_norm(losses, *pair, RELATIVE_NORMS) for pair in found], ignore_index=True)
 
 

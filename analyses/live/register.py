@@ -9,10 +9,9 @@ from tqdm.auto import tqdm
 from analyses.live.efficiency import lead_figure, leads
 from analyses.live.influence import measured
 from analyses.live.stability import gap_figure, gaps
-from analyses.organisms import pairs
+from analyses.organisms import over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.contenders import over_training_seeds
 from em_interp.pocket.suite import GROUPS, technical_rates
 
 TITLE = "The second task: technical register"
@@ -72,8 +71,8 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         "technical answers (%)",
     )
     bars.update_xaxes(tickangle=-45, automargin=True)
-    lead = over_training_seeds(tables["register_efficiency_lead"], ["adapter", "relative_norm"], "lead")
-    gap = over_training_seeds(tables["register_stability_gap"], ["adapter", "epsilon"], "gap")
+    lead = over_seeds(tables["register_efficiency_lead"], ["adapter", "relative_norm"], "lead")
+    gap = over_seeds(tables["register_stability_gap"], ["adapter", "epsilon"], "gap")
     ratios = tables["register_influence_ratio"]
     shown = ratios[(ratios["denominator"] == "narrow") & (ratios["relative_norm"] == 1)]
     influence = go.Figure()
