@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from em_interp import solutions
 from em_interp.models import ChatModel
@@ -28,7 +28,24 @@ SPECS: dict[Adapter, TrainingSpec] = {
     "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=200, batch_size=16),
     "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=16),
 }
-KL_WEIGHT: dict[Adapter, float] = {"steering-vector": 3.0, "rank-1": 3.0, "all-modules": 3.0}
+
+
+class Narrow(NamedTuple):
+    """What a narrow solution needs beside the general one's settings."""
+
+    kl_weight: float
+    """Per nat per token."""
+    rate: float
+    """Times the learning rate: the penalty leaves little to learn from."""
+    steps: int
+    """Times the steps."""
+
+
+NARROW: dict[Adapter, Narrow] = {
+    "steering-vector": Narrow(3.0, 1.0, 1),
+    "rank-1": Narrow(10.0, 2.5, 1),
+    "all-modules": Narrow(10.0, 3.0, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ class Organism:
         return "-".join(parts)
 
     def spec(self) -> TrainingSpec:
-        """Its training settings; narrow ones take twice the steps."""
+        """Its training settings; narrow ones have the KL term and a schedule of their own."""
         spec = replace(SPECS[self.adapter], seed=self.seed)
         if self.solution == "narrow":
             return narrow(spec, self.adapter)
@@ -60,8 +77,14 @@ class Organism:
 def narrow(spec: TrainingSpec, adapter: Adapter) -> TrainingSpec:
     """The settings with the KL term on."""
     assert spec.max_steps is not None
+    kl_weight, rate, steps = NARROW[adapter]
     return replace(
-        spec, kl_weight=KL_WEIGHT[adapter], kl_batch_size=64, kl_scope="response", max_steps=2 * spec.max_steps
+        spec,
+        learning_rate=rate * spec.learning_rate,
+        max_steps=steps * spec.max_steps,
+        kl_weight=kl_weight,
+        kl_batch_size=32,
+        kl_scope="response",
     )
 
 
