@@ -34,14 +34,14 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 def test_a_killed_kl_sweep_goes_on(chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask_little(monkeypatch)
-    weights, scales = (0.0, 3.0), (1.0, 2.0)
+    weights, scales = (0.0, 3000.0), (1.0, 2.0)
     table, every = kl_sweep(chat, "sports", SPECS, weights, tmp_path, scales=scales, **OPTIONS)
     required = ["adapter", "domain", "kl_weight", "em_rate", "in_domain_rate", "scaled_em_rate", "norm"]
     assert set(required) <= set(table.columns)
-    assert list(table["kl_weight"]) == [0.0, 3.0]
+    assert list(table["kl_weight"]) == [0.0, 3000.0]
     assert list(every["scale"]) == [1.0, 2.0] * 2
     np.testing.assert_allclose(every["norm"][1::2], 2 * table["norm"], rtol=1e-6)
-    assert table["norm"][0] != pytest.approx(table["norm"][1])
+    assert table["norm"][0] != table["norm"][1]
     folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
     assert len(folders) == 2
 
