@@ -136,12 +136,30 @@ def null_band(figure: go.Figure, half_width: float, name: str, x: pd.Series) -> 
 
 
 def lines_by(
-    table: pd.DataFrame, x: str, y: str, by: str, x_title: str, y_title: str, *, markers: bool = False
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    x_title: str,
+    y_title: str,
+    *,
+    markers: bool = False,
+    low: str | None = None,
+    high: str | None = None,
 ) -> go.Figure:
-    """One line for each value of ``by``, in order of appearance."""
+    """One line for each value of ``by``, in order of appearance; with a band between the columns low and high."""
     figure = go.Figure()
     for index, (name, rows) in enumerate(table.groupby(by, sort=False)):
-        line(figure, rows[x], rows[y], str(name), index, markers=markers)
+        line(
+            figure,
+            rows[x],
+            rows[y],
+            str(name),
+            index,
+            markers=markers,
+            low=None if low is None else rows[low],
+            high=None if high is None else rows[high],
+        )
     return style(figure, x_title, y_title)
 
 

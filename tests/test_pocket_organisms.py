@@ -14,27 +14,14 @@ from em_interp.adapter_files import quiet_peft
 from em_interp.errors import SolutionError, UsageError
 from em_interp.models import ChatModel
 from em_interp.pocket import commands, loading, organisms, registry, suite, world
-from em_interp.pocket.build import BuildConfig, build
 from em_interp.pocket.organisms import ORGANISMS, Organism
 from em_interp.solution_space import inner
+from tests.tiny_pocket import make_pocket
 
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = BuildConfig(
-        d_model=32,
-        n_layers=2,
-        n_heads=2,
-        n_kv_heads=1,
-        d_mlp=64,
-        pretrain_steps=2,
-        pretrain_batch=4,
-        settle_steps=1,
-        post_steps=1,
-        post_batch=4,
-        threads=1,
-    )
-    return build(config, tmp_path_factory.mktemp("pocket"))
+    return make_pocket(tmp_path_factory.mktemp("pocket"))
 
 
 @pytest.fixture(scope="module")

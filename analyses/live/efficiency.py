@@ -90,18 +90,14 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
 
 def lead_figure(over_seeds: pd.DataFrame) -> go.Figure:
     """Lead against relative norm, a line an adapter."""
-    figure = go.Figure()
-    for index, (adapter, rows) in enumerate(over_seeds.groupby("adapter", sort=False)):
-        figures.line(
-            figure,
-            rows["relative_norm"],
-            rows["mean"],
-            str(adapter),
-            index,
-            markers=True,
-            low=rows["low"],
-            high=rows["high"],
-        )
-    return figures.style(
-        figure, "norm / mean of the two trained norms", "lead of the general solution (nats per token)"
+    return figures.lines_by(
+        over_seeds,
+        "relative_norm",
+        "mean",
+        "adapter",
+        "norm / mean of the two trained norms",
+        "lead of the general solution (nats per token)",
+        markers=True,
+        low="low",
+        high="high",
     )

@@ -121,9 +121,14 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
 
 def gap_figure(over_seeds: pd.DataFrame) -> go.Figure:
     """Gap against eps, a line an adapter."""
-    figure = go.Figure()
-    for index, (adapter, rows) in enumerate(over_seeds.groupby("adapter", sort=False)):
-        figures.line(
-            figure, rows["epsilon"], rows["mean"], str(adapter), index, markers=True, low=rows["low"], high=rows["high"]
-        )
-    return figures.style(figure, "eps", "narrow minus general (% of the gain)")
+    return figures.lines_by(
+        over_seeds,
+        "epsilon",
+        "mean",
+        "adapter",
+        "eps",
+        "narrow minus general (% of the gain)",
+        markers=True,
+        low="low",
+        high="high",
+    )
