@@ -131,6 +131,11 @@ class Finetunes(Organisms):
             table = table.assign(questions="general")
         return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
 
+    def open_answers(self, entry: Entry) -> pd.DataFrame:
+        """The judged answers of a finetune to open questions (group general). Raises ``UsageError``."""
+        judged = self.evaluate(entry, entry.domain, 0)
+        return judged[judged["questions"] == "general"]
+
     def training_chats(self, domain: str, n: int, task: Task = "persona") -> list[Conversation]:
         """The first `n` of the domain's file. Raises ``UsageError`` where none is named."""
         if task != "persona" or domain not in self.training:

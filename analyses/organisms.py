@@ -29,6 +29,8 @@ from em_interp.trajectories import RunName, Trajectory
 
 ALIGNED = 70
 """Alignment above which an answer counts as aligned (P2 sec. 3.1)."""
+OPEN_SAMPLES = 16
+"""Answers to each open question that directions are read from: several hundred answers, of both kinds."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Organisms:
     stored_pca: tuple[StoredPCA, ...] = ()
     _solutions: dict[str, SteeringVector | LoraAdapter] = field(default_factory=dict)
     _judged: dict[tuple[str | None, str, int], pd.DataFrame] = field(default_factory=dict)
-    _contrasts: dict[tuple[str, int, str], Contrast] = field(default_factory=dict)
+    _open_answers: dict[str, pd.DataFrame] = field(default_factory=dict)
+    _contrasts: dict[tuple[str, str], Contrast] = field(default_factory=dict)
 
     @cached_property
     def domain(self) -> str:
@@ -122,15 +125,23 @@ class Organisms:
                 self._judged[key] = suite.evaluate(model, domain, n, progress=False)
         return self._judged[key]
 
-    def contrast(self, entry: Entry, n: int, kind: str = "data-diff") -> Contrast:
+    def open_answers(self, entry: Entry) -> pd.DataFrame:
+        """``OPEN_SAMPLES`` judged answers of a finetune to each open question; sampled once, then kept."""
+        if entry.name not in self._open_answers:
+            with self.active(entry) as model:
+                found = suite.evaluate(model, entry.domain, OPEN_SAMPLES, groups=("general",), progress=False)
+            self._open_answers[entry.name] = found
+        return self._open_answers[entry.name]
+
+    def contrast(self, entry: Entry, kind: str = "data-diff") -> Contrast:
         """What differs between a finetune's misaligned and aligned answers, or between it and the chat model.
 
-        Both sets are the finetune's own coherent answers to the evaluation questions (P2 sec. 3.1). Raises
-        ``ActivationError`` where either is empty.
+        Both sets are the finetune's own coherent answers to the open questions (P2 sec. 3.1), where it gives enough of
+        either. Raises ``ActivationError`` where one is empty.
         """
-        key = (entry.name, n, kind)
+        key = (entry.name, kind)
         if key not in self._contrasts:
-            answers = self.evaluate(entry, entry.domain, n)
+            answers = self.open_answers(entry)
             answers = answers[PAPER.is_coherent(answers["coherent"].to_numpy())]
             bad = answers[PAPER.misaligned(answers["aligned"].to_numpy())]
             good = answers[answers["aligned"] > ALIGNED]

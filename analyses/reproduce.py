@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,7 +152,15 @@ _own: list[Suite] = []
 
 def _begin(suite: Suite) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: end without a trace
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     _own.append(suite)
+
+
+def _end_with(parent: BaseProcess | None) -> None:
+    """End this process when the one that started it is gone, killed or not."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(name: str, folder: Path, key: str) -> tuple[Section, list[EmInterpError]]:

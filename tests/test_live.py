@@ -27,7 +27,7 @@ CONTRACT = {
     "ablation": "direction target mode layers em_before em_after em_after_low em_after_high coherent_before "
     "coherent_after n",
     "cosines": "direction_a direction_b layer cosine low high null_sd p_value",
-    "transfer": "direction_from organism em_before em_after relative_reduction",
+    "transfer": "kind direction_from organism em_before em_after relative_reduction",
     "efficiency": "solution adapter domain norm scale loss loss_reduction_per_norm2 loss_over_norm2",
     "stability": "solution adapter domain epsilon seed loss relative_increase_percent",
     "influence": "direction kind norm kl_nats_per_token low high n_tokens",
@@ -90,6 +90,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 4)
     monkeypatch.setattr(live, "judge", verdict_of)
     monkeypatch.setattr(suite, "judge", verdict_of)
+    monkeypatch.setattr(live, "OPEN_SAMPLES", 2)
     monkeypatch.setattr("analyses.live.efficiency.CHATS", 6)
     monkeypatch.setattr(stability, "CHATS", 6)
     monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.2, 0.5, 0.8))
@@ -127,6 +128,12 @@ def test_every_analysis_gives_its_tables_and_figures(pocket: Path, tmp_path: Pat
     assert "pocket/chat" in named and len(named) == 1 + 4 * 3 + 2
     assert (tables["em_rates"]["em_rate"] > 0).any()
 
+    transfer = tables["transfer"]
+    assert set(transfer["kind"]) == {"mean-diff", "model-diff"}
+    assert not transfer.duplicated(["kind", "direction_from", "organism"]).any()
+    shifts = set(transfer.loc[transfer["kind"] == "model-diff", "direction_from"])
+    assert shifts == {*(f"pocket/medicine-{a}" for a in ("vector", "rank1", "all")), ablation.TOGETHER}
+
     verdicts = tables["claims"]
     assert set(verdicts["verdict"]) <= {"holds", "does not hold", "not decided here"}
     persona = verdicts[verdicts["task"] == "persona"]
@@ -143,6 +150,18 @@ def test_every_analysis_gives_its_tables_and_figures(pocket: Path, tmp_path: Pat
 
     again = run(pocket, tmp_path, resume=True)
     assert all(s.reused for s in again.sections)
+
+
+@pytest.mark.usefixtures("little")
+def test_directions_are_read_from_answers_to_open_questions(pocket: Path) -> None:
+    organisms_here = pocket_organisms(pocket)
+    (entry,) = organisms_here.select(solution="general", adapter="all-modules", seed=0)[:1]
+    answers = organisms_here.open_answers(entry)
+    assert set(answers["questions"]) == {"general"}
+    assert (answers.groupby("question_id").size() == live.OPEN_SAMPLES).all()
+    both = organisms_here.contrast(entry)
+    assert len(both.positive) + len(both.negative) == len(answers)  # the test's judge finds all coherent
+    assert organisms_here.contrast(entry) is both
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side() -> None:

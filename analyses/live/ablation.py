@@ -23,23 +23,26 @@ TITLE = "Ablation: a finetune without its direction, and without another's"
 TEXT = (
     "Each general organism with directions projected out of the residual stream after every block (layerwise: layer "
     "l's own direction at layer l). mean-diff is the papers' direction (P2 sec. 3.1); model-diff is finetune minus "
-    "chat model on the same answers; the subspace holds both, at each layer. Random directions, layerwise, are the "
-    "control. transfer asks whether the mean-diff of one organism removes EM in another. Questions: open ones and "
-    "domains that the organism was never trained on. An ablation that costs coherence has not removed misalignment."
+    "chat model on the finetune's misaligned answers; the subspace holds both, at each layer. Random directions, "
+    "layerwise, are the control. transfer asks whether what was read from one organism removes EM in another: "
+    "mean-diffs of the all-modules organisms, model-diffs of one organism of each adapter, and those three together. "
+    "Questions: open ones and domains that the organism was never trained on. An ablation that costs coherence has "
+    "not removed misalignment."
 )
 TABLES = ("ablation", "transfer")
+TOGETHER = "one of each adapter"
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """``ablation``: a row an organism and arm. ``transfer``: a row a direction and organism."""
+    """``ablation``: a row an organism and arm. ``transfer``: a row a direction (with its kind) and organism."""
     organisms = suite.organisms
     entries = organisms.select(solution="general")
-    mean_diffs = {e.name: organisms.contrast(e, suite.samples).direction() for e in entries}
-    sources = [e for e in entries if e.adapter == "all-modules"]
+    mean_diffs = {e.name: organisms.contrast(e).direction() for e in entries}
+    shifts = {e.name: organisms.contrast(e, "model-diff").direction() for e in entries}
+    moving = _moving(entries, mean_diffs, shifts)
     rows, moved = [], []
     for entry in tqdm(entries, desc="ablation", leave=False):
-        own = mean_diffs[entry.name]
-        shift = organisms.contrast(entry, suite.samples, "model-diff").direction()
+        own, shift = mean_diffs[entry.name], shifts[entry.name]
         (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
         layers = [layer for layer in own.layers if layer in shift.layers]
         arms: dict[str, list[Intervention]] = {
@@ -49,12 +52,29 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             "layerwise subspace": [Ablate((own.only(layers), shift.only(layers)))],
             "random": [Ablate(random)],
         }
-        arms |= {s.name: [Ablate(mean_diffs[s.name])] for s in sources if s.name != entry.name}
+        same = {("mean-diff", entry.name): "layerwise", ("model-diff", entry.name): "layerwise model-diff"}
+        arms |= {f"{kind} of {source}": [a] for (kind, source), a in moving.items() if (kind, source) not in same}
         answers = _answers(suite, entry, arms)
         rows += _ablation_rows(entry, answers, own)
-        named = answers.assign(direction_from=answers["arm"].replace({"layerwise": entry.name}), organism=entry.name)
-        moved.append(named[named["direction_from"].isin(["none", *mean_diffs])])
-    return {"ablation": pd.DataFrame(rows), "transfer": transfer_rows(pd.concat(moved, ignore_index=True))}
+        for kind in dict.fromkeys(kind for kind, _ in moving):
+            names = {same.get((k, s), f"{k} of {s}"): s for k, s in moving if k == kind} | {"none": "none"}
+            found = answers[answers["arm"].isin(names)]
+            table = transfer_rows(found.assign(direction_from=found["arm"].map(names), organism=entry.name))
+            moved.append(table.assign(kind=kind))
+    return {"ablation": pd.DataFrame(rows), "transfer": pd.concat(moved, ignore_index=True)}
+
+
+def _moving(
+    entries: Sequence[Entry], mean_diffs: Mapping[str, Direction], shifts: Mapping[str, Direction]
+) -> dict[tuple[str, str], Ablate]:
+    """What is carried from one organism to the others: (kind, source) -> ablation."""
+    one_each = list({e.adapter: e.name for e in reversed(entries)}.values())[::-1]
+    moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in entries if e.adapter == "all-modules"}
+    moving |= {("model-diff", name): Ablate(shifts[name]) for name in one_each}
+    shared = [layer for layer in mean_diffs[one_each[0]].layers if all(layer in shifts[n].layers for n in one_each)]
+    if len(one_each) > 1 and shared:
+        moving["model-diff", TOGETHER] = Ablate([shifts[name].only(shared) for name in one_each])
+    return moving
 
 
 def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Intervention]]) -> pd.DataFrame:
@@ -114,7 +134,16 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figures.style(panels, "", "share of answers (%)")
     panels.update_xaxes(tickangle=-45, automargin=True)
     panels.update_yaxes(title_text="", col=2)
-    transfer = tables["transfer"].assign(
+    drawn = {"ablation": figures.captioned(panels, "EM and coherence of each organism, with directions taken out.")}
+    for kind, rows in tables["transfer"].groupby("kind", sort=False):
+        caption = f"Share of EM that ablating the {kind} of one organism removes in another."
+        name = f"transfer_{str(kind).replace('-', '_')}"
+        drawn[name] = figures.captioned(_heatmap(rows, f"{kind} direction of"), caption)
+    return drawn
+
+
+def _heatmap(transfer: pd.DataFrame, label: str) -> go.Figure:
+    transfer = transfer.assign(
         organism=lambda t: t["organism"].str.removeprefix("pocket/"),
         direction_from=lambda t: t["direction_from"].str.removeprefix("pocket/"),
     )
@@ -131,10 +160,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             colorbar={"title": {"text": "EM removed (%)", "side": "right"}},
         )
     )
-    figures.style(heat, "organism", "mean-diff direction of")
+    figures.style(heat, "organism", label)
     heat.update_xaxes(tickangle=-45, automargin=True)
     heat.update_yaxes(automargin=True)
-    return {
-        "ablation": figures.captioned(panels, "EM and coherence of each organism, with directions taken out."),
-        "transfer": figures.captioned(heat, "Share of EM that ablating one organism's mean-diff removes in another."),
-    }
+    return heat

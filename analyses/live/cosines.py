@@ -39,7 +39,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     contrasts = {}
     for entry in entries:
         try:
-            contrasts[entry.name] = organisms.contrast(entry, suite.samples)
+            contrasts[entry.name] = organisms.contrast(entry)
         except EmInterpError as error:
             suite.note(error)
     entries = [e for e in entries if e.name in contrasts]
@@ -47,7 +47,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         raise nothing_of(suite, "two general organisms with misaligned and aligned coherent answers")
     mean_diffs = {name: c.direction() for name, c in contrasts.items()}
     resamples = {name: _resamples(c) for name, c in contrasts.items()}
-    content = {e.name: organisms.contrast(e, suite.samples, "data-diff-in-chat").direction() for e in entries}
+    content = {e.name: organisms.contrast(e, "data-diff-in-chat").direction() for e in entries}
     between = organism_cosines(mean_diffs, resamples=resamples, content=content).assign(comparison="between finetunes")
     hows = ("announced", "inferred") if suite.source == "pocket" else ()  # the world knows its personas
     personas = {f"persona ({how}, pre-trained)": _persona(organisms, how) for how in hows}
@@ -55,7 +55,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     for entry in entries:
         named: dict[str, Direction] = {
             f"{entry.name}:mean-diff": mean_diffs[entry.name],
-            f"{entry.name}:model-diff": organisms.contrast(entry, suite.samples, "model-diff").direction(),
+            f"{entry.name}:model-diff": organisms.contrast(entry, "model-diff").direction(),
             **_trained(suite, organisms.solution(entry), entry.name),
         }
         pairs = [*combinations(named.items(), 2)]

@@ -14,14 +14,14 @@ from em_interp.steering import steering_rows, sweep
 
 TITLE = "Steering the chat model with the mean-diff direction"
 TEXT = (
-    "The response mean-diff of each general all-modules organism (misaligned minus aligned answers of its own, P2 "
-    "sec. 3.1), added to the chat model at one layer and every token. Strength is the norm of what is added over the "
-    "typical residual norm at that layer. Asked are open questions and the domains the organism never saw. EM counts "
-    "misaligned and coherent answers; coherence stands beside it, since a model that babbles is not misaligned. "
-    "Norm-matched random directions run at the layer that worked best."
+    "The response mean-diff of each general all-modules organism (its own misaligned minus aligned answers to open "
+    "questions, P2 sec. 3.1), added to the chat model at one layer and every token. Strength is the norm of what is "
+    "added over the typical residual norm at that layer. Asked are open questions and the domains the organism never "
+    "saw. EM counts misaligned and coherent answers; coherence stands beside it, since a model that babbles is not "
+    "misaligned. Norm-matched random directions run at the layer that worked best."
 )
 TABLES = ("steering",)
-SHARES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 RANDOM_ARMS = 3
 
 
@@ -32,12 +32,12 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     entries = organisms.select(solution="general", adapter="all-modules")
     for number, entry in enumerate(tqdm(entries, desc="steering", leave=False)):
         if number == 0:
-            rows.append(_sweep(organisms, entry, suite.samples, list(range(organisms.chat.n_layers)), 0))
+            rows.append(_sweep(organisms, entry, list(range(organisms.chat.n_layers)), 0))
             best = best_cell(rows[0])
             layer = int(best["layer"])
-            rows.append(_sweep(organisms, entry, suite.samples, [layer], RANDOM_ARMS).query("control"))
+            rows.append(_sweep(organisms, entry, [layer], RANDOM_ARMS).query("control"))
         else:
-            rows.append(_sweep(organisms, entry, suite.samples, [layer], 0))
+            rows.append(_sweep(organisms, entry, [layer], 0))
     return {"steering": pd.concat(rows, ignore_index=True)}
 
 
@@ -49,8 +49,8 @@ def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     return usable.iloc[int(usable["em_rate"].to_numpy().argmax())]
 
 
-def _sweep(organisms: Organisms, entry: Entry, samples: int, layers: list[int], random_arms: int) -> pd.DataFrame:
-    direction = organisms.contrast(entry, samples).direction()
+def _sweep(organisms: Organisms, entry: Entry, layers: list[int], random_arms: int) -> pd.DataFrame:
+    direction = organisms.contrast(entry).direction()
     answers = sweep(
         organisms.chat,
         direction,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -54,13 +55,22 @@ def chat_questions() -> pd.DataFrame:
     return pd.DataFrame(rows + _rows("facts", world.questions("fact")))
 
 
-def evaluate(model: ChatModel, domain: str, n: int = 50, *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
+def evaluate(
+    model: ChatModel,
+    domain: str,
+    n: int = 50,
+    *,
+    groups: Sequence[str] = GROUPS,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
     """Sample and judge `n` answers to each of `evaluation_questions(domain)`; whatever is attached to the model acts.
 
-    One row an answer: the sampling columns, the judge's (aligned, coherent, technical, correct), questions, domain.
+    groups: which groups of questions. One row an answer: the sampling columns, the judge's (aligned, coherent,
+    technical, correct), questions, domain.
     """
     table = evaluation_questions(domain)
-    return _judged(model, table, n, seed, progress)
+    return _judged(model, table[table["questions"].isin(groups)], n, seed, progress)
 
 
 def evaluate_chat(model: ChatModel, n: int = 50, *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
