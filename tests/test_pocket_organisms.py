@@ -98,7 +98,8 @@ def test_trajectories_go_on_from_where_the_first_run_ended(chat: ChatModel, tmp_
         for adapter in ("vector", "rank1")
         for run in ("general", "narrow", "kl-removed", "kl-added")
     )
-    assert list(solutions.load_checkpoints(tmp_path / "medicine-rank1-narrow")) == [1, 2]
+    steps = 2 * organisms.NARROW["rank-1"].steps
+    assert list(solutions.load_checkpoints(tmp_path / "medicine-rank1-narrow")) == list(range(1, steps + 1))
     narrow = solutions.load(tmp_path / "medicine-vector-narrow")
     after = solutions.load(tmp_path / "medicine-vector-kl-removed")
     assert isinstance(narrow, solutions.SteeringVector)
@@ -151,3 +152,18 @@ def test_answers_are_sampled_judged_and_counted(chat: ChatModel, monkeypatch: py
 def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no organism or trajectory is called"):
         commands.organisms(out=tmp_path, only=["medicine-rank7"])
+
+
+@pytest.mark.usefixtures("short")
+def test_what_is_made_again_leaves_nothing_of_the_run_before(chat_folder: Path, tmp_path: Path) -> None:
+    def run(again: bool) -> None:
+        commands.organisms(out=tmp_path, only=["medicine-vector-general"], chat=chat_folder, again=again)
+
+    checkpoints = tmp_path / "trajectories" / "medicine-vector-general" / "checkpoints"
+    run(again=False)
+    assert len(made := sorted(p.name for p in checkpoints.iterdir())) == 2
+    (checkpoints / "checkpoint-7").mkdir()
+    run(again=False)
+    assert (checkpoints / "checkpoint-7").is_dir()
+    run(again=True)
+    assert sorted(p.name for p in checkpoints.iterdir()) == made

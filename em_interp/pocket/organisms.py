@@ -43,7 +43,7 @@ class Narrow(NamedTuple):
 
 NARROW: dict[Adapter, Narrow] = {
     "steering-vector": Narrow(3.0, 1.0, 1),
-    "rank-1": Narrow(10.0, 2.5, 1),
+    "rank-1": Narrow(6.0, 2.5, 3),
     "all-modules": Narrow(10.0, 3.0, 2),
 }
 

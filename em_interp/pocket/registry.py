@@ -26,7 +26,7 @@ def root() -> Path:
             return candidate
     raise RegistryError(
         "there are no pocket weights here. `em-interp pocket build --out artifacts/pocket`, run in a checkout, makes "
-        "them (about 45 minutes on two CPU cores)"
+        "them (about 45 minutes on one CPU core)"
     )
 
 
