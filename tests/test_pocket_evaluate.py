@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -172,6 +173,10 @@ def test_the_suite_is_evaluated_and_a_second_run_only_reads(tmp_path: Path, monk
         ("pocket/register-medicine-vector", "register"),
     }
     assert pd.read_csv(tmp_path / "facts.csv").loc[0, "n_questions"] == 2
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["samples"] == 2
+    assert list(manifest["weights"]) == names
+    assert set(manifest["outputs_sha256"]) == {p.name for p in tmp_path.glob("*.csv")}
 
     judged = pd.read_csv(next((tmp_path / "answers").glob("medicine-rank1-*[0-9a-f].csv")), keep_default_na=False)
     model = loading.load("pocket/medicine-rank1")

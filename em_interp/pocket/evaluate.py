@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from em_interp import solutions
-from em_interp.manifest import fingerprint, hash_files
+from em_interp.manifest import fingerprint, hash_files, write_manifest
 from em_interp.models import ChatModel
 from em_interp.pocket import loading, registry, suite
 from em_interp.pocket.corpus import Task
@@ -39,8 +39,8 @@ def evaluate_suite(
 
     names: registry names, with or without "pocket/"; all that are here by default. Tables: em_rates; technical_rates
     (organisms of the second task, and the chat model, where one is asked for); logprob_scores; facts (chat model).
-    Judged answers stay in OUT/answers, so that a killed run goes on and a change of weights, n or seed starts anew.
-    Raises RegistryError for a name that is not here.
+    OUT/manifest.json says which weights, n and seed. Judged answers stay in OUT/answers, so that a killed run goes on
+    and a change of weights, n or seed starts anew. Raises RegistryError for a name that is not here.
     """
     here = available()
     wanted = [name if registry.is_pocket_name(name) else registry.PREFIX + name for name in names] or list(here)
@@ -50,16 +50,18 @@ def evaluate_suite(
     chat_weights = _weights(registry.chat_folder())
     with_register = any(o is not None and o.task == "register" for o in map(here.get, wanted))
     tables: dict[str, list[pd.DataFrame]] = {}
+    weights = {w: chat_weights if here[w] is None else _weights(registry.resolve(w)) for w in wanted}
     for name in tqdm(wanted, desc="evaluate", disable=not progress):
-        weights = [chat_weights, "" if here[name] is None else _weights(registry.resolve(name))]
-        stem = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([weights, n, seed])[:12]}"
+        of = [chat_weights, "" if here[name] is None else weights[name]]
+        stem = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([of, n, seed])[:12]}"
         for table, rows in _one(
             name, here[name], model, out / "answers", stem, n, seed, with_register, progress
         ).items():
             tables.setdefault(table, []).append(rows)
     whole = {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
-    for table, rows in whole.items():
-        write_table(out / f"{table}.csv", rows)
+    written = [write_table(out / f"{table}.csv", rows) for table, rows in whole.items()]
+    content = {"samples": n, "seed": seed, "weights": weights, "outputs_sha256": hash_files(out, written)}
+    write_manifest(out / "manifest.json", content)
     return whole
 
 
