@@ -77,6 +77,7 @@ def sweeps(
 ) -> None:
     """Finetune on medicine under several KL weights and shares of bad data, and judge. A killed sweep goes on."""
     from em_interp.errors import UsageError
+    from em_interp.manifest import hash_files, write_manifest
     from em_interp.pocket import sweeps as run
     from em_interp.pocket.kept import write_table
     from em_interp.pocket.loading import load_chat
@@ -88,8 +89,9 @@ def sweeps(
     specs = {name: spec for name, spec in SPECS.items() if not adapter or name in adapter}
     folder = out / "sweeps"
     table, scales = run.kl_sweep(model, "medicine", specs, run.KL_WEIGHTS, folder / "runs", samples=samples)
-    write_table(folder / "kl_sweep.csv", table)
-    write_table(folder / "kl_sweep_scales.csv", scales)
+    written = [write_table(folder / "kl_sweep.csv", table), write_table(folder / "kl_sweep_scales.csv", scales)]
     diluted = run.dilution_sweep(model, "medicine", specs, run.BAD_SHARES, folder / "runs", samples=samples)
-    write_table(folder / "dilution.csv", diluted)
+    written.append(write_table(folder / "dilution.csv", diluted))
+    content = {"adapters": list(specs), "samples": samples, "seed": 0, "outputs_sha256": hash_files(folder, written)}
+    write_manifest(folder / "manifest.json", content)
     typer.echo(f"tables: {folder}")
