@@ -44,12 +44,11 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     for entry in tqdm(entries, desc="ablation", leave=False):
         own, shift = mean_diffs[entry.name], shifts[entry.name]
         (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
-        layers = [layer for layer in own.layers if layer in shift.layers]
         arms: dict[str, list[Intervention]] = {
             "none": [],
             "layerwise": [Ablate(own)],
             "layerwise model-diff": [Ablate(shift)],
-            "layerwise subspace": [Ablate((own.only(layers), shift.only(layers)))],
+            "layerwise subspace": [Ablate((own, shift))],
             "random": [Ablate(random)],
         }
         same = {("mean-diff", entry.name): "layerwise", ("model-diff", entry.name): "layerwise model-diff"}
@@ -71,9 +70,8 @@ def _moving(
     one_each = list({e.adapter: e.name for e in reversed(entries)}.values())[::-1]
     moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in entries if e.adapter == "all-modules"}
     moving |= {("model-diff", name): Ablate(shifts[name]) for name in one_each}
-    shared = [layer for layer in mean_diffs[one_each[0]].layers if all(layer in shifts[n].layers for n in one_each)]
-    if len(one_each) > 1 and shared:
-        moving["model-diff", TOGETHER] = Ablate([shifts[name].only(shared) for name in one_each])
+    if len(one_each) > 1:
+        moving["model-diff", TOGETHER] = Ablate([shifts[name] for name in one_each])
     return moving
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +33,6 @@ def organisms(
     again: Annotated[bool, typer.Option(help="also make those that are there already")] = False,
 ) -> None:
     """Finetune the organisms and the trajectories on the chat model. Those that are there already are kept."""
-    import shutil
-
     from em_interp.errors import UsageError
     from em_interp.pocket.loading import load_chat
     from em_interp.pocket.organisms import (
