@@ -1,0 +1,68 @@
+"""Do the package's intervals cover? Simulated data sets of known truth, at nominal 95%, beside the methods before.
+
+    python -m analyses.benchmarks.coverage [--out artifacts/benchmarks] [--datasets 2000] [--seed 0]
+
+One row of coverage.csv a scenario (see `coverage_scenario`). A run that was stopped goes on where it stopped, as long
+as number, seed and code are the same. Each interval's data and its method before stand in the module of its scenarios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from analyses.benchmarks.coverage_scenario import Scenario, row
+from em_interp.files import atomic_path
+from em_interp.manifest import source_hash, write_manifest
+
+SCENARIOS: tuple[Scenario, ...] = ()
+
+
+def run(scenarios: Sequence[Scenario], out: Path, n_datasets: int, seed: int) -> pd.DataFrame:
+    """The coverage table of these scenarios; rows that a run of the same settings left in `out` are kept."""
+    path, manifest = out / "coverage.csv", out / "coverage_manifest.json"
+    settings = {"benchmark": "coverage", "datasets": n_datasets, "seed": seed, "source_sha256": source_hash()}
+    rows: list[dict[str, Any]] = []
+    if path.is_file() and manifest.is_file() and settings.items() <= json.loads(manifest.read_text()).items():
+        rows = [{str(k): v for k, v in r.items()} for r in pd.read_csv(path).to_dict("records")]
+    else:
+        write_manifest(manifest, settings)
+        path.unlink(missing_ok=True)
+    kept = {_key(labels) for labels in rows}
+    for scenario in tqdm(scenarios, desc="coverage"):
+        if _key(scenario.labels) in kept:
+            continue
+        rows.append(row(scenario, n_datasets, seed))
+        with atomic_path(path) as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+    return pd.DataFrame(rows)
+
+
+def _key(labels: dict[str, Any]) -> str:
+    return repr([str(labels[name]) for name in ("interval", "setting", "questions", "icc", "rate")])
+
+
+def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
+    """Write coverage.csv and its manifest; print the rows, and those that miss what is asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("artifacts/benchmarks"))
+    parser.add_argument("--datasets", type=int, default=2_000, help="simulated data sets a row (default 2000)")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+    table = run(SCENARIOS, chosen.out, chosen.datasets, chosen.seed)
+    shown = [*("interval", "setting", "questions", "icc", "rate", "coverage_old", "coverage_new"), "width_old"]
+    shown += ["width_new", "refused_new", "asked", "met"]
+    if len(table):
+        print(table[shown].to_string(index=False, float_format="%.3g"))
+        print(f"{int((table['met'] == False).sum())} of {len(table)} rows miss what is asked.")  # noqa: E712
+    return table
+
+
+if __name__ == "__main__":
+    main()
