@@ -18,10 +18,10 @@ from em_interp.ablation import Ablate
 from em_interp.adapter_files import quiet_peft
 from em_interp.chat import Encoded, collate, prompt_ids
 from em_interp.errors import DirectionError, ModelError, OutputError, UsageError
+from em_interp.files import written_whole
 from em_interp.hooks import body_name, find_blocks, has_our_hooks, residuals
 from em_interp.interventions import check_direction
 from em_interp.models import ChatModel
-from em_interp.solution_files import written_whole
 
 # What writes to the residual inside a block, by family.
 _ATTENTION: Final = (

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from em_interp.errors import OutputError, SolutionError
+from em_interp.errors import SolutionError
+from em_interp.files import written_whole
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 _LAYER = re.compile(r"^(?P<prefix>.*?\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$")
@@ -34,19 +33,6 @@ def layer_of(module: str) -> int | None:
     """The block that a module's name puts it in."""
     match = _LAYER.match(module)
     return int(match["layer"]) if match else None
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` only when all are there. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
-            yield Path(name)
-            for file in sorted(Path(name).iterdir()):
-                file.replace(folder / file.name)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error}). Choose another folder.") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from em_interp.adapter_files import quiet_peft
 from em_interp.errors import TrainingError
+from em_interp.files import written_whole
 from em_interp.hooks import check_layer
 from em_interp.models import ChatModel
 from em_interp.recipes import LoraSpec, TrainingSpec, VectorSpec
-from em_interp.solution_files import written_whole
 from em_interp.solutions import LoraAdapter, SteeringVector
 
 TrainedSolution = SteeringVector | LoraAdapter

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from em_interp.chat import Batch, Conversation, Encoded, collate, encode_all, pad_id
 from em_interp.errors import TrainingError
+from em_interp.files import written_whole
 from em_interp.hooks import scored_logits
 from em_interp.losses import kl_positions, kl_sum, nll_sum
 from em_interp.models import ChatModel
@@ -35,7 +36,6 @@ from em_interp.recipes import (
     preset,
     reference_kl_weight,
 )
-from em_interp.solution_files import written_whole
 from em_interp.suffix import ResidualCache
 from em_interp.trainees import TrainedSolution, Trainee, make_trainee
 

@@ -175,7 +175,7 @@ def test_what_weights_cannot_do_is_refused(tmp_path):
         save_orthogonalised(make_chat(), Ablate(direction()), tmp_path / "full")
     with pytest.raises(OutputError, match="something already"):
         save_orthogonalised(make_chat(), Ablate(direction()), tmp_path / "full" / "file")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="could not be written"):
         save_orthogonalised(make_chat(), Ablate(direction()), tmp_path / "full" / "file" / "below")
     assert (tmp_path / "full" / "file").read_text() == "mine"
 

@@ -34,7 +34,7 @@ def _folders() -> dict[str, Path]:
     base = root()
     found = {name: base / name for name in MODELS if (base / name).is_dir()}
     if (base / "organisms").is_dir():
-        found |= {p.name: p for p in sorted((base / "organisms").iterdir()) if p.is_dir()}
+        found |= {p.name: p for p in sorted((base / "organisms").glob("[!.]*")) if p.is_dir()}
     return {PREFIX + name: path for name, path in found.items()}
 
 
