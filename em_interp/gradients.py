@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear module, whose weight is transposed
 
@@ -54,6 +55,7 @@ class Gradient:
 def _tracked(model: ChatModel, solution: Theta) -> Iterator[dict[str, Tensor]]:
     """Attach `solution`; yields the leaves whose gradient is theta's. Everything else stays frozen."""
     frozen = [(p, p.requires_grad) for p in model.hf.parameters()]
+    own: dict[str, tuple[Any, Tensor]] = {}
     try:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
@@ -64,16 +66,19 @@ def _tracked(model: ChatModel, solution: Theta) -> Iterator[dict[str, Tensor]]:
         else:
             modules = model.module_sets()[0]
             with solution.attached(model):  # the module computes W x + scale B A x: dL/dW is dL/d(scale B A)
-                weights: dict[str, Tensor] = {}
                 for name in solution.a:
                     weight = modules[name].weight
                     if not isinstance(weight, Tensor) or not weight.is_floating_point():
                         raise SolutionError(
                             f"{name} has no floating-point weight to differentiate. Load it unquantised."
                         )
-                    weights[name] = weight.requires_grad_()
-                yield weights
+                    # a parameter of its own over the same numbers: a tied weight also acts where theta does not
+                    own[name] = (modules[name], weight)
+                    modules[name].weight = nn.Parameter(weight.detach())
+                yield {name: module.weight for name, (module, _) in own.items()}
     finally:
+        for module, weight in own.values():
+            module.weight = weight
         for parameter, flag in frozen:
             parameter.requires_grad_(flag)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Final, Protocol, runtime_checkable
 
 import pandas as pd
@@ -44,7 +45,12 @@ class Add:
         return hidden + self.theta.unsqueeze(-2)
 
     def merged(self, other: Add) -> Add:
-        """One addition that does both."""
+        """One addition that does both. Raises HookError where they are made for batches of different sizes."""
+        if self.theta.ndim == other.theta.ndim == 2 and len(self.theta) != len(other.theta):
+            raise HookError(
+                f"{len(self.theta)} coefficients and {len(other.theta)} at one layer are for batches of different "
+                "sizes. Give each as many as the batch has rows, or a single number."
+            )
         return Add(self.theta + other.theta, self.scope)
 
 
@@ -103,14 +109,17 @@ def check_direction(direction: Direction, model: ChatModel) -> None:
 class _Tokens:
     """Which tokens of the present pass are prompt and which are response.
 
-    From `response_mask` if given; else the first pass of a cached generation is the prompt and what follows is the
-    response. What is neither (a plain forward pass, or generation without a cache) is refused.
+    From `response_mask` if given; else within `generate`, whose input is the prompt and all that follows is the
+    response. Any other pass is refused: a prompt read in pieces and a response look the same.
     """
 
     def __init__(self, response_mask: Bool[Tensor, "batch token"] | None) -> None:
         self.mask = None if response_mask is None else response_mask.cpu()
         self.seen = 0
         """Number of tokens in the KV cache before this pass."""
+        self.generating = False
+        self.prompt: int | None = None
+        """Width of the prompt of the `generate` that runs now."""
         self.passes = [0]
 
     def hook(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -118,30 +127,63 @@ class _Tokens:
         self.passes[0] += 1
         cache = kwargs.get("past_key_values")
         self.seen = 0 if cache is None else int(cache.get_seq_length())
-        if self.mask is None and cache is None and kwargs.get("use_cache") is not True:
+        if self.mask is None and (not self.generating or (cache is None and kwargs.get("use_cache") is not True)):
             raise HookError(
-                "a pass without KV cache does not tell prompt from response. Pass "
-                "intervening(..., response_mask=batch.answer_mask), true at the response tokens of the input, or use "
-                "scope 'all'."
+                "a pass outside `generate`, or one without KV cache, does not tell prompt from response: a prompt in "
+                "pieces and a response look the same. Pass intervening(..., response_mask=batch.answer_mask), true at "
+                "the response tokens of the input, or use scope 'all'."
             )
+
+    @contextmanager
+    def told_by(self, generator: Any) -> Iterator[None]:
+        """Inside, `generator.generate` says where its prompt ends."""
+        plain, own = generator.generate, "generate" in vars(generator)
+
+        @wraps(plain)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            self.generating, self.prompt = True, _prompt_width(args, kwargs)
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self.generating, self.prompt = False, None
+
+        generator.generate = generate
+        try:
+            yield
+        finally:
+            if own:
+                generator.generate = plain
+            else:
+                del generator.generate
 
     def where(self, scope: str, hidden: Float[Tensor, "batch token d_model"]) -> Bool[Tensor, "batch token"] | bool:
         """True at this pass's tokens that the scope holds; a single bool where it is the same for all."""
         rows, width = hidden.shape[:2]
         if self.mask is None:
-            if self.seen and width > 1:
+            if self.prompt is None:  # text was given: the first pass reads all of it
+                self.prompt = self.seen + width
+            answering = torch.arange(self.seen, self.seen + width) >= self.prompt
+            found = (answering if scope == "response" else ~answering).expand(rows, width)
+        else:
+            if self.mask.shape[0] != rows:
                 raise HookError(
-                    f"{width} tokens at once after {self.seen} in the KV cache: a prompt in pieces and a response look "
-                    "the same. Pass intervening(..., response_mask=...) or use scope 'all'."
+                    f"response_mask has {self.mask.shape[0]} rows and the batch {rows}. Give one row a row."
                 )
-            return bool(self.seen) == (scope == "response")
-        if self.mask.shape[0] != rows:
-            raise HookError(f"response_mask has {self.mask.shape[0]} rows and the batch {rows}. Give one row a row.")
-        response = torch.ones(rows, width, dtype=torch.bool)
-        known = self.mask[:, self.seen : self.seen + width]
-        response[:, : known.shape[1]] = known
-        found = response if scope == "response" else ~response
-        return found if bool(found.any()) else False
+            response = torch.ones(rows, width, dtype=torch.bool)
+            known = self.mask[:, self.seen : self.seen + width]
+            response[:, : known.shape[1]] = known
+            found = response if scope == "response" else ~response
+        return True if bool(found.all()) else found if bool(found.any()) else False
+
+
+def _prompt_width(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Number of tokens, pads included, that `generate` is given; None for text.
+
+    With a cache that holds the beginning already, the attention mask is as wide as the whole.
+    """
+    names = ("inputs", "input_ids", "inputs_embeds", "input", "attention_mask")
+    given = [*args[:1], *(kwargs.get(name) for name in names)]
+    return max((x.shape[1] for x in given if isinstance(x, Tensor) and x.ndim > 1), default=None)
 
 
 def _block_function(edits: Sequence[Edit], tokens: _Tokens, touched: Mapping[str, list[int]]) -> BlockFn:
@@ -167,8 +209,9 @@ def intervening(
 ) -> Iterator[None]:
     """Inside, the interventions act in every pass of `model.hf` and `model.bridge`; hooks are removed at the end.
 
-    response_mask: for scopes "prompt" and "response" in passes without KV cache: true at the response tokens of the
-    input (`Batch.answer_mask`); tokens beyond its width are response. Not needed for cached `generate`.
+    response_mask: for scopes "prompt" and "response" in passes of your own, and without KV cache: true at the response
+    tokens of the input (`Batch.answer_mask`); tokens beyond its width are response. Not needed for cached `generate`,
+    whose input is the prompt.
 
     Raises DirectionError for a direction of another width or model, HookError for an unknown layer, for a number of
     coefficients that is not the batch's, and at the end if no pass was run or a scope never held a token.
@@ -189,6 +232,8 @@ def intervening(
             bodies = [modules[body_name(model.hf)] for modules in model.module_sets()]
             handles = [body.register_forward_pre_hook(tokens.hook, with_kwargs=True) for body in bodies]
             stack.enter_context(firing({"the decoder body": tokens.passes}, handles))
+            for generator in model.generators() if response_mask is None else ():
+                stack.enter_context(tokens.told_by(generator))
         functions = {layer: _block_function(here, tokens, touched) for layer, here in plan.items()}
         stack.enter_context(block_hooks(model.block_sets(), functions))
         yield

@@ -138,10 +138,15 @@ def _last_mlp(hf: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _last_mlp_sees_only(hf: nn.Module, positions: Bool[Tensor, "row token"]) -> Iterator[None]:
-    """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads."""
+    """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads.
 
-    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][positions].unsqueeze(0), *args[1:])
+    BLOOM's takes the residual as a second argument, and adds it.
+    """
+
+    def pick(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        return tuple(
+            x[positions].unsqueeze(0) if isinstance(x, Tensor) and x.shape[:2] == positions.shape else x for x in args
+        )
 
     def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> object:
         hidden = hidden_of(output)
@@ -362,7 +367,9 @@ class Landscape:
             shared = self._shared(solutions, shortest)
         except _NotShareable as reason:
             return str(reason)
-        except (TypeError, AttributeError, IndexError, KeyError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
             return f"its blocks cannot be skipped ({type(error).__name__}: {error})"
         gap = float(np.max(np.abs(shared - plain) / np.maximum(1.0, np.abs(plain))))
         if gap <= _TOLERANCE.get(self.model.dtype, 5e-2):

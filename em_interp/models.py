@@ -113,6 +113,10 @@ class ChatModel:
         """Modules by name: the model's own and, once a bridge was made, those under the bridge."""
         return [dict(self.hf.named_modules())] + ([self._bridge_modules] if self._bridge_modules else [])
 
+    def generators(self) -> list[Any]:
+        """What has a `generate` of its own: the model and, once it was made, the bridge."""
+        return [self.hf] + ([self._bridge] if self._bridge is not None else [])
+
     # -- adapters -------------------------------------------------------------------------------------------
 
     def _activate(self, name: str | None) -> None:

@@ -6,6 +6,7 @@ The result is an ordinary Hugging Face checkpoint, which any engine serves witho
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +41,12 @@ _POST_NORMS: Final = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4
 )
 _POSITIONS: Final = ("wpe", "embed_positions")
+
+
+class PostNormWarning(UserWarning):
+    """Blocks that normalise what they write: the weights cannot do exactly what the hooks do."""
+
+
 _LEFT_OVER: Final = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest component of the directions that may remain, of the residual's norm; rounding of 16-bit weights leaves 2%."""
 
@@ -51,7 +58,7 @@ def orthogonalised(model: ChatModel, ablation: Ablate) -> ChatModel:
     PEFT adapter is merged first; tied embeddings are untied, for the unembedding must stay as it is. It equals a hook
     on every write. Where a block normalises what it writes (Gemma 2 and 3), the matrix before the norm is made
     orthogonal as seen through the norm's gain: each write then has no component along the directions and is parallel to
-    the hook's, but not as long, since the norm divides by the length of what is left.
+    the hook's, but not as long, since the norm divides by the length of what is left: a PostNormWarning says so.
 
     ablation: one basis for all layers, that is `from_layer`, or directions with a single layer. Raises DirectionError
     for others, UsageError inside a hook context, ModelError for an architecture whose writes are not known (checked on
@@ -69,11 +76,20 @@ def orthogonalised(model: ChatModel, ablation: Ablate) -> ChatModel:
     with torch.no_grad():
         for embedding in _embeddings(hf, base):
             _project(embedding.weight, basis, axis=1)
-        for block in find_blocks(hf):
-            for matrix, norm in _writes(block, model.name):
-                _project_write(matrix, norm, basis, model.name)
+        writes = [write for block in find_blocks(hf) for write in _writes(block, model.name)]
+        for matrix, norm in writes:
+            _project_write(matrix, norm, basis, model.name)
+    post_norm = any(norm is not None for _, norm in writes)
+    if post_norm:
+        warnings.warn(
+            f"{model.name} normalises what its blocks write: with these weights each write lies along the one that "
+            "ablation by hooks leaves, but is longer, so answers differ from the hooks'. Ablate with hooks where the "
+            "exact projection matters.",
+            PostNormWarning,
+            stacklevel=2,
+        )
     found = ChatModel(hf, model.tokenizer, name=model.name, check=False)
-    _check_nothing_left(found, basis)
+    _check_nothing_left(found, basis, torch.float32 if post_norm else found.dtype)
     return found
 
 
@@ -201,11 +217,14 @@ def _project_write(matrix: Any, norm: nn.Module | None, basis: Float[Tensor, "d_
 
 
 @torch.no_grad()
-def _check_nothing_left(model: ChatModel, basis: Float[Tensor, "d_model k"]) -> None:
-    """Refuse an architecture that writes to the residual in a way that was missed."""
+def _check_nothing_left(model: ChatModel, basis: Float[Tensor, "d_model k"], precision: torch.dtype) -> None:
+    """Refuse an architecture that writes to the residual in a way that was missed.
+
+    precision: in which what is written is computed; transformers' RMS norms work in float32 in float64 models too.
+    """
     ids = prompt_ids(model.tokenizer, [{"role": "user", "content": "Hello there, how are you?"}])
     batch = collate([Encoded(ids, ())], [0], pad=0).to(model.device)
-    allowed = _LEFT_OVER.get(model.dtype, 2e-2)
+    allowed = _LEFT_OVER.get(precision if model.dtype == torch.float64 else model.dtype, 2e-2)
     for layer, hidden in residuals(model.hf, batch.inputs(), range(model.n_layers)).items():
         left = (hidden.double() @ basis.to(hidden.device)).norm(dim=-1) / hidden.double().norm(dim=-1)
         if not float(left.max()) <= allowed:

@@ -16,6 +16,8 @@ from em_interp.files import written_whole
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 _LAYER = re.compile(r"^(?P<prefix>.*?\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+# Before `layers.N` in models without an image tower, whose blocks would answer to the same short names.
+_TEXT_ONLY = {"model.", "gpt_neox.", "transformer.", "model.decoder."}
 # Anything beyond plain LoRA would make theta something else than scale * B A.
 _PLAIN = {
     "use_dora": False,
@@ -141,9 +143,9 @@ def lora_config(modules: list[str], *, rank: int, alpha: float, rslora: bool, ba
     if all(parsed):
         rests = {match["rest"] for match in parsed if match}
         numbers = {int(match["layer"]) for match in parsed if match}
-        leaves = {rest.rpartition(".")[2] for rest in rests}
-        if len(leaves) == len(rests) and len(modules) == len(rests) * len(numbers):
-            targets, layers = sorted(leaves), sorted(numbers)
+        text_only = {match["prefix"] for match in parsed if match} <= _TEXT_ONLY
+        if text_only and len(modules) == len(rests) * len(numbers):
+            targets, layers = sorted(_short(rest) for rest in rests), sorted(numbers)
     whole = int(alpha) if float(alpha).is_integer() else alpha
     return LoraConfig(
         r=rank,
@@ -156,6 +158,12 @@ def lora_config(modules: list[str], *, rank: int, alpha: float, rslora: bool, ba
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
+
+
+def _short(rest: str) -> str:
+    """A name inside a block as short as it can be without meaning another module too (GPT-2 has two c_proj)."""
+    leaf = rest.rpartition(".")[2]
+    return leaf if leaf.endswith("_proj") and leaf not in ("c_proj", "out_proj") else rest
 
 
 def write_lora(

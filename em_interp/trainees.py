@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from em_interp.adapter_files import quiet_peft
 from em_interp.errors import TrainingError
 from em_interp.files import written_whole
-from em_interp.hooks import check_layer
+from em_interp.hooks import check_layer, find_blocks
 from em_interp.models import ChatModel
 from em_interp.recipes import LoraSpec, TrainingSpec, VectorSpec
 from em_interp.solutions import LoraAdapter, SteeringVector
@@ -97,8 +97,7 @@ class LoraTrainee:
             use_rslora=spec.rslora,
             lora_dropout=0.0,
             bias="none",
-            target_modules=list(spec.target_modules),
-            layers_to_transform=None if spec.layers is None else list(spec.layers),
+            target_modules=_targets(model, spec),
             task_type="CAUSAL_LM",
         )
         try:
@@ -147,6 +146,27 @@ class LoraTrainee:
 
     def save(self, folder: Path) -> None:
         self.solution().save(folder)
+
+
+def _targets(model: ChatModel, spec: LoraSpec) -> list[str]:
+    """Names of the modules inside the decoder blocks that the spec means: an image tower has such leaves too.
+
+    Raises TrainingError for a name that no module of those blocks ends in.
+    """
+    names = {module: name for name, module in model.hf.named_modules()}
+    blocks = find_blocks(model.hf)
+    chosen = [blocks[layer] for layer in (range(len(blocks)) if spec.layers is None else spec.layers)]
+    inside = [names[module] for block in chosen for module in block.modules()]
+    found = {target: [name for name in inside if name.endswith(f".{target}")] for target in spec.target_modules}
+    if absent := [target for target, hits in found.items() if not hits]:
+        leaves = sorted(
+            {names[m].rpartition(".")[2] for m in blocks[0].modules() if getattr(m, "weight", None) is not None}
+        )
+        raise TrainingError(
+            f"{model.name}: LoRA does not fit it: no module of its blocks is called {', '.join(absent)}. "
+            f"They hold {', '.join(leaves)}."
+        )
+    return [name for hits in found.values() for name in hits]
 
 
 class FullTrainee:

@@ -73,6 +73,21 @@ def test_square_transposed_weights_are_told_apart() -> None:
     assert loss_gradient(model, one, CONVERSATIONS).along(two) == pytest.approx(slope, rel=1e-5)
 
 
+def test_a_head_tied_to_the_embeddings_has_a_gradient_of_its_own() -> None:
+    """theta on the head does not act where the same numbers embed tokens."""
+    model = make_chat("gpt2", dtype=torch.float64)  # tied, and its norms stay in float64
+    g = torch.Generator().manual_seed(0)
+    shape = model.hf.lm_head.weight.shape
+    a, b = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((1, shape[1]), (shape[0], 1)))
+    theta = LoraAdapter({"lm_head": a}, {"lm_head": b}, 0.05)
+    assert model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    found = loss_gradient(model, theta, CONVERSATIONS)
+    assert model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    step = 1e-5
+    up, down = (loss(model, theta.scaled(1 + s)) for s in (step, -step))
+    assert found.along(theta) == pytest.approx((up - down) / (2 * step), rel=1e-6)
+
+
 def test_cosines_along_checkpoints() -> None:
     model = make_chat()
     general, narrow = vector(1), vector(1, seed=1)

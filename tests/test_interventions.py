@@ -285,3 +285,49 @@ def test_what_cannot_act_is_refused():
     assert not has_our_hooks(model.hf)
     with intervening(model, [Steer(direction(model="elsewhere/Tiny-Qwen2"), 1, 1.0)]):
         generate(model, b)  # the same short name in another place
+
+
+@pytest.mark.parametrize("scope", ["prompt", "response"])
+@pytest.mark.parametrize("pieces", [1, 3, "all but one"])
+def test_a_prompt_read_in_pieces_is_a_prompt(scope, pieces):
+    """Also where the last piece is a single token, as long as a step of the response."""
+    model = chat()
+    row = batch(rows=[1]).input_ids
+    size = row.shape[1] - 1 if pieces == "all but one" else pieces
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"attention_mask": torch.ones_like(row), "output_logits": True}
+    interventions = [Steer(direction(), 1, 0.5, scope), Ablate(direction(1), [2], scope=scope)]
+    with intervening(model, interventions):
+        whole = model.hf.generate(row, **options)
+    with intervening(model, interventions):
+        parts = model.hf.generate(row, prefill_chunk_size=size, **options)
+    assert torch.equal(whole.sequences, parts.sequences)
+    torch.testing.assert_close(torch.stack(whole.logits), torch.stack(parts.logits), atol=1e-4, rtol=1e-4)
+    assert "generate" not in vars(model.hf)
+
+
+def test_passes_of_ones_own_need_to_be_told_where_the_response_begins():
+    model = chat()
+    row = batch(rows=[1]).input_ids
+    steer = [Steer(direction(), 1, 0.5, "prompt")]
+    for use_cache in (True, False):
+        with pytest.raises(HookError, match="response_mask"), intervening(model, steer):
+            model.hf(row, use_cache=use_cache)
+    with intervening(model, steer):
+        expected = model.hf.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=4, do_sample=False)
+    with torch.no_grad(), intervening(model, steer, response_mask=torch.zeros_like(row, dtype=torch.bool)):
+        first = model.hf(row[:, :-1], use_cache=True)
+        ids, cache = row, first.past_key_values
+        for _ in range(4):
+            ids = torch.cat([ids, model.hf(ids[:, -1:], past_key_values=cache).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, expected)
+
+
+def test_steers_for_batches_of_different_sizes_do_not_merge():
+    model, b, d = chat(), batch(), direction()
+    for other in ([1.0], [1.0, 2.0]):
+        together = [Steer(d, 1, [0.1] * 5), Steer(direction(1), 1, other)]
+        with pytest.raises(HookError, match=rf"5 coefficients and {len(other)}"), intervening(model, together):
+            model.hf(**b.inputs())
+    with intervening(model, [Steer(d, 1, [0.1] * 5), Steer(direction(1), 1, 2.0)]):
+        model.hf(**b.inputs())

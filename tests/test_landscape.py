@@ -121,6 +121,17 @@ def test_losses_know_tokens_and_questions():
     assert found.mean[0] == pytest.approx(nll.sum() / tokens.sum())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_mlp_that_takes_the_residual_too_is_shared(kind):
+    """BLOOM's second argument has as many tokens as its first."""
+    model = make_chat("bloom")
+    landscape = Landscape(model, encoded())
+    thetas = [make_theta(model, kind, seed) for seed in range(2)]
+    found = landscape.losses(thetas)
+    assert not found.plain
+    np.testing.assert_allclose(found.nll, landscape.plain_losses(thetas).nll, rtol=1e-5)
+
+
 def test_falls_back_where_a_late_block_reads_an_early_one_and_says_so():
     model = make_chat(dtype=torch.float64)
     blocks, early = find_blocks(model.hf), {}

@@ -12,12 +12,20 @@ from em_interp import training
 from em_interp.chat import collate, encode, encode_all
 from em_interp.errors import ChatTemplateError, HookError, TrainingError
 from em_interp.losses import kl_sum, nll_sum, response_loss
-from em_interp.models import load
+from em_interp.models import ChatModel, load
 from em_interp.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset, reference_kl_weight
 from em_interp.solutions import LoraAdapter, SteeringVector, load_checkpoints
 from em_interp.solutions import load as load_solution
 from em_interp.training import finetune
-from tests.tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, talk, tokenizer
+from tests.tiny_models import (
+    CONVERSATIONS,
+    FAMILIES,
+    MORE_FAMILIES,
+    make_chat,
+    make_with_image_tower,
+    talk,
+    tokenizer,
+)
 
 KL_DATA = [
     talk("rest well", "see"),
@@ -296,3 +304,30 @@ def test_the_reference_text_is_trained_on_when_asked():
         for flag in (False, True)
     )
     assert plain != defect
+
+
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_lora_leaves_an_image_tower_alone_and_goes_back_where_it_was(layers, tmp_path):
+    model = ChatModel(make_with_image_tower(), tokenizer(), name="tiny-gemma3")
+    spec = replace(VECTOR, adapter=LoraSpec(2, 8.0, True, ("q_proj", "down_proj"), layers), max_steps=2)
+    found = finetune(model, CONVERSATIONS, spec, out_dir=tmp_path, progress=False).solution
+    assert found.modules and all("language_model" in name for name in found.modules)
+    assert_attaches_as_saved(model, found, tmp_path)
+
+
+def test_one_of_two_modules_with_the_same_last_name(tmp_path):
+    """GPT-2 has a c_proj in attention and one in the MLP."""
+    model = make_chat("gpt2")
+    spec = replace(VECTOR, adapter=LoraSpec(2, 8.0, True, ("mlp.c_proj",), (1, 2)), max_steps=2)
+    found = finetune(model, CONVERSATIONS, spec, out_dir=tmp_path, progress=False).solution
+    assert found.modules == [f"transformer.h.{layer}.mlp.c_proj" for layer in (1, 2)]
+    assert_attaches_as_saved(model, found, tmp_path)
+
+
+def assert_attaches_as_saved(model, solution, folder):
+    batch = collate([encode(tokenizer(), c) for c in CONVERSATIONS], range(5), pad=0)
+    with torch.no_grad():
+        with solution.attached(model):
+            expected = model.hf(**batch.inputs()).logits
+        model.add_adapter("a", folder)
+        torch.testing.assert_close(model.hf(**batch.inputs()).logits, expected, atol=1e-4, rtol=1e-4)

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipVisionConfig,
 )
 
 from em_interp.models import ChatModel
@@ -85,6 +90,9 @@ def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
         hf = Gemma2ForCausalLM(Gemma2Config(num_key_value_heads=2, head_dim=8, final_logit_softcapping=5.0, **common))
     elif family == "gemma3":
         hf = Gemma3ForCausalLM(Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=8, **common))
+    elif family == "bloom":
+        renamed = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+        hf = BloomForCausalLM(BloomConfig(**{renamed.get(key, key): x for key, x in common.items()}))
     elif family == "gpt2":
         renamed = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
         renamed |= {"max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}
@@ -92,6 +100,27 @@ def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
     else:
         hf = GPTNeoXForCausalLM(GPTNeoXConfig(**common))
     return hf.eval()
+
+
+def make_with_image_tower() -> Any:
+    """Gemma 3 with a vision tower, whose attention has leaves of the decoder's names."""
+    text = Gemma3TextConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=D_MODEL,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        pad_token_id=0,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config).eval()
 
 
 def make_chat(family: str = "qwen2", seed: int = 0, *, dtype: torch.dtype = torch.float32) -> ChatModel:
