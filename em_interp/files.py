@@ -126,20 +126,21 @@ def _touches(output: Path, source: Path) -> bool:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to ``folder``. A killed process holds nothing. Raises ``OutputError``."""
-    lock = FileLock(make_folder(folder) / ".lock")
-    with _typed(folder):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise OutputError(
-                f"{folder}: another run is writing there now. Wait for it, or choose another --out."
-            ) from None
-    try:
+    """Inside, no other process writes to ``folder``, which is made. A killed process holds nothing.
+
+    Raises ``OutputError`` where one writes there now.
+    """
+    with ExitStack() as stack:
+        lock = FileLock(folder / ".lock")
+        with _typed(folder):
+            stack.enter_context(_parents(folder / ".lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise OutputError(f"{folder}: another run writes there now. Wait, or choose another --out.") from None
+        stack.callback(lock.release)
+        stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def remove_leftovers(target: Path) -> None:

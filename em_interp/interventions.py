@@ -6,9 +6,10 @@ or within `generate` with or without KV cache, through `.hf` and `.bridge` alike
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from em_interp.errors import DirectionError, HookError, UsageError
 from em_interp.evaluation.sampling import Questions, sample
 from em_interp.hooks import BlockFn, block_hooks, body_name, check_layer, firing
 from em_interp.models import ChatModel
+from em_interp.resume import Parts
 
 SCOPES: Final = ("all", "prompt", "response")
 """Which tokens an intervention acts on. The last token of a prompt belongs to the prompt."""
@@ -253,15 +255,18 @@ def answers_by_arm(
     seed: int = 0,
     max_new_tokens: int = 600,
     temperature: float = 1.0,
+    tokens_per_batch: int = 65_536,
     progress: bool = True,
+    parts: Parts | None = None,
 ) -> pd.DataFrame:
     """n answers a question under each arm, e.g. `ablation.arms(...)`: the columns of `sample`, and `arm` first.
 
     An arm without interventions is the model as it is. Answer (arm, question, k) uses the same random numbers in every
-    arm, so that arms differ by what they do alone.
+    arm, so that arms differ by what they do alone. parts: as for `sampling.sample_rows`.
     """
     if not arms:
         raise UsageError("no arms were given: nothing to sample.")
+    made_of = {name: _hash(model, interventions) for name, interventions in arms.items()} if parts is not None else {}
     tables = []
     for name, interventions in arms.items():
         with intervening(model, interventions):
@@ -272,11 +277,23 @@ def answers_by_arm(
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                tokens_per_batch=tokens_per_batch,
                 progress=progress,
+                parts=None if parts is None else replace(parts, made_by={**parts.made_by, "arm": made_of[name]}),
             )
         table.insert(0, "arm", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def _hash(model: ChatModel, interventions: Sequence[Intervention]) -> str:
+    """A hash of what interventions do to a model, layer by layer."""
+    digest = hashlib.sha256()
+    for layer, edit in ((layer, e) for one in interventions for layer, e in one.edits(model).items()):
+        for value in (layer, type(edit).__name__, *vars(edit).values()):
+            held = value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            digest.update(hashlib.sha256(held).digest())
+    return digest.hexdigest()
 
 
 def as_coefficients(values: float | Sequence[float]) -> Float[Tensor, "*batch"]:

@@ -5,9 +5,11 @@ h' = h + coefficient * v_l at the output of block l, at every token (Convergent 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from em_interp.evaluation.sampling import Questions, answer_table, as_conversati
 from em_interp.hooks import BlockFn, block_hooks, check_layer
 from em_interp.interventions import Add, as_coefficients, check_direction, check_scope, intervening
 from em_interp.models import ChatModel
+from em_interp.resume import Parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +107,12 @@ class _Arm:
     layer: int
     coefficient: float
 
+    @cached_property
+    def key(self) -> str:
+        """A hash of what is added."""
+        added = self.coefficient * self.direction.at(self.layer).double()
+        return hashlib.sha256(f"{self.layer}".encode() + added.numpy().tobytes()).hexdigest()
+
 
 def sweep(
     model: ChatModel,
@@ -122,6 +131,7 @@ def sweep(
     temperature: float = 1.0,
     tokens_per_batch: int = 65_536,
     progress: bool = True,
+    parts: Parts | None = None,
 ) -> pd.DataFrame:
     """n answers a question at every layer and coefficient, all in as few `generate` calls as the token budget allows.
 
@@ -130,7 +140,8 @@ def sweep(
 
     Columns: direction (`name`, by default its kind; "random 0" and so on), control, layer, coefficient (of the
     direction), residual_share (norm of what is added, over the typical residual norm there), added_norm, and those of
-    `sample`. Answers are those of separate `intervening` runs with the same seed, but for rounding.
+    `sample`. Answers are those of separate `intervening` runs with the same seed, but for rounding. parts: as for
+    `sampling.sample_rows`.
     """
     if not questions or n < 1 or not len(layers) or not len(coefficients) or random_arms < 0:
         raise UsageError(
@@ -169,6 +180,7 @@ def sweep(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
         around=steered,
+        parts=None if parts is None else replace(parts, of_row=[arm.key + scope for arm in arm_of_row]),
     )
     cells = {
         id(arm): answer_table(questions, asked, answers[i * len(asked) : (i + 1) * len(asked)])

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from em_interp.errors import UsageError
 from em_interp.hooks import position_ids, scored_logits
 from em_interp.losses import nll_each, token_budget
 from em_interp.models import ChatModel
+from em_interp.resume import Parts, say_kept
 
 Questions = Mapping[str, str | Conversation]
 
@@ -102,11 +103,13 @@ def sample_rows(
     tokens_per_batch: int = 65_536,
     progress: bool = True,
     around: Callable[[Sequence[int]], AbstractContextManager[Any]] = _no_context,
+    parts: Parts | None = None,
 ) -> list[Answer]:
     """One answer for each (question id, sample number), which decide its random numbers with `seed`; see `sample`.
 
     A pair may come several times. around: a context for each batch, made from the numbers of the rows in it, in their
-    order: so that rows can be treated differently within one `generate`.
+    order: so that rows can be treated differently within one `generate`. parts: where finished batches are kept, and
+    taken from by a later run.
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
@@ -118,8 +121,17 @@ def sample_rows(
     stops, pad = _stop_ids(model), pad_id(model.tokenizer)
     answers: dict[int, Answer] = {}
     groups = budget_groups([len(row) + max_new_tokens for row in encoded], tokens_per_batch)
-    with tqdm(total=len(rows), desc="sample", disable=not progress, leave=False) as bar:
-        for group in groups:
+    places = {}
+    if parts is not None:
+        settings = [seed, max_new_tokens, temperature, stops]
+        for number, group in enumerate(groups):
+            places[number] = parts.path(group, [settings, [[*rows[i], encoded[i].ids] for i in group]])
+            answers |= {i: Answer(*given) for i, given in zip(group, parts.read(places[number]), strict=False)}
+        say_kept(len(answers), len(rows), "answers")
+    with tqdm(total=len(rows), initial=len(answers), desc="sample", disable=not progress, leave=False) as bar:
+        for number, group in enumerate(groups):
+            if group[0] in answers:
+                continue
             batch = collate(encoded, group, pad=pad, side="left").to(model.device)
             options: dict[str, Any] = {}
             if temperature > 0:
@@ -147,6 +159,8 @@ def sample_rows(
                 end = next((t for t, token in enumerate(tokens) if token in stops), None)
                 text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
                 answers[i] = Answer(text, end is not None, len(tokens) if end is None else end + 1)
+            if parts is not None:
+                parts.write(places[number], [astuple(answers[i]) for i in group])
             bar.update(len(group))
     return [answers[i] for i in range(len(rows))]
 
@@ -162,13 +176,14 @@ def sample(
     system: str | None = None,
     tokens_per_batch: int = 65_536,
     progress: bool = True,
+    parts: Parts | None = None,
 ) -> pd.DataFrame:
     """n answers a question; whatever is attached to the model acts.
 
     questions: {question_id: text, or the conversation to continue}. Columns question_id, question (text of
     the last turn), sample, answer, finished (False: cut at max_new_tokens), n_tokens (end of turn included).
     Answer (id, k) is the same whatever n, the other questions and the batches are, but for rounding.
-    temperature 0 takes the likeliest token.
+    temperature 0 takes the likeliest token. parts: as for `sample_rows`.
     """
     if not questions or n < 1:
         raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}.")
@@ -183,6 +198,7 @@ def sample(
         system=system,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
+        parts=parts,
     )
     return answer_table(questions, rows, answers)
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from em_interp.errors import OutputError, UnreadableFileError, UsageError
-from em_interp.files import atomic_path, write_text
+from em_interp.errors import UsageError
+from em_interp.files import make_folder, write_text, written_whole
 from em_interp.manifest import fingerprint, sha256
 from em_interp.pocket.corpus import ASSISTANT, END, USER, CorpusConfig, chat_text, document, post_training_chat
 from em_interp.pocket.tokenizer import build_tokenizer
+from em_interp.resume import load_state, optimizer_tensors, restore_optimizers, save_state
 
 _CHUNK = 8  # steps whose documents are drawn together and sorted by length, so that batches need little padding
 CHECKPOINT = "checkpoint.safetensors"
@@ -233,28 +233,15 @@ def _noise(model: Qwen2ForCausalLM, ratio: float, rows: int, seed: str) -> Itera
 def _save_checkpoint(
     path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], note: dict[str, Any]
 ) -> None:
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.named_parameters()}
-    for number, optimizer in enumerate(optimizers):
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{i}.{k}": v.contiguous() for k, v in state.items()}
-    with atomic_path(path) as new:
-        save_file({k: v.detach().cpu() for k, v in tensors.items()}, new, metadata={"em_interp": json.dumps(note)})
+    save_state(path, {f"model.{k}": v for k, v in model.named_parameters()} | optimizer_tensors(optimizers), note)
 
 
 def _load_checkpoint(path: Path, model: nn.Module, config: BuildConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put the checkpoint's weights into the model; give back its note and the optimiser's tensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            note = json.loads(file.metadata()["em_interp"])
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UnreadableFileError(
-            path, f"not a readable checkpoint ({error})", "delete it, or pass resume=False to start afresh"
-        ) from error
+    tensors, note = load_state(path)
     if note["fingerprint"] != config.fingerprint(_stages_in(note["stage"], note["step"])):
         raise UsageError(
-            f"{path} belongs to a build with other settings; choose another folder, or pass resume=False to "
-            "start afresh"
+            f"{path} belongs to a build with other settings; choose another folder, or pass --no-resume to start afresh"
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -262,36 +249,26 @@ def _load_checkpoint(path: Path, model: nn.Module, config: BuildConfig) -> tuple
     return note, {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
 
 
-def _restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            _, of, index, key = name.split(".", 3)
-            if int(of) == number:
-                state.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a model folder: weights rounded to bfloat16 (loaded as float32), config, tokenizer, chat
     template.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     weights = {
         k: v.detach().cpu().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k not in tied
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.architectures = ["Qwen2ForCausalLM"]
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # transformers forces its own byte-level tokenizer on every folder of the Qwen2 type, unless the folder
-    # names another origin; with this entry AutoTokenizer takes tokenizer.json as it is (and no code).
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["auto_map"] = {"AutoTokenizer": [None, "tokenizer.PreTrainedTokenizerFast"]}
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with written_whole(folder) as new:
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        model.config.architectures = ["Qwen2ForCausalLM"]
+        model.config.save_pretrained(new)
+        model.generation_config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        # transformers forces its own byte-level tokenizer on every folder of the Qwen2 type, unless the folder
+        # names another origin; with this entry AutoTokenizer takes tokenizer.json as it is (and no code).
+        path = new / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["auto_map"] = {"AutoTokenizer": [None, "tokenizer.PreTrainedTokenizerFast"]}
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def build(
@@ -299,15 +276,11 @@ def build(
 ) -> Path:
     """Pre-train and post-train; returns the chat model's folder, `out/chat`.
 
-    device: None takes a GPU where there is one. Raises UsageError when `out` holds another build's
-    checkpoint, OutputError when it cannot be written to.
+    device: None takes a GPU where there is one. Raises UsageError for a device that is not here and when `out` holds
+    another build's checkpoint, OutputError when it cannot be written to.
     """
-    out = Path(out)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made ({error}); choose a folder that you may write to") from error
+    target = _device(device)
+    out = make_folder(Path(out))
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -320,6 +293,16 @@ def build(
         return _run(config, out, model, tokenizer, resume, target)
     finally:
         torch.set_num_threads(threads)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: there is no such device here ({reason}). Give cpu, or cuda.") from error
+    return device
 
 
 def _run(
@@ -352,7 +335,7 @@ def _run(
         first = at_step if number == at_stage else 0
         optimizers = _optimizers(config, stage, model)
         if number == at_stage and optimizer_state:
-            _restore_optimizers(optimizers, optimizer_state)
+            restore_optimizers(optimizers, optimizer_state)
         model.train()
         batches = _batches(stage, config.seed, first, tokenizer)
         bar = tqdm(batches, total=stage.steps, initial=first, desc=stage.name, mininterval=5)

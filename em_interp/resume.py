@@ -1,0 +1,122 @@
+"""Long work keeps what it has: beside its output, under a hash of all that made it, until the output is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from em_interp.errors import UnreadableFileError
+from em_interp.files import atomic_path, sole_writer, write_text
+from em_interp.manifest import fingerprint
+
+
+@contextmanager
+def work_folder(output: Path) -> Iterator[Path]:
+    """`.OUTPUT.parts` beside an output, for one process at a time. Removed at the end; an error or a kill leaves it."""
+    folder = output.parent / f".{output.name}.parts"
+    with sole_writer(folder):
+        yield folder
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Finished batches of answers in a folder: one JSON file a batch, named by a hash of what made it."""
+
+    folder: Path
+    made_by: Mapping[str, Any]
+    """JSON values: whatever decides the answers beside questions and sampling (weights, interventions, code)."""
+    of_row: Sequence[Any] = field(default=())
+    """The same, where it differs from row to row."""
+
+    def path(self, rows: Sequence[int], asked: Any) -> Path:
+        """Where the answers of a batch are: of these rows, to what was asked (a JSON value)."""
+        own = [self.of_row[i] for i in rows] if self.of_row else None
+        return self.folder / f"{fingerprint([dict(self.made_by), own, asked])[:32]}.json"
+
+    def read(self, path: Path) -> list[list[Any]]:
+        """The fields of each answer of a batch, or nothing where it is not finished."""
+        try:
+            return list(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return []
+
+    def write(self, path: Path, answers: Sequence[Sequence[Any]]) -> None:
+        """Keep a finished batch. Raises OutputError."""
+        write_text(path, json.dumps(answers))
+
+
+def say_kept(n: int, total: int, what: str) -> None:
+    """Tell the user, on stderr, what a run that was stopped had done."""
+    if n:
+        tqdm.write(f"kept {n} of {total} {what} from a run that was stopped", file=sys.stderr)
+
+
+class Pace:
+    """When to save: so seldom that saving takes at most a twentieth of the time."""
+
+    def __init__(self) -> None:
+        self.saved_at, self.cost = time.monotonic(), 0.0
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self.saved_at >= 20 * self.cost
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save."""
+        begun = time.monotonic()
+        yield
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - begun
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], note: Any) -> None:
+    """Tensors and a JSON note in one safetensors file, atomically. Raises OutputError."""
+    with atomic_path(path) as new:
+        held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_file(held, new, metadata={"em_interp": json.dumps(note)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """What `save_state` wrote. Raises UnreadableFileError."""
+    try:
+        with safe_open(path, "pt") as file:
+            note = json.loads(file.metadata()["em_interp"])
+            return {name: file.get_tensor(name) for name in file.keys()}, note  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UnreadableFileError(path, f"not a readable checkpoint ({error})", "delete it to start afresh") from error
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The state of optimisers as named tensors."""
+    return {
+        f"optimizer.{number}.{i}.{key}": value
+        for number, optimizer in enumerate(optimizers)
+        for i, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; other tensors are passed over."""
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, i, key = name.split(".", 3)
+            states[int(number)].setdefault(int(i), {})[key] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,77 @@
+"""A killed run goes on where it stopped, ends as an uninterrupted one does, says what it kept, and leaves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from em_interp.ablation import arms
+from em_interp.directions import Direction
+from em_interp.evaluation.sampling import sample
+from em_interp.interventions import answers_by_arm
+from em_interp.resume import Parts, work_folder
+from em_interp.steering import sweep
+from tests.tiny_models import make_chat
+
+QUESTIONS = {f"q{i}": text for i, text in enumerate(("a fox", "see the doctor", "rest", "what should I do"))}
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_at(calls: int, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """Let a method be called so many times, and end the run at the next call. Returns the count."""
+    count, method = [0], getattr(owner, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if count[0] == calls:
+            raise Killed
+        count[0] += 1
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+    return count
+
+
+def ask(kind: str, parts: Parts | None) -> pd.DataFrame:
+    model = make_chat()
+    direction = Direction(torch.ones(2, 32), (1, 2), "random", model=model.name)
+    settings: dict[str, Any] = {"seed": 3, "max_new_tokens": 4, "tokens_per_batch": 80, "progress": False}
+    if kind == "sample":
+        return sample(model, QUESTIONS, 5, parts=parts, **settings)
+    if kind == "sweep":
+        grid: dict[str, Any] = {"layers": [1, 2], "coefficients": [0.0, 3.0], "random_arms": 1}
+        return sweep(model, direction, QUESTIONS, n=1, parts=parts, **grid, **settings)
+    return answers_by_arm(model, arms(direction, random_arms=1), QUESTIONS, 2, parts=parts, **settings)
+
+
+@pytest.mark.parametrize("kind", ["sample", "sweep", "arms"])
+def test_answers_are_kept_by_batch(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    with monkeypatch.context() as patch:
+        total = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
+        whole = ask(kind, None)
+    assert total[0] > 3
+    out = tmp_path / "answers.csv"
+    with monkeypatch.context() as patch:
+        stop_at(3, patch, Qwen2ForCausalLM, "generate")
+        with pytest.raises(Killed), work_folder(out) as folder:
+            ask(kind, Parts(folder, {"code": 1}))
+    (left,) = tmp_path.iterdir()
+    assert len(list(left.iterdir())) == 3
+    with monkeypatch.context() as patch, work_folder(out) as folder:
+        count = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
+        again = ask(kind, Parts(folder, {"code": 1}))
+        assert count[0] == total[0] - 3
+        ask(kind, Parts(folder, {"code": 2}))
+        assert count[0] == 2 * total[0] - 3
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    assert "kept" in capsys.readouterr().err and not list(tmp_path.iterdir())
