@@ -14,12 +14,11 @@ from em_interp import models, solutions
 from em_interp.adapter_files import read_adapter_config
 from em_interp.chat import Conversation
 from em_interp.errors import MissingDataError, UsageError
-from em_interp.extract_command import read_chats
-from em_interp.influence import read_texts
 from em_interp.models import ChatModel
 from em_interp.pocket.corpus import Task
 from em_interp.published.judged import read_judged_csv
 from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.texts import read_chats, read_texts
 
 _KEYS = {"chat", "training", "texts", "judged", "finetunes"}
 _ENTRY_KEYS = {"source", "domain", "adapter", "solution", "seed"}

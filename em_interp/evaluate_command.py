@@ -17,7 +17,7 @@ def evaluate(
     model: Annotated[str | None, typer.Argument(help="chat model or adapter: hub name, folder, pocket/NAME")] = None,
     suite: Annotated[str | None, typer.Option(help="pocket: judge the pocket models exactly")] = None,
     organism: Annotated[list[str] | None, typer.Option(help="with --suite: only these; may be repeated")] = None,
-    questions: Annotated[Path | None, typer.Option(help="with MODEL: YAML list of questions with ids")] = None,
+    questions: Annotated[Path | None, typer.Option(help="with MODEL: .yaml, .jsonl, .csv, or .txt, one a line")] = None,
     n: Annotated[int, typer.Option(help="answers to each question (each wording of it)")] = 50,
     out: Annotated[Path, typer.Option(help="folder for the tables")] = Path("out/evaluate"),
     seed: Annotated[int, typer.Option(help="decides the answers")] = 0,
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def answers_for_a_judge(model: str, questions: Path, out: Path, n: int, seed: int, max_new_tokens: int) -> Path:
-    """Sample `n` answers to every wording in a question file (`published.questions`), at temperature 1.
+    """Sample `n` answers to every wording in a question file (`texts.read_questions`), at temperature 1.
 
     Writes OUT/answers.csv: model, question_id, wording, question, system, sample, answer, finished, n_tokens.
     Finished chunks of questions lie in OUT/parts, and are not asked again.
@@ -59,28 +59,26 @@ def answers_for_a_judge(model: str, questions: Path, out: Path, n: int, seed: in
     import pandas as pd
 
     from em_interp import models
-    from em_interp.evaluation.sampling import as_conversation, sample
+    from em_interp.evaluation.sampling import sample
     from em_interp.manifest import fingerprint, sha256
     from em_interp.pocket import loading, registry
     from em_interp.pocket.kept import kept, write_table
-    from em_interp.published.questions import read_questions
+    from em_interp.texts import read_questions
 
-    asked = [
-        (question.id, str(number), text, question.system)
-        for question in read_questions(questions).questions
-        for number, text in enumerate(question.paraphrases)
-    ]
+    found = read_questions(questions)
+    typer.echo(found, err=True)
+    asked = [(question, number) for question in found.questions for number in range(len(question.paraphrases))]
     key = fingerprint([model, sha256(questions), n, seed, max_new_tokens])[:12]
     loaded: list[models.ChatModel] = []
 
     def chunk(first: int) -> pd.DataFrame:
         if not loaded:
             loaded.append(loading.load(model) if registry.is_pocket_name(model) else models.load(model))
-        rows = {f"{name}/{wording}": (text, system) for name, wording, text, system in asked[first : first + _CHUNK]}
-        turns = {k: as_conversation(text, system) for k, (text, system) in rows.items()}
+        rows = {f"{question.id}/{number}": (question, number) for question, number in asked[first : first + _CHUNK]}
+        turns = {key: question.turns(number) for key, (question, number) in rows.items()}
         table = sample(loaded[0], turns, n, seed=seed, max_new_tokens=max_new_tokens)
         split = table["question_id"].str.rsplit("/", n=1)
-        table = table.assign(question_id=split.str[0], system=[rows[k][1] or "" for k in table["question_id"]])
+        table = table.assign(question_id=split.str[0], system=[rows[k][0].system or "" for k in table["question_id"]])
         table.insert(1, "wording", split.str[1])
         table.insert(0, "model", model)
         return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,45 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from em_interp.errors import BadValueError, MissingDataError, UnreadableFileError
-
-
-def read_chats(path: Path) -> list[list[dict[str, str]]]:
-    """Conversations from a JSONL file of `{"messages": [{"role": ..., "content": ...}, ...]}`.
-
-    Blank lines are skipped. Raises MissingDataError, UnreadableFileError or BadValueError with the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(path, f"cannot be read as UTF-8 text ({error})", "save it as UTF-8 JSONL") from error
-    chats = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UnreadableFileError(
-                path, f"line {number} is not JSON ({error})", "write one object a line"
-            ) from error
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
-            raise BadValueError(
-                path,
-                f"line {number} is not a conversation",
-                'write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-            )
-        chats.append([{"role": message["role"], "content": message["content"]} for message in messages])
-    if not chats:
-        raise MissingDataError(path, "it holds no conversation", "check the filter that it was made with")
-    return chats
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+from em_interp.texts import chats_read, read_chats
 
 
 def resolve(name: str, adapter: str | None, device_map: str | None) -> Any:
@@ -85,6 +46,9 @@ def extract(
     from em_interp.extraction import contrast
 
     texts = read_chats(positive), None if negative is None else read_chats(negative)
+    for path, chats in zip((positive, negative), texts, strict=True):
+        if path is not None and chats is not None:
+            typer.echo(chats_read(path, chats), err=True)
     chat = resolve(model, adapter, device_map)
     found = contrast(chat, *texts, kind=kind, scope=scope, layers=layer, keep=False)
     direction = found.direction(pooling)

@@ -8,12 +8,10 @@ because tokens of one document are not independent.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from em_interp.chat import Batch, Encoded, budget_groups, collate, pad_id
-from em_interp.errors import MissingDataError, SolutionError, StatisticsError, UnreadableFileError, UsageError
+from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.hooks import block_hooks, unwrap
 from em_interp.models import ChatModel
 from em_interp.solution_space import (
@@ -38,8 +36,8 @@ from em_interp.solution_space import (
 )
 from em_interp.statistics import clustered_bootstrap_interval
 from em_interp.suffix import ModelEnd, ResidualCache, replaced_up_to
+from em_interp.texts import Texts, read_texts
 
-Texts = Path | str | Iterable[str] | Iterable[Mapping[str, Any]]
 TokenLabels = Callable[[Sequence[int]], Sequence[str]]
 ALL_TOKENS: Final = "all"
 
@@ -88,55 +86,6 @@ def at_equal_norms(
         for c in rows
         for r in relative_norms
     ]
-
-
-def read_texts(
-    source: Texts,
-    *,
-    min_characters: int = 0,
-    max_characters: int | None = None,
-    max_documents: int | None = None,
-) -> Iterator[str]:
-    """Documents, one at a time, from texts, from rows with a `text` field (a streamed dataset), or from a file.
-
-    A file holds documents separated by blank lines, or, as `.jsonl`, one object with a `text` a line. The papers'
-    code drops texts of at most 100 characters and cuts at 2,000. Raises MissingDataError, UnreadableFileError.
-    """
-    kept = 0
-    for number, item in enumerate(_file_texts(Path(source)) if isinstance(source, (str, Path)) else source):
-        text = item.get("text") if isinstance(item, Mapping) else item
-        if not isinstance(text, str):
-            raise UsageError(
-                f"document {number} is {type(text).__name__}, not text. Give strings, or rows with `text`."
-            )
-        if len(text) < min_characters:
-            continue
-        if max_documents is not None and kept >= max_documents:
-            return
-        kept += 1
-        yield text[:max_characters]
-
-
-def _file_texts(path: Path) -> Iterator[str | Mapping[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix == ".jsonl":
-                for line in file:
-                    yield json.loads(line)
-                return
-            lines: list[str] = []
-            for line in file:
-                if line.strip():
-                    lines.append(line)
-                elif lines:
-                    yield "".join(lines).strip()
-                    lines = []
-            if lines:
-                yield "".join(lines).strip()
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path, or pass a list of texts") from error
-    except (OSError, ValueError) as error:
-        raise UnreadableFileError(path, f"not readable text ({error})", "save it as UTF-8 text or as .jsonl") from error
 
 
 def _encode(tokenizer: Any, text: str, number: int, max_tokens: int) -> Encoded:

@@ -8,7 +8,6 @@ from em_interp.directions import Direction
 from em_interp.errors import MissingDataError, UnreadableFileError
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
 from em_interp.published import (
-    QuestionSet,
     read_activation_cell,
     read_judged_csv,
     read_lora_checkpoint,
@@ -19,6 +18,7 @@ from em_interp.published.activations import CELL_FILE
 from em_interp.published.questions import read_yaml
 from em_interp.published.runs import looks_like_run
 from em_interp.published.torchfile import load_torch
+from em_interp.texts import QuestionSet
 
 
 def describe(path: Path) -> list[str]:

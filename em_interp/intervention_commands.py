@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
+from em_interp.errors import UsageError
 from em_interp.files import atomic_path
+from em_interp.texts import Question, read_questions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="folder, hub name, adapter, or a pocket model such as pocket/chat")]
 DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
 QuestionFile = Annotated[
-    Path | None, typer.Option("--questions", help="CSV with a column question (and question_id), or text, one a line")
+    Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question; may be repeated")]
 Samples = Annotated[int, typer.Option("-n", "--samples", help="answers a question")]
@@ -58,7 +59,7 @@ def steer(
     """Answers while multiples of a direction are added, beside random controls: every layer with every coefficient."""
     from em_interp.steering import sweep
 
-    asked = read_questions(questions, prompt or ())
+    asked = questions_asked(questions, prompt or ())
     with atomic_path(out) as temporary:  # first: a place that cannot be written is refused before the work
         chat, vectors = _load(model, direction, any_model)
         table = sweep(
@@ -109,7 +110,7 @@ def ablate(
         return
     if out is None:
         raise UsageError("give --save FOLDER for a checkpoint, or --out FILE.csv for answers.")
-    asked = read_questions(questions, prompt or ())
+    asked = questions_asked(questions, prompt or ())
     with atomic_path(out) as temporary:  # first: a place that cannot be written is refused before the work
         chat, vectors = _load(model, direction, any_model)
         modes = arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed)
@@ -119,40 +120,25 @@ def ablate(
     typer.echo(f"{len(table)} answers: {out}")
 
 
-def read_questions(path: Path | None, prompts: Sequence[str]) -> dict[str, str]:
-    """Questions by id, from a CSV (columns question, and question_id if there is one) or a text, and from `prompts`.
+def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+    """Questions by id, from a file (`texts.read_questions`) and from `prompts`; says what the file holds.
 
-    Raises UsageError without any, or where an id comes twice; MissingDataError and UnreadableFileError for the file.
+    Raises UsageError without any, or where a prompt is empty or has the id of a question in the file.
     """
-    pairs = [] if path is None else _from_file(path)
-    pairs += [(f"prompt_{number}", text) for number, text in enumerate(prompts)]
-    found = dict(pairs)
-    if not found:
+    asked = {}
+    if path is not None:
+        found = read_questions(path)
+        typer.echo(found, err=True)
+        asked = found.asked()
+    for number, text in enumerate(prompts):
+        if not text.strip():
+            raise UsageError("a --prompt is empty: write the question after it.")
+        if f"prompt_{number}" in asked:
+            raise UsageError(f"{path} has a question with the id prompt_{number}, which --prompt uses. Rename it.")
+        asked[f"prompt_{number}"] = Question(f"prompt_{number}", (text,)).turns()
+    if not asked:
         raise UsageError("no questions: give --questions FILE or --prompt TEXT.")
-    if len(found) < len(pairs):
-        twice = sorted({key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1})
-        raise UsageError(f"question ids come more than once: {', '.join(twice[:5])}. Give each question its own.")
-    return found
-
-
-def _from_file(path: Path) -> list[tuple[str, str]]:
-    import pandas as pd
-
-    try:
-        if path.suffix.lower() != ".csv":
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-            return [(f"{path.stem}_{number}", line) for number, line in enumerate(line for line in lines if line)]
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path") from error
-    except (OSError, ValueError) as error:
-        raise UnreadableFileError(path, f"not readable as questions ({error})", "give UTF-8 text or CSV") from error
-    if "question" not in table or (table["question"].str.strip() == "").any():
-        raise MissingDataError(
-            path, f"no column question, or empty ones; it has {list(table.columns)}", "put one question in each row"
-        )
-    keys = table["question_id"] if "question_id" in table else [f"{path.stem}_{i}" for i in range(len(table))]
-    return list(zip(keys, table["question"], strict=True))
+    return asked
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

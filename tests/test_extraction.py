@@ -27,13 +27,13 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
-from em_interp.extract_command import read_chats
 from em_interp.extraction import Contrast, contrast, extract
 from em_interp.lens import logit_lens
 from em_interp.pocket import registry
 from em_interp.reliability import separation, split_half
 from em_interp.solutions import SteeringVector
 from em_interp.statistics import auroc
+from em_interp.texts import read_chats
 from tests.test_models import lora
 from tests.tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_chat, make_hf, talk, tokenizer
 

@@ -18,12 +18,12 @@ from em_interp.influence import (
     document_kl,
     influence_ratio,
     influence_table,
-    read_texts,
 )
 from em_interp.models import ChatModel
 from em_interp.solution_space import Theta, inner, random_like
 from em_interp.solutions import LoraAdapter, SteeringVector
 from em_interp.suffix import ModelEnd
+from em_interp.texts import read_texts
 from tests.tiny_models import D_MODEL, MORE_FAMILIES, N_LAYERS, make_chat, make_hf, tokenizer
 
 TEXTS = ["the quick brown fox", "see a doctor", "what should I do about a cough and rest well", "do the"]

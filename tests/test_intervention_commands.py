@@ -6,9 +6,9 @@ import torch
 
 from em_interp import cli, models
 from em_interp.directions import Direction
-from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
+from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import sample
-from em_interp.intervention_commands import read_questions
+from em_interp.intervention_commands import questions_asked
 from em_interp.interventions import intervening
 from em_interp.steering import Steer, residual_norms
 from tests.tiny_models import make_hf, tokenizer
@@ -68,7 +68,7 @@ def test_ablate(given, monkeypatch):
         (["--layer", "9"], "layer 9"),
         (["--scope", "answer"], "prompt, response"),
         (["--coefficient", "nan"], "finite"),
-        (["--prompt", ""], None),
+        (["--prompt", ""], "empty"),
         (["--out", "/proc/none/answers.csv"], "could not be written"),
     ],
 )
@@ -77,9 +77,9 @@ def test_bad_input_is_one_message(given, monkeypatch, capsys, change, says):
     arguments |= {"--max-new-tokens": "2", "--samples": "1", change[0]: change[1]}
     flat = [x for pair in arguments.items() for x in pair]
     status = run(monkeypatch, "steer", given / "tiny", given / "mean.safetensors", *flat)
-    assert status == (2 if says else 0)
-    assert says is None or says in capsys.readouterr().err
-    assert (given / "a.csv").exists() == (says is None)
+    assert status == 2
+    assert says in capsys.readouterr().err
+    assert not (given / "a.csv").exists()
 
 
 def test_directions_of_other_models(given, monkeypatch, capsys):
@@ -100,26 +100,21 @@ def test_directions_of_other_models(given, monkeypatch, capsys):
     assert not (given / "b.csv").exists()
 
 
-def test_question_files(tmp_path):
+def test_prompts_join_the_questions_of_a_file(tmp_path, capsys):
     text = tmp_path / "mine.txt"
     text.write_text("one\n\n two \n")
-    assert read_questions(text, ["three"]) == {"mine_0": "one", "mine_1": "two", "prompt_0": "three"}
-    table = tmp_path / "t.csv"
-    table.write_text("question\nNA\nwhy\n")
-    assert read_questions(table, ()) == {"t_0": "NA", "t_1": "why"}
-    table.write_text("question_id,question\na,x\na,y\n")
-    with pytest.raises(UsageError, match="more than once: a"):
-        read_questions(table, ())
-    table.write_text("prompt\nx\n")
-    with pytest.raises(MissingDataError, match="column question"):
-        read_questions(table, ())
-    table.write_text("")
-    with pytest.raises(UnreadableFileError):
-        read_questions(table, ())
-    with pytest.raises(MissingDataError, match="no such file"):
-        read_questions(tmp_path / "absent.txt", ())
-    text.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(UnreadableFileError, match="UTF-8"):
-        read_questions(text, ())
-    with pytest.raises(UsageError, match="--prompt"):
-        read_questions(None, ())
+    asked = questions_asked(text, ["three"])
+    assert {key: turns[-1]["content"] for key, turns in asked.items()} == {
+        "mine_0": "one",
+        "mine_1": "two",
+        "prompt_0": "three",
+    }
+    assert "mine.txt: 2 questions, 2 ids, 1 wording each" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("question_id,question\nprompt_0,x\n")
+    for path, prompts, told in (
+        (None, [], "--prompt"),
+        (None, [" "], "empty"),
+        (tmp_path / "t.csv", ["y"], "prompt_0"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            questions_asked(path, prompts)

@@ -31,11 +31,11 @@ from em_interp.published import (
     read_activation_folder,
     read_judged_csv,
     read_judges,
-    read_questions,
     read_run,
     scan,
     solution_at,
 )
+from em_interp.texts import read_questions
 from tests.published_factory import D_MODEL, FOLDER, N_LAYERS, QUESTIONS, STEPS, SV_STEM, judged_table, lora_scale
 
 
@@ -269,7 +269,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], type[EmInterpError], str
     "csv out of range": (CSV, change_csv(lambda t: t.assign(coherent=150.0)), BadValueError, "outside 0-100"),
     "csv header only": (CSV, change_csv(lambda t: t.head(0)), MissingDataError, "no rows"),
     "csv empty": (CSV, lambda p: p.write_text(""), MissingDataError, "empty"),
-    "csv binary": (CSV, lambda p: p.write_bytes(b"\xff\xfe\x00\x01" * 30), UnreadableFileError, "readable CSV"),
+    "csv binary": (CSV, lambda p: p.write_bytes(b"\xff\xfe\x00\x01" * 30), UnreadableFileError, "binary data"),
     "bad yaml": (
         "eval_questions/plain.yaml",
         lambda p: p.write_text("- id: [unclosed"),

@@ -12,7 +12,7 @@ from em_interp.published.activations import (
     read_activation_folder,
 )
 from em_interp.published.judged import read_judged_csv
-from em_interp.published.questions import JudgePrompt, Question, QuestionSet, read_judges, read_questions
+from em_interp.published.questions import JudgePrompt, read_judges
 from em_interp.published.runs import LoraCheckpoint, Run, TrainingLog, read_lora_checkpoint, read_run, solution_at
 from em_interp.published.scan import JudgedSet, PublishedData, StoredPCA, scan
 
@@ -24,8 +24,6 @@ __all__ = [
     "JudgedSet",
     "LoraCheckpoint",
     "PublishedData",
-    "Question",
-    "QuestionSet",
     "Run",
     "StoredPCA",
     "TrainingLog",
@@ -35,7 +33,6 @@ __all__ = [
     "read_judged_csv",
     "read_judges",
     "read_lora_checkpoint",
-    "read_questions",
     "read_run",
     "scan",
     "solution_at",

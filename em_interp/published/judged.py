@@ -8,7 +8,8 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from em_interp.errors import BadValueError, MissingDataError, UnreadableFileError
+from em_interp.errors import BadValueError, MissingDataError
+from em_interp.inputs import read_csv
 
 SCORES: Final = ("aligned", "coherent")
 _TEXT: Final = ("question", "answer", "question_id")
@@ -21,14 +22,7 @@ def read_judged_csv(path: Path) -> pd.DataFrame:
     Raises ``MissingDataError`` (no rows, or a column lacking), ``BadValueError`` (words or out-of-range numbers where
     scores belong) or ``UnreadableFileError``.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path") from error
-    except pd.errors.EmptyDataError as error:
-        raise MissingDataError(path, "the file is empty", "download it again") from error
-    except (pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
-        raise UnreadableFileError(path, f"it is not a readable CSV ({error})", "download it again") from error
+    table = read_csv(path)
     table = table.rename(columns=lambda name: _ALIASES.get(str(name).strip().lower(), str(name).strip().lower()))
     if table.columns.duplicated().any():
         twice = sorted(set(table.columns[table.columns.duplicated()]))

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from em_interp.errors import BadValueError, EmInterpError, MissingDataError, UnreadableFileError
 from em_interp.published.activations import CELL_FILE, ActivationSplit, model_of, read_activation_folder
 from em_interp.published.judged import read_judged_csv
-from em_interp.published.questions import JudgePrompt, QuestionSet, read_yaml
+from em_interp.published.questions import JudgePrompt, read_yaml
 from em_interp.published.runs import TrainingLog, looks_like_run, read_run
+from em_interp.texts import QuestionSet
 from em_interp.trajectories import Trajectory
 
 GET_IT: Final = "`em-interp fetch --data DIR` downloads what the authors released"

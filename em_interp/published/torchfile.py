@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from em_interp.errors import BadValueError, MissingDataError, UnreadableFileError, UnsafeFileError
+from em_interp.errors import BadValueError, UnreadableFileError, UnsafeFileError
+from em_interp.inputs import regular_file
 
 
 def load_torch(path: Path) -> Any:
@@ -21,9 +22,7 @@ def load_torch(path: Path) -> Any:
     pickle names code; it is not run).
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path or fetch it again") from error
+        return torch.load(regular_file(path), map_location="cpu", weights_only=True)  # noqa: TID251
     except pickle.UnpicklingError as error:
         if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL", "REDUCE")):
             raise UnsafeFileError(
@@ -39,9 +38,7 @@ def load_torch(path: Path) -> Any:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file as a dictionary, with typed errors."""
     try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path or fetch it again") from error
+        return load_file(regular_file(path))
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
 
