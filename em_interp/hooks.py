@@ -93,9 +93,13 @@ def with_hidden(output: object, hidden: Tensor) -> object:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def tagged(hook: Callable[..., object]) -> Callable[..., object]:
-    """Mark a torch hook as this package's, so that `has_our_hooks` finds it."""
+def tagged(hook: Callable[..., object], acts: Callable[[], str] | None = None) -> Callable[..., object]:
+    """Mark a torch hook as this package's, so that `has_our_hooks` finds it.
+
+    acts: a hash of what it does to the pass, for `weights.acting_hash`; without it what acts cannot be told.
+    """
     hook.em_interp = True  # type: ignore[attr-defined]
+    hook.acts = acts  # type: ignore[attr-defined]
     return hook
 
 
@@ -122,30 +126,37 @@ def firing(counts: Mapping[str, list[int]], handles: Sequence[RemovableHandle]) 
 
 @contextmanager
 def block_hooks(
-    block_sets: Sequence[Sequence[nn.Module]], functions: Mapping[int, BlockFn], *, must_fire: bool = True
+    block_sets: Sequence[Sequence[nn.Module]],
+    functions: Mapping[int, BlockFn],
+    *,
+    must_fire: bool = True,
+    acts: Mapping[int, Callable[[], str]] | None = None,
 ) -> Iterator[None]:
     """Call `functions[l]` with layer l's output in every pass; what it returns replaces the output.
 
     `block_sets` are lists of the same model's blocks: `ChatModel.block_sets()`, or `[find_blocks(hf)]`. Each
     function must fire on at least one of them, unless `must_fire` is false. Exceptions inside pass unchanged.
+    acts: by layer, as for `tagged`.
     """
     counts: dict[str, list[int]] = {}
     handles: list[RemovableHandle] = []
 
-    def hook_for(function: BlockFn, count: list[int]) -> Callable[..., object]:
+    def hook_for(layer: int, count: list[int]) -> Callable[..., object]:
+        function = functions[layer]
+
         def hook(_module: nn.Module, _args: object, output: object) -> object:
             count[0] += 1
             new = function(hidden_of(output))
             return output if new is None else with_hidden(output, new)
 
-        return tagged(hook)
+        return tagged(hook, (acts or {}).get(layer))
 
     try:
-        for layer, function in functions.items():
+        for layer in functions:
             count = counts.setdefault(f"layer {layer}", [0])
             for blocks in block_sets:
                 check_layer(layer, len(blocks))
-                handles.append(blocks[layer].register_forward_hook(hook_for(function, count)))
+                handles.append(blocks[layer].register_forward_hook(hook_for(layer, count)))
     except BaseException:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final, Protocol, runtime_checkable
 
 import pandas as pd
@@ -22,9 +22,11 @@ from em_interp.adapter_files import short_name
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, HookError, UsageError
 from em_interp.evaluation.sampling import Questions, sample
-from em_interp.hooks import BlockFn, block_hooks, body_name, check_layer, firing
+from em_interp.hooks import BlockFn, block_hooks, body_name, check_layer, firing, tagged
+from em_interp.manifest import fingerprint
 from em_interp.models import ChatModel
 from em_interp.resume import Parts
+from em_interp.weights import tensors_hash
 
 SCOPES: Final = ("all", "prompt", "response")
 """Which tokens an intervention acts on. The last token of a prompt belongs to the prompt."""
@@ -202,6 +204,12 @@ def _block_function(edits: Sequence[Edit], tokens: _Tokens, touched: Mapping[str
     return function
 
 
+def _acts(edits: Sequence[Edit]) -> str:
+    """A hash of what edits do, in their order."""
+    parts = [{name: x for name, x in vars(edit).items() if isinstance(x, Tensor)} for edit in edits]
+    return fingerprint([tensors_hash(part, type(e).__name__, e.scope) for e, part in zip(edits, parts, strict=True)])
+
+
 @contextmanager
 def intervening(
     model: ChatModel,
@@ -232,12 +240,15 @@ def intervening(
     with ExitStack() as stack:
         if set(touched) - {"all"}:
             bodies = [modules[body_name(model.hf)] for modules in model.module_sets()]
-            handles = [body.register_forward_pre_hook(tokens.hook, with_kwargs=True) for body in bodies]
+            watch = tagged(partial(tokens.hook), lambda: tensors_hash({} if tokens.mask is None else {"": tokens.mask}))
+            handles = [body.register_forward_pre_hook(watch, with_kwargs=True) for body in bodies]
             stack.enter_context(firing({"the decoder body": tokens.passes}, handles))
             for generator in model.generators() if response_mask is None else ():
                 stack.enter_context(tokens.told_by(generator))
         functions = {layer: _block_function(here, tokens, touched) for layer, here in plan.items()}
-        stack.enter_context(block_hooks(model.block_sets(), functions))
+        # hashed before any pass: edits take on the model's dtype in one
+        acts = {layer: partial(str, _acts(here)) for layer, here in plan.items()}
+        stack.enter_context(block_hooks(model.block_sets(), functions, acts=acts))
         yield
     if idle := [scope for scope, count in touched.items() if not count[0]]:
         raise HookError(

@@ -22,7 +22,9 @@ from em_interp import solution_files as files
 from em_interp.adapter_files import short_name
 from em_interp.errors import SolutionError
 from em_interp.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
+from em_interp.manifest import fingerprint
 from em_interp.models import ChatModel
+from em_interp.weights import tensors_hash
 
 
 @runtime_checkable
@@ -37,6 +39,11 @@ class Solution(Protocol):
     @property
     def norm(self) -> float:
         """Frobenius norm of the effective theta."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of theta and of where it acts: what tells two finetunes apart."""
         ...
 
     @property
@@ -158,6 +165,11 @@ class SteeringVector:
         """||alpha * vector||, in units of the residual stream."""
         return float(abs(self.alpha) * self.vector.detach().double().norm())
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of vector, alpha and layer."""
+        return tensors_hash({"vector": self.vector}, self.alpha, self.layer)
+
     def paper_norms(self) -> dict[str, float]:
         """raw_norm: ||vector|| without alpha, as the reference code's norm sweeps have it."""
         return {"raw_norm": float(self.vector.detach().double().norm())}
@@ -186,7 +198,8 @@ class SteeringVector:
             )
         check_layer(self.layer, model.n_layers)
         refuse_dropout(model.hf)
-        with block_hooks(model.block_sets(), {self.layer: lambda hidden: add_to_hidden(hidden, self.theta)}):
+        functions = {self.layer: lambda hidden: add_to_hidden(hidden, self.theta)}
+        with block_hooks(model.block_sets(), functions, acts={self.layer: lambda: self.fingerprint}):
             yield
 
     def save(self, path: str | Path) -> Path:
@@ -255,6 +268,14 @@ class LoraAdapter:
     def norm(self) -> float:
         """Frobenius norm of scale * B A over all modules, through rank x rank products, in float64."""
         return abs(self.scale) * math.sqrt(sum(norm * norm for norm in self._product_norms()))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of A, B and scale of all modules."""
+        return fingerprint({name: self._acts(name) for name in sorted(self.a)})
+
+    def _acts(self, name: str) -> str:
+        return tensors_hash({"A": self.a[name], "B": self.b[name]}, self.scale)
 
     def _product_norms(self) -> list[float]:
         """||B A|| of each module, without scale."""
@@ -353,7 +374,7 @@ class LoraAdapter:
             update = (args[0].to(a.dtype) @ a.T) @ b.T
             return (output + scale * update).to(output.dtype)
 
-        return tagged(hook)
+        return tagged(hook, lambda: self._acts(name))
 
     def save(self, path: str | Path) -> Path:
         """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
