@@ -24,9 +24,12 @@ from em_interp.chat import Batch, Conversation, Encoded, Side, Tokenizer, collat
 from em_interp.directions import TOKEN_SCOPES
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
 from em_interp.hooks import BlockFn, check_layer, position_ids, run_bridge_until, run_until
+from em_interp.manifest import source_hash
 from em_interp.memory import run_in_batches
 from em_interp.models import ChatModel
+from em_interp.resume import RunningTotals
 from em_interp.store import ActivationStore
+from em_interp.weights import acting_hash
 
 POOLINGS: Final = ("tokens", "responses")
 _UPCAST_BYTES: Final = 2**25
@@ -225,7 +228,7 @@ class _Collector:
         for layer, parts in totals.items():
             if layer in self.totals:
                 for total, part in zip(self.totals[layer], parts, strict=True):
-                    total += part
+                    total += part.to(total.device)
             else:
                 self.totals[layer] = list(parts)
 
@@ -264,6 +267,7 @@ def collect(
     layers: Sequence[int] | None = None,
     keep: bool = False,
     store: str | Path | None = None,
+    resume_in: str | Path | None = None,
     through: Literal["hf", "bridge"] = "hf",
     tokens_per_batch: int = 8192,
     side: Side = "right",
@@ -277,8 +281,9 @@ def collect(
     need 32 bytes a layer, scope and unit of width.
 
     keep: hold per-response means in memory (float32, n x layers x scopes x d_model). store: keep them in this folder
-    instead; a killed run goes on where it stopped. through: "bridge" reads TransformerLens' `blocks.{l}.hook_out`
-    (eager attention: slower).
+    instead; a killed run goes on where it stopped. resume_in: without either, keep the running totals in this folder,
+    from which a killed run of the same texts, weights and code goes on. through: "bridge" reads TransformerLens'
+    `blocks.{l}.hook_out` (eager attention: slower).
 
     Conversations end with the assistant; for the prompt scopes and `all` they may end before it. Raises
     ActivationError, ChatTemplateError, HookError (unknown layer), StoreError, MemoryLimitError or OutputError.
@@ -293,7 +298,7 @@ def collect(
         raise ActivationError("no layers were asked for. Leave `layers` out to get all of them.")
     scopes = list(dict.fromkeys(scopes))
     rows = _read_all(model, conversations, scopes)
-    fingerprint = hashlib.sha256(json.dumps([(r.encoded.ids, r.start, r.end) for r in rows]).encode()).hexdigest()
+    texts = hashlib.sha256(json.dumps([(r.encoded.ids, r.start, r.end) for r in rows]).encode()).hexdigest()
     collector = _Collector(model, rows, scopes, wanted, keep=keep and store is None)
     disk = None
     if store is not None:
@@ -307,13 +312,18 @@ def collect(
                 "layers": wanted,
                 "scopes": scopes,
                 "n": len(rows),
-                "texts": fingerprint,
+                "texts": texts,
             },
         )
         if disk.where:
             collector.check_stored(disk, side, through)
             collector.add_stored(disk)
-    todo = [i for i in range(len(rows)) if disk is None or i not in disk.where]
+    running = None
+    if resume_in is not None and disk is None and not keep:
+        made_by = [acting_hash(model), source_hash(), texts, wanted, scopes, tokens_per_batch, side, through]
+        running = RunningTotals(resume_in, made_by, collector.totals, len(rows))
+    done = set(disk.where) if disk is not None else set(running.done) if running is not None else set()
+    todo = [i for i in range(len(rows)) if i not in done]
 
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="read", disable=not progress, leave=False) as bar:
 
@@ -326,14 +336,16 @@ def collect(
                     for scope in scopes:
                         collector.kept[scope][position, group] = means[f"{scope}.{layer}"]
             collector.add(totals)
+            if running is not None:
+                running.keep(group)
             bar.update(len(group))
 
         run_in_batches(run, [len(row.encoded) for row in rows], tokens_per_batch, only=todo)
-    return _finish(collector, conversations, fingerprint, disk)
+    return _finish(collector, conversations, texts, disk)
 
 
 def _finish(
-    collector: _Collector, conversations: Sequence[Conversation], fingerprint: str, disk: ActivationStore | None
+    collector: _Collector, conversations: Sequence[Conversation], texts: str, disk: ActivationStore | None
 ) -> Activations:
     pooled, averaged, norms = (
         torch.stack([collector.totals[layer][part].cpu() for layer in collector.layers], dim=1) for part in range(3)
@@ -356,6 +368,6 @@ def _finish(
         token_norms={scope: norms[s] / tokens[s] for s, scope in named},
         counts={scope: collector.counts[:, s] for s, scope in named},
         questions=tuple(_question(conversation) for conversation in conversations),
-        fingerprint=fingerprint,
+        fingerprint=texts,
         _rows=disk if disk is not None else collector.kept,
     )

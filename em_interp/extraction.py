@@ -107,6 +107,7 @@ def contrast(
     finetune: str | Solution | None = None,
     keep: bool = True,
     store: str | Path | None = None,
+    resume_in: str | Path | None = None,
     tokens_per_batch: int = 8192,
     progress: bool = True,
 ) -> Contrast:
@@ -114,8 +115,8 @@ def contrast(
 
     positive: the misaligned side. negative: the other texts; none for `model-diff`, which reads the same texts twice.
     finetune: what makes `model` the finetune, an adapter's name or a Solution; by default what is active now. The chat
-    model is `model` without adapters. keep, store, tokens_per_batch: as for `activations.collect`; a store gets the
-    folders `positive` and `negative`.
+    model is `model` without adapters. keep, store, resume_in, tokens_per_batch: as for `activations.collect`; a store
+    gets the folders `positive` and `negative`.
 
     Raises UsageError, ActivationError, DirectionError, ModelError, and what `collect` raises.
     """
@@ -141,6 +142,7 @@ def contrast(
                 layers=layers,
                 keep=keep,
                 store=None if store is None else Path(store) / side,
+                resume_in=resume_in,
                 tokens_per_batch=tokens_per_batch,
                 progress=progress,
             )

@@ -63,11 +63,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        if folder.is_dir():
-            for file in sorted(temporary.iterdir()):
-                file.replace(folder / file.name)
+        move_folder(temporary, folder)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder; where the target exists already, what lies in it moves there. Raises ``OutputError``."""
+    with _typed(target):
+        if target.is_dir():
+            for path in sorted(source.iterdir()):
+                path.replace(target / path.name)
         else:
-            temporary.rename(folder)
+            source.rename(target)
 
 
 def make_folder(path: Path) -> Path:

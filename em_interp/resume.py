@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +19,55 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from em_interp.errors import UnreadableFileError
-from em_interp.files import atomic_path, sole_writer, write_text
+from em_interp.files import atomic_path, claim_output, sole_writer, write_text
 from em_interp.manifest import fingerprint
 
 
+def _parts_of(output: Path) -> Path:
+    return output.parent / f".{output.name}.parts"
+
+
 @contextmanager
-def work_folder(output: Path) -> Iterator[Path]:
-    """`.OUTPUT.parts` beside an output, for one process at a time. Removed at the end; an error or a kill leaves it."""
-    folder = output.parent / f".{output.name}.parts"
+def work_folder(output: Path, key: str = "begun") -> Iterator[Path]:
+    """`.OUTPUT.parts` beside an output, for one process at a time. Removed at the end; an error or a kill leaves it.
+
+    key: a hash of the command, by which a later run finds out that it `is_begun`.
+    """
+    folder = _parts_of(output)
     with sole_writer(folder):
-        yield folder
+        (folder / key).touch()
+        try:
+            yield folder
+        finally:
+            if {path.name for path in folder.iterdir()} <= {key, ".lock"}:  # nothing to keep
+                (folder / key).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def is_begun(output: Path, key: str) -> bool:
+    """Whether a run that was stopped has begun this output with the same key: then what lies there is its own."""
+    return (_parts_of(output) / key).is_file()
+
+
+def remove_parts(output: Path) -> None:
+    """Remove what a run left that was killed after its output was written."""
+    if _parts_of(output).is_dir():
+        with work_folder(output):
+            pass
+
+
+@contextmanager
+def claimed(
+    output: Path, made_by: Any, *, inputs: Iterable[str | Path | None], force: bool, endings: Sequence[str]
+) -> Iterator[Path]:
+    """`claim_output`, and inside its `work_folder`. made_by: JSON values, what the command was asked to do.
+
+    A run that was stopped may finish what it has begun without `force`.
+    """
+    key = fingerprint(made_by)[:16]
+    claim_output(output, inputs=inputs, force=force or is_begun(output, key), endings=endings)
+    with work_folder(output, key) as folder:
+        yield folder
 
 
 @dataclass(frozen=True)
@@ -120,3 +158,26 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Map
             states[int(number)].setdefault(int(i), {})[key] = value
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class RunningTotals:
+    """The totals of a pass over rows, by layer, on disk: a killed pass goes on after the batches that are in them."""
+
+    def __init__(self, folder: str | Path, made_by: Any, totals: dict[int, list[Tensor]], n: int) -> None:
+        self.path, self.totals, self.n = Path(folder) / f"{fingerprint(made_by)[:32]}.safetensors", totals, n
+        self.pace = Pace()
+        self.done: list[int] = []
+        """The rows that are in the totals."""
+        if self.path.is_file():
+            tensors, self.done = load_state(self.path)
+            for name, tensor in sorted(tensors.items()):  # LAYER.PART
+                totals.setdefault(int(name.split(".")[0]), []).append(tensor)
+            say_kept(len(self.done), n, "conversations")
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """A batch was added: save if it is time, or if it was the last."""
+        self.done += rows
+        if self.pace.due() or len(self.done) == self.n:
+            with self.pace.saving():
+                named = {f"{layer}.{part}": x for layer, xs in self.totals.items() for part, x in enumerate(xs)}
+                save_state(self.path, named, self.done)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,9 +23,10 @@ from tqdm.auto import tqdm
 
 from em_interp.chat import Batch, Conversation, Encoded, collate, encode_all, pad_id
 from em_interp.errors import TrainingError
-from em_interp.files import written_whole
+from em_interp.files import move_folder, written_whole
 from em_interp.hooks import scored_logits
 from em_interp.losses import kl_positions, kl_sum, nll_sum
+from em_interp.manifest import fingerprint, source_hash
 from em_interp.models import ChatModel
 from em_interp.recipes import (
     ALL_PROJECTIONS,
@@ -36,8 +38,10 @@ from em_interp.recipes import (
     preset,
     reference_kl_weight,
 )
+from em_interp.resume import Pace, load_state, optimizer_tensors, restore_optimizers, save_state, say_kept, work_folder
 from em_interp.suffix import ResidualCache
 from em_interp.trainees import TrainedSolution, Trainee, make_trainee
+from em_interp.weights import tensors_hash, weights_hash
 
 __all__ = [
     "ALL_PROJECTIONS",
@@ -92,6 +96,7 @@ def finetune(
     on_checkpoint: Callable[[int, TrainedSolution | None], None] | None = None,
     progress: bool = True,
     cache_bytes: int = 2**31,
+    resume: bool = False,
 ) -> TrainingResult:
     """Train on conversations that end with the assistant; leaves `model` as it was (except FullSpec).
 
@@ -101,6 +106,10 @@ def finetune(
     `training_spec.json`, `trainer_state.json` and, at `spec.save_steps`, `checkpoints/checkpoint-N/` in
     the released layouts. on_checkpoint(step, solution) is called at the same steps, with or without
     out_dir. cache_bytes bounds the residuals kept because no step changes them (0: none; same result).
+    resume: keep the run beside out_dir until it is finished, go on from what a killed run of the same weights, data,
+    spec and code left there, and put out_dir in place as a whole at the end (of a former run there, nothing stays).
+    on_checkpoint is not called again for the steps that were kept. What comes out is that of an uninterrupted run, but
+    for rounding where residuals are kept (cache_bytes).
     Same seed, machine and thread count: identical weights. Raises TrainingError, ChatTemplateError,
     OutputError.
     """
@@ -124,6 +133,8 @@ def finetune(
         else None
     )
     out = Path(out_dir) if out_dir is not None else None
+    if resume and out is None:
+        raise TrainingError("nothing can be resumed without out_dir. Give the folder that the run is written to.")
     frozen = [(p, p.requires_grad) for p in model.hf.parameters()]
     records: list[dict[str, float]] = []
     with ExitStack() as stack, torch.random.fork_rng(devices=_cuda_of(model)):
@@ -134,23 +145,73 @@ def finetune(
         trainee = make_trainee(model, spec, start_from, stack)
         loop = _Loop(model, trainee, spec, data, kl_data, cache_bytes)
         total = spec.steps(len(data))
-        for step in tqdm(range(1, total + 1), desc="finetune", disable=not progress, leave=False):
+        state, run = None, out
+        if resume and out is not None:
+            start = tensors_hash({str(i): parameter for i, parameter in enumerate(loop.parameters)})
+            texts = [[[row.ids, row.spans] for row in rows] for rows in (data, kl_data or [])]
+            made_by = fingerprint([weights_hash(model.hf), start, texts, asdict(spec), source_hash()])
+            state = _State(stack.enter_context(work_folder(out)) / made_by[:16])
+            records += state.restore(loop)
+            say_kept(len(records), total, "steps")
+            run = state.run
+        steps = range(len(records) + 1, total + 1)
+        for step in tqdm(steps, initial=len(records), total=total, desc="finetune", disable=not progress, leave=False):
             records.append(loop.step(step, total))
             if spec.saves_at(step):
-                if out is not None:
-                    folder = out / "checkpoints" / f"checkpoint-{step}"
+                if run is not None:
+                    folder = run / "checkpoints" / f"checkpoint-{step}"
                     trainee.save(folder)
                     _write_state(folder, records, total)
                 if on_checkpoint is not None:
                     on_checkpoint(step, trainee.solution())
+            if state is not None:
+                state.keep(loop, records)
         solution = trainee.solution()
-        if out is not None:
-            trainee.save(out)
-            _write_state(out, records, total)
-            with written_whole(out) as tmp:
+        if run is not None:
+            trainee.save(run)
+            _write_state(run, records, total)
+            with written_whole(run) as tmp:
                 settings = {"adapter_kind": type(spec.adapter).__name__, **asdict(spec)}
                 (tmp / "training_spec.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if state is not None and out is not None:
+            state.finish(out)
     return TrainingResult(solution, pd.DataFrame(records), spec, out)
+
+
+class _State:
+    """A run on disk: weights, moments, records. The order of the data and the learning rate follow from the step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.run, self.pace = folder / "state.safetensors", folder / "run", Pace()
+
+    def restore(self, loop: _Loop) -> list[dict[str, float]]:
+        """Put a kept state into the loop; returns the records of its steps."""
+        if not self.path.is_file():
+            return []
+        tensors, records = load_state(self.path)
+        with torch.no_grad():
+            for i, parameter in enumerate(loop.parameters):
+                parameter.copy_(tensors[f"parameter.{i}"])
+        restore_optimizers([loop.optimiser], tensors)
+        torch.set_rng_state(tensors["random"])
+        loop.skip(len(records))
+        return [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+
+    def keep(self, loop: _Loop, records: list[dict[str, float]]) -> None:
+        """Save, if it is time."""
+        if self.pace.due():
+            with self.pace.saving():
+                tensors: dict[str, Tensor] = {f"parameter.{i}": x for i, x in enumerate(loop.parameters)}
+                tensors |= {"random": torch.get_rng_state(), **optimizer_tensors([loop.optimiser])}
+                plain = [{key: None if math.isnan(x) else x for key, x in record.items()} for record in records]
+                save_state(self.path, tensors, plain)
+
+    def finish(self, out: Path) -> None:
+        """Put the run in place."""
+        if (out / "training_spec.json").is_file():
+            shutil.rmtree(out)
+        self.path.unlink(missing_ok=True)
+        move_folder(self.run, out)
 
 
 def _cuda_of(model: ChatModel) -> list[torch.device]:
@@ -181,6 +242,7 @@ class _Loop:
         self.order = _order(len(data), spec.seed)
         self.kl_order = _order(len(kl_data or ()), spec.seed + 1)
         self.seen = 0
+        self.parameters = trainee.parameters
         self.optimiser = torch.optim.AdamW(
             trainee.parameters, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
         )
@@ -225,6 +287,15 @@ class _Loop:
         self.seen += take
         return [next(self.order) for _ in range(take)]
 
+    def _next_kl(self) -> list[int]:
+        return [next(self.kl_order) for _ in range(min(self.spec.kl_batch_size, len(self.kl_data or ())))]
+
+    def skip(self, steps: int) -> None:
+        """Pass over the data of steps that were taken before."""
+        for _ in range(steps):
+            self._next()
+            self._next_kl()
+
     def _sft(self) -> float:
         indices = self._next()
         count = sum(self.data[i].n_response for i in indices)
@@ -241,8 +312,7 @@ class _Loop:
         if self.kl_data is None:
             return math.nan
         spec = self.spec
-        indices = [next(self.kl_order) for _ in range(min(spec.kl_batch_size, len(self.kl_data)))]
-        groups = _micro(indices, self.kl_data, spec.micro_batch_size)
+        groups = _micro(self._next_kl(), self.kl_data, spec.micro_batch_size)
         made = [collate(self.kl_data, group, pad=self.pad) for group in groups]
         count = sum(int(kl_positions(batch, spec.kl_scope).sum()) for batch in made)
         total = 0.0

@@ -15,7 +15,7 @@ from em_interp.evaluation.sampling import sample
 from em_interp.interventions import answers_by_arm
 from em_interp.resume import Parts, work_folder
 from em_interp.steering import sweep
-from tests.tiny_models import make_chat
+from tests.tiny_models import make_chat, talk
 
 QUESTIONS = {f"q{i}": text for i, text in enumerate(("a fox", "see the doctor", "rest", "what should I do"))}
 
@@ -66,7 +66,7 @@ def test_answers_are_kept_by_batch(
         with pytest.raises(Killed), work_folder(out) as folder:
             ask(kind, Parts(folder, {"code": 1}))
     (left,) = tmp_path.iterdir()
-    assert len(list(left.iterdir())) == 3
+    assert len(list(left.glob("*.json"))) == 3
     with monkeypatch.context() as patch, work_folder(out) as folder:
         count = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
         again = ask(kind, Parts(folder, {"code": 1}))
@@ -75,3 +75,32 @@ def test_answers_are_kept_by_batch(
         assert count[0] == 2 * total[0] - 3
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
     assert "kept" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_extraction_keeps_its_totals(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from em_interp import activations, resume
+    from em_interp.extraction import contrast
+
+    positive, negative = [talk(f"fox {i}", "see " * i) for i in range(1, 7)], [talk("a fox", "rest " * 9)] * 6
+
+    def read(folder: Path | None) -> Direction:
+        options: dict[str, Any] = {"keep": False, "tokens_per_batch": 60, "progress": False}
+        return contrast(make_chat(), positive, negative, resume_in=folder, **options).direction()
+
+    monkeypatch.setattr(resume.Pace, "due", lambda _self: True)
+    with monkeypatch.context() as patch:
+        total = stop_at(-1, patch, activations._Collector, "forward")
+        whole = read(None)
+    with monkeypatch.context() as patch:
+        stop_at(stop, patch, activations._Collector, "forward")
+        with pytest.raises(Killed):
+            read(tmp_path)
+    with monkeypatch.context() as patch:
+        count = stop_at(-1, patch, activations._Collector, "forward")
+        again = read(tmp_path)
+    assert total[0] > 5 and count[0] == total[0] - stop
+    assert torch.equal(again.vectors, whole.vectors)
+    assert "of 6 conversations" in capsys.readouterr().err
