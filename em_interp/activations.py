@@ -308,6 +308,7 @@ def collect(
                 "model": model.name,
                 "revision": model.revision,
                 "adapter": model.active,
+                "acts": acting_hash(model),
                 "dtype": str(model.dtype),
                 "layers": wanted,
                 "scopes": scopes,

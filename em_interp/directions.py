@@ -28,6 +28,7 @@ from em_interp.errors import (
     UnreadableFileError,
 )
 from em_interp.files import atomic_path
+from em_interp.weights import UNKNOWN, same_weights
 
 FORMAT_VERSION: Final = 1
 HOOK_POINT: Final = "blocks.{layer}.hook_out"
@@ -78,6 +79,8 @@ class Direction:
     n_negative: int | None = None
     sources: tuple[str, ...] = field(default=())
     """What it was made from: file names, organisms, or the expressions that combined them."""
+    weights: str = UNKNOWN
+    """`weights.weights_hash` of the base weights whose residual stream this lives in."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", self.vectors.detach().to(torch.float32).contiguous())
@@ -121,6 +124,13 @@ class Direction:
             vectors=torch.stack([self.at(layer) for layer in sorted(layers)]),
             layers=tuple(sorted(layers)),
         )
+
+    def for_model(self, name: str) -> Direction:
+        """The same direction, said to live in the residual stream of the model `name`, whose weights may be others.
+
+        For a finetune of the model that it was made on: the two share their axes.
+        """
+        return replace(self, model=name, model_revision="unknown", weights=UNKNOWN)
 
     def norms(self) -> dict[int, float]:
         """L2 norm at each layer, in units of the residual stream."""
@@ -201,6 +211,7 @@ class Direction:
             token_scope=self.token_scope,
             operation=self.operation,
             sources=(f"({self.describe()}) {sign} ({other.describe()})",),
+            weights=self.weights if self.weights == other.weights else UNKNOWN,
         )
 
     def _check_same_space(self, other: Direction) -> None:
@@ -208,9 +219,13 @@ class Direction:
             raise DirectionError(
                 f"widths differ: {self.d_model} against {other.d_model}; they come from different models."
             )
-        if "unknown" not in (self.model, other.model) and self.model != other.model:
+        same = same_weights(self.weights, other.weights)
+        if same is None:
+            same = "unknown" in (self.model, other.model) or self.model == other.model
+        if not same:
             raise DirectionError(
-                f"models differ: {self.model!r} against {other.model!r}; their residual streams share no axes."
+                f"models differ: {self.model!r} against {other.model!r}; their residual streams share no axes. If one "
+                "is a finetune of the other, say so: direction.for_model(name)."
             )
 
     def describe(self) -> str:
@@ -237,6 +252,7 @@ class Direction:
             "n_negative": self.n_negative,
             "norms": {str(layer): norm for layer, norm in self.norms().items()},
             "sources": list(self.sources),
+            "weights": self.weights,
             "created_by": {name: version(name) for name in ("em_interp", "torch", "safetensors")},
         }
 
@@ -255,8 +271,11 @@ class Direction:
         model: str | None = None,
         n_layers: int | None = None,
         d_model: int | None = None,
+        weights: str = UNKNOWN,
     ) -> Direction:
-        """Read and check a direction file; with ``model``, ``n_layers`` or ``d_model``, also against the model in hand.
+        """Read and check a direction file; with the other arguments, also against the model in hand.
+
+        weights: its ``weights_hash``; where that can be compared, the model's name is not.
 
         Raises ``UnreadableFileError``, ``MissingDataError``, ``BadValueError`` or ``ShapeError``, each naming the
         file and the remedy.
@@ -283,11 +302,12 @@ class Direction:
                 n_positive=metadata["n_positive"],
                 n_negative=metadata["n_negative"],
                 sources=tuple(metadata["sources"]),
+                weights=str(metadata.get("weights", UNKNOWN)),
             )
         except DirectionError as error:
             raise BadValueError(path, str(error), "extract the direction again") from error
         _check_norms(path, direction, metadata["norms"])
-        _check_model(path, direction, model, n_layers, d_model)
+        _check_model(path, direction, model, n_layers, d_model, weights)
         return direction
 
 
@@ -350,7 +370,7 @@ def _check_norms(path: Path, direction: Direction, recorded: Mapping[str, float]
 
 
 def _check_model(
-    path: Path, direction: Direction, model: str | None, n_layers: int | None, d_model: int | None
+    path: Path, direction: Direction, model: str | None, n_layers: int | None, d_model: int | None, weights: str
 ) -> None:
     if d_model is not None and direction.d_model != d_model:
         raise ShapeError(
@@ -364,11 +384,15 @@ def _check_model(
             f"it has layer {direction.layers[-1]} and the model only layers 0-{n_layers - 1}",
             f"use the model it was made on ({direction.model})",
         )
-    if model is not None and "unknown" not in (model, direction.model) and model != direction.model:
+    same = same_weights(direction.weights, weights)
+    if same is None:
+        same = model is None or "unknown" in (model, direction.model) or model == direction.model
+    if not same:
         raise ShapeError(
             path,
-            f"it was made on {direction.model!r} and the model in hand is {model!r}",
-            "use that model, or load without model= if you know that the two share their weights",
+            f"it was made on {direction.model!r} (weights {direction.weights}) and the model in hand is {model!r} "
+            f"(weights {weights})",
+            "use that model, or load without model= and weights= if you know that the two share their axes",
         )
 
 

@@ -28,6 +28,7 @@ from em_interp.directions import Direction
 from em_interp.errors import ActivationError, DirectionError, ModelError, UsageError
 from em_interp.models import ChatModel
 from em_interp.solutions import Solution
+from em_interp.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
 
 READ_IN: Final = {
     "data-diff": ("as it stands", "as it stands"),
@@ -51,6 +52,8 @@ class Contrast:
     sources: tuple[str, ...]
     all_layers: bool
     """Whether no layers were named, so that layers without any difference may be left out."""
+    weights: str = UNKNOWN
+    """`weights_hash` of the base model."""
 
     @property
     def paired(self) -> bool:
@@ -81,6 +84,7 @@ class Contrast:
             n_positive=len(self.positive),
             n_negative=len(self.negative),
             sources=(*self.sources, f"pooled over {pooling}"),
+            weights=self.weights,
         )
 
     def norms(self, pooling: str = "tokens") -> pd.DataFrame:
@@ -153,7 +157,7 @@ def contrast(
         f"{sign} {len(side)} conversations (SHA-256 {side.fingerprint[:16]}) in {_named(model, where, finetune)}"
         for sign, side, where in (("+", plus, plus_in), ("-", minus, minus_in))
     )
-    return Contrast(plus, minus, kind, scope, model.revision, sources, layers is None)
+    return Contrast(plus, minus, kind, scope, model.revision, sources, layers is None, weights_hash(model.hf))
 
 
 def extract(
@@ -222,7 +226,19 @@ def _standing(model: ChatModel, where: str, finetune: str | Solution | None) -> 
 def _named(model: ChatModel, where: str, finetune: str | Solution | None) -> str:
     if where == "chat":
         return model.name
-    if finetune is None or isinstance(finetune, str):
-        adapter = finetune or model.active
-        return model.name if adapter is None else f"{model.name} with {adapter}"
-    return f"{model.name} with a {type(finetune).__name__} of norm {finetune.norm:.6g}"
+    if finetune is not None and not isinstance(finetune, str):
+        return f"{model.name} with a {_told(finetune)}"
+    adapter = finetune or model.active
+    if adapter is None:
+        return model.name
+    source = model.attachable(adapter)
+    if isinstance(source, Solution):
+        return f"{model.name} with {adapter}, a {_told(source)}"
+    with model.adapter(adapter):
+        norm = adapter_norm(model.hf)
+        size = "" if norm is None else f" of norm {norm:.6g}"
+        return f"{model.name} with {adapter}{size} (SHA-256 {str(adapter_hash(model.hf))[:16]})"
+
+
+def _told(solution: Solution) -> str:
+    return f"{type(solution).__name__} of norm {solution.norm:.6g} (SHA-256 {solution.fingerprint[:16]})"

@@ -96,7 +96,8 @@ def with_hidden(output: object, hidden: Tensor) -> object:
 def tagged(hook: Callable[..., object], acts: Callable[[], str] | None = None) -> Callable[..., object]:
     """Mark a torch hook as this package's, so that `has_our_hooks` finds it.
 
-    acts: a hash of what it does to the pass, for `weights.acting_hash`; without it what acts cannot be told.
+    acts: a hash of what it does to the pass, for `weights.acting_hash`, empty if it only looks (`acts=str`); without it
+    what acts cannot be told.
     """
     hook.em_interp = True  # type: ignore[attr-defined]
     hook.acts = acts  # type: ignore[attr-defined]

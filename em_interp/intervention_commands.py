@@ -147,12 +147,10 @@ def _write(table: pd.DataFrame, path: Path) -> None:
 
 
 def _load(model: str, path: Path, any_model: bool) -> tuple[ChatModel, Direction]:
-    from dataclasses import replace
-
     from em_interp import models
     from em_interp.directions import Direction
     from em_interp.pocket import loading, registry
 
     direction = Direction.load(path)
     chat = loading.load(model) if model.startswith(registry.PREFIX) else models.load(model)
-    return chat, replace(direction, model=chat.name) if any_model else direction
+    return chat, direction.for_model(chat.name) if any_model else direction

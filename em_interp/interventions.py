@@ -26,7 +26,7 @@ from em_interp.hooks import BlockFn, block_hooks, body_name, check_layer, firing
 from em_interp.manifest import fingerprint
 from em_interp.models import ChatModel
 from em_interp.resume import Parts
-from em_interp.weights import tensors_hash
+from em_interp.weights import UNKNOWN, same_weights, tensors_hash, weights_hash
 
 SCOPES: Final = ("all", "prompt", "response")
 """Which tokens an intervention acts on. The last token of a prompt belongs to the prompt."""
@@ -95,19 +95,29 @@ def check_scope(scope: str) -> None:
 
 
 def check_direction(direction: Direction, model: ChatModel) -> None:
-    """Raise DirectionError for a direction of another width or, as far as names tell, another model."""
+    """Raise DirectionError for a direction of another width or of other base weights.
+
+    Where the weights that it was made on are not known, or are in another dtype, the models' names decide.
+    """
     if direction.d_model != model.d_model:
         raise DirectionError(
             f"a direction of width {direction.d_model} (made on {direction.model}) for {model.name} with d_model "
             f"{model.d_model}. Load the model it was made on, or extract the direction on this one."
         )
     known = {short_name(name) for name in (model.name, str(getattr(model.hf.config, "_name_or_path", "")))}
-    if direction.model != "unknown" and short_name(direction.model) not in known:
+    same = None if direction.weights == UNKNOWN else same_weights(direction.weights, weights_hash(model.hf))
+    if same is None:
+        same = direction.model == "unknown" or short_name(direction.model) in known
+    if not same:
         raise DirectionError(
-            f"a direction made on {direction.model} for {model.name}: other weights share no axes with it. Load that "
-            "model; if you know that this one is a finetune of it, say so: "
-            "dataclasses.replace(direction, model=model.name)."
+            f"a direction made on {direction.model} ({_brief(direction.weights)}) for {model.name}, whose weights are "
+            "others: they share no axes. Load that model; if you know that this one is a finetune of it, pass "
+            "--any-model, in Python direction.for_model(model.name)."
         )
+
+
+def _brief(weights: str) -> str:
+    return "weights unknown" if weights == UNKNOWN else f"weights {weights.rpartition(':')[2][:12]}"
 
 
 class _Tokens:
@@ -240,7 +250,7 @@ def intervening(
     with ExitStack() as stack:
         if set(touched) - {"all"}:
             bodies = [modules[body_name(model.hf)] for modules in model.module_sets()]
-            watch = tagged(partial(tokens.hook), lambda: tensors_hash({} if tokens.mask is None else {"": tokens.mask}))
+            watch = tagged(partial(tokens.hook), lambda: "" if tokens.mask is None else tensors_hash({"": tokens.mask}))
             handles = [body.register_forward_pre_hook(watch, with_kwargs=True) for body in bodies]
             stack.enter_context(firing({"the decoder body": tokens.passes}, handles))
             for generator in model.generators() if response_mask is None else ():

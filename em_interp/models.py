@@ -105,6 +105,10 @@ class ChatModel:
         """Names of all adapters, active or not."""
         return [*(self.peft.peft_config if self.peft is not None else ()), *self._attachables]
 
+    def attachable(self, name: str) -> Attachable | None:
+        """What was given to `add_adapter` under a name, where that was no PEFT adapter."""
+        return self._attachables.get(name)
+
     def block_sets(self) -> list[list[nn.Module]]:
         """The blocks to hook: the model's own and, once a bridge was made, those under the bridge."""
         return [find_blocks(self.hf)] + ([self._bridge_blocks] if self._bridge_blocks else [])

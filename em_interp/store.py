@@ -48,6 +48,13 @@ class ActivationStore:
                 raise StoreError(path, f"cannot be read ({error})", "delete the folder and collect again") from error
             ours = json.loads(json.dumps(self.settings))
             other = [key for key in sorted({*ours, *found}) if ours.get(key) != found.get(key)]
+            if other == ["acts"]:
+                raise StoreError(
+                    path,
+                    "the weights of the model or its adapter, or an intervention differs from the run that made the "
+                    f"store (their hash is {found.get('acts')} there and {ours['acts']} here)",
+                    "give another folder, or restore that run's model and interventions",
+                )
             if other:
                 told = "; ".join(f"{key} is {found.get(key)!r} there and {ours.get(key)!r} here" for key in other)
                 raise StoreError(path, f"a store of other settings: {told}", "give another folder, or delete this one")

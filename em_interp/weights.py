@@ -190,6 +190,22 @@ def adapter_hash(hf: nn.Module) -> str | None:
     return tensors_hash(tensors, settings, configs) if tensors else None
 
 
+def adapter_norm(hf: nn.Module) -> float | None:
+    """Frobenius norm of the active LoRA's scale * B A over all modules; None for other adapters, or several."""
+    squares = 0.0
+    for _, module in hf.named_modules():
+        if _inner(module) is None or module.disable_adapters:
+            continue
+        wrapper: Any = module
+        a, b, scales = (getattr(wrapper, key, {}) for key in ("lora_A", "lora_B", "scaling"))
+        active = [name for name in wrapper.active_adapters if name in a]
+        if len(active) != 1 or a[active[0]].weight.ndim != 2 or getattr(wrapper, "use_dora", {}).get(active[0]):
+            return None
+        left, right = b[active[0]].weight.detach().double(), a[active[0]].weight.detach().double()
+        squares += float(scales[active[0]]) ** 2 * float(((left.T @ left) * (right @ right.T)).sum())
+    return math.sqrt(squares) if squares else None
+
+
 def acting_hash(model: ChatModel) -> str:
     """SHA-256 of all that decides what `model` computes now: base, active adapter, entered solutions and interventions.
 
@@ -205,7 +221,7 @@ def _hooks(hf: nn.Module) -> list[tuple[str, str]]:
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             acts = getattr(hook, "acts", None)
             if acts is not None:
-                found.append((name, acts()))
+                found += [(name, what)] if (what := acts()) else []
             elif str(getattr(getattr(hook, "func", hook), "__module__", "")).partition(".")[0] not in _LIBRARIES:
                 raise HookError(
                     f"a hook on {name or 'the model'} does not say what it does, so what acts cannot be told. Remove "

@@ -21,7 +21,8 @@ from em_interp.errors import (
     OutputError,
     StoreError,
 )
-from em_interp.hooks import has_our_hooks
+from em_interp.extraction import contrast
+from em_interp.hooks import has_our_hooks, tagged
 from em_interp.memory import run_in_batches
 from em_interp.models import ChatModel
 from em_interp.solutions import SteeringVector
@@ -233,13 +234,13 @@ def test_a_store_holds_the_same_and_goes_on_after_a_kill(tmp_path):
     plain = collect(model, CONVERSATIONS, scopes=["response", "last_prompt"], keep=True, progress=False)
     first = stored(model, tmp_path / "a")
     passes = []
-    model.hf.model.layers[0].register_forward_hook(lambda *_a: passes.append(1))
+    model.hf.model.layers[0].register_forward_hook(tagged(lambda *_a: passes.append(1), str))
 
     def die(_module, args, output):
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    handle = model.hf.model.layers[3].register_forward_hook(die)
+    handle = model.hf.model.layers[3].register_forward_hook(tagged(die, str))
     with pytest.raises(KeyboardInterrupt):
         stored(model, tmp_path / "b")
     handle.remove()
@@ -275,7 +276,7 @@ def test_a_store_of_something_else_is_refused(tmp_path):
         SteeringVector(torch.ones(D_MODEL), 0, 0.5).attached(model),
     ):
         stored(model, tmp_path / "a")
-    with pytest.raises(StoreError, match="model, its adapter"):
+    with pytest.raises(StoreError, match="model or its adapter"):
         stored(ChatModel(make_hf(seed=1), tokenizer(), name="tiny-qwen2"), tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
@@ -290,6 +291,38 @@ def test_a_store_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         stored(model, tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("strength", [2e-4, 2e-2])
+def test_a_store_never_takes_two_finetunes_for_one(tmp_path, strength):
+    """However small what the finetunes do, and in half precision: the directions of both are their own."""
+    finetunes = [
+        SteeringVector(torch.randn(D_MODEL, generator=torch.Generator().manual_seed(s)), 0, 1.0) for s in (0, 1)
+    ]
+    model = make_chat(dtype=torch.bfloat16)
+    size = float(collect(model, CONVERSATIONS, layers=[0], progress=False).token_norms["response"][0])
+    weak = [finetune.scaled(strength * size / finetune.norm) for finetune in finetunes]
+
+    def read(folder, finetune):
+        return contrast(
+            model, CONVERSATIONS, kind="model-diff", finetune=finetune, layers=[1], store=folder, progress=False
+        )
+
+    read(tmp_path / "store", weak[0])
+    with pytest.raises(StoreError, match="weights of the model or its adapter, or an intervention differs"):
+        read(tmp_path / "store", weak[1])
+    again, alone = (read(tmp_path / name, weak[0]).direction() for name in ("store", "alone"))
+    torch.testing.assert_close(again.vectors, alone.vectors, rtol=1e-4, atol=1e-6)
+
+
+def test_a_store_refuses_what_it_cannot_know(tmp_path):
+    model = make_chat()
+    handle = model.hf.model.layers[2].register_forward_hook(lambda _m, _a, out: out * 1.001)
+    with pytest.raises(HookError, match="does not say what it does"):
+        stored(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    handle.remove()
+    stored(model, tmp_path / "a")
 
 
 def test_a_store_says_what_it_holds(tmp_path):

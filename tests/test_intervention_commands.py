@@ -84,9 +84,7 @@ def test_bad_input_is_one_message(given, monkeypatch, capsys, change, says):
 
 def test_directions_of_other_models(given, monkeypatch, capsys):
     direction = Direction.load(given / "mean.safetensors")
-    from dataclasses import replace
-
-    replace(direction, model="Qwen2.5-14B").save(given / "other.safetensors")
+    direction.for_model("Qwen2.5-14B").save(given / "other.safetensors")
     Direction(torch.ones(2, 16), (0, 1), "random").save(given / "narrow.safetensors")
     ends = ["--layer", 1, "--coefficient", 1, "--prompt", "see", "-n", 1, "--max-new-tokens", 2]
     ends += ["--out", given / "a.csv", "--random", 0]

@@ -231,7 +231,7 @@ def range_layers():
     [
         (lambda: [Steer(direction(d_model=16), 1, 1.0)], DirectionError, "width 16"),
         (lambda: [Ablate(direction(d_model=16))], DirectionError, "Load the model"),
-        (lambda: [Steer(direction(model="Qwen2.5-14B"), 1, 1.0)], DirectionError, "dataclasses.replace"),
+        (lambda: [Steer(direction(model="Qwen2.5-14B"), 1, 1.0)], DirectionError, "for_model"),
         (lambda: [Ablate(direction(model="Qwen2.5-14B"))], DirectionError, "Qwen2.5-14B"),
         (lambda: [Steer(direction(layers=range(9)), 7, 1.0)], HookError, "layer from 0 to 3"),
         (lambda: [Steer(direction(), 7, 1.0)], DirectionError, "no layer 7"),
