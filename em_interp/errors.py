@@ -96,3 +96,7 @@ class TrainingError(EmInterpError):
 
 class LossSetError(EmInterpError):
     """A set of responses on which no loss can be taken, or on which the loss says nothing."""
+
+
+class AdapterError(SolutionError, ModelError):
+    """An adapter that cannot be read, is not understood, or does not do what its files say."""

@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from em_interp.adapter_files import short_name
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, HookError, UsageError
 from em_interp.evaluation.sampling import Questions, sample
@@ -104,10 +103,9 @@ def check_direction(direction: Direction, model: ChatModel) -> None:
             f"a direction of width {direction.d_model} (made on {direction.model}) for {model.name} with d_model "
             f"{model.d_model}. Load the model it was made on, or extract the direction on this one."
         )
-    known = {short_name(name) for name in (model.name, str(getattr(model.hf.config, "_name_or_path", "")))}
     same = None if direction.weights == UNKNOWN else same_weights(direction.weights, weights_hash(model.hf))
     if same is None:
-        same = direction.model == "unknown" or short_name(direction.model) in known
+        same = direction.model == "unknown" or model.is_known_as(direction.model)
     if not same:
         raise DirectionError(
             f"a direction made on {direction.model} ({_brief(direction.weights)}) for {model.name}, whose weights are "

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from em_interp.adapter_config import LoraConfig, VectorConfig, describe, same_base
 from em_interp.adapter_files import (
     add_peft,
     base_of_adapter,
-    boot_bridge,
     check_base,
     load_weights,
     read_adapter_config,
-    unbridge,
+    unchanged_on_error,
+    usable_base,
 )
+from em_interp.bridges import Bridged, make_bridge, unbridge
 from em_interp.chat import Tokenizer, check_template
-from em_interp.errors import HookError, ModelError, UsageError
+from em_interp.errors import AdapterError, HookError, ModelError, SolutionError, UsageError
 from em_interp.hooks import find_blocks, has_our_hooks, unwrap
-from em_interp.probe import check_behaviour
+from em_interp.probe import check_behaviour, logits_of, probe_batch, refuse_difference, tolerance_of
 
 
 @runtime_checkable
@@ -35,23 +37,41 @@ class Attachable(Protocol):
         ...
 
 
-def _tuner_layers(root: nn.Module) -> Iterator[Any]:
+def _tuner_layers(root: nn.Module) -> Iterator[tuple[str, Any, set[str]]]:
+    """PEFT's layers and wrappers in `root`: (name, layer, names of the adapters on it)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    for module in root.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield module
+    for name, module in root.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module, set(module._all_available_adapter_names())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, module, set(module._adapters)
 
 
 def _set_peft(root: nn.Module, name: str | None) -> None:
     """Make PEFT adapter `name` the active one in `root`, frozen; None switches all of them off."""
-    for layer in _tuner_layers(root):
-        if name is not None:
+    for _, layer, adapters in _tuner_layers(root):
+        if name in adapters:
             layer.set_adapter(name, inference_mode=True)
             layer._disable_adapters = False  # enable_adapters(True) would also make the adapter trainable
         else:
             layer.enable_adapters(False)
+
+
+def _active_in(peft: Any) -> str:
+    """The one adapter of a PeftModel that is active. Refuses what this package cannot switch on and off."""
+    for name, config in peft.peft_config.items():
+        describe(f"the PeftModel's adapter {name!r}", config.to_dict())
+    active = list(peft.active_adapters)
+    if len(active) != 1:
+        raise AdapterError(
+            f"the PeftModel has {len(active)} active adapters {active}. Choose one with peft.set_adapter(name), or "
+            "join them with peft.add_weighted_adapter."
+        )
+    if any(getattr(layer, "merged_adapters", None) for _, layer, _ in _tuner_layers(peft)):
+        raise AdapterError("the PeftModel has adapters merged into its weights. Call peft.unmerge_adapter() first.")
+    return str(active[0])
 
 
 class ChatModel:
@@ -69,20 +89,25 @@ class ChatModel:
         self.name = name or str(getattr(self.hf.config, "_name_or_path", "") or type(self.hf).__name__)
         self.revision: str | None = getattr(self.hf.config, "_commit_hash", None)
         self.n_layers = len(find_blocks(self.hf))
-        self.d_model = int(self.hf.get_input_embeddings().weight.shape[-1])
+        self.d_model = int(self.hf.config.get_text_config().hidden_size)
         self.active: str | None = None
         self._attachables: dict[str, Attachable] = {}
         self._entered = ExitStack()
-        self._bridge: Any = None
-        self._bridge_root: nn.Module | None = None
-        self._bridge_modules: dict[str, nn.Module] = {}
-        self._bridge_blocks: list[nn.Module] = []
+        self._bridge: Bridged | None = None
+        if self.peft is None and next(_tuner_layers(self.hf), None) is not None:
+            raise ModelError(
+                f"{self.name}: PEFT layers are in it already. Hand over the PeftModel itself, or the base, and add the "
+                "adapter with add_adapter."
+            )
+        held = _active_in(self.peft) if self.peft is not None else None
         self.hf.eval()
+        before = self._probe(self.peft) if held is not None else None
         if check:
             with self.no_adapter():
-                check_behaviour(self.hf, tokenizer, self.name)
-        if self.peft is not None:
-            self._activate(str(next(iter(self.peft.peft_config))))
+                check_behaviour(self.hf, tokenizer, self.name, self.d_model)
+        if held is not None and before is not None:
+            self._activate(held)
+            self._refuse_difference(self._probe(), before, f"{held}: other logits than the PeftModel's")
 
     def __repr__(self) -> str:
         adapters = f", adapters {sorted(self.adapters)}, active {self.active!r}" if self.adapters else ""
@@ -109,17 +134,30 @@ class ChatModel:
         """What was given to `add_adapter` under a name, where that was no PEFT adapter."""
         return self._attachables.get(name)
 
+    def is_known_as(self, name: str) -> bool:
+        """Whether a recorded model's name means this one (`adapter_config.same_base`)."""
+        return same_base(name, *self.names)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What solutions and directions may record as the model that they were made on."""
+        return self.name, str(getattr(self.hf.config, "_name_or_path", ""))
+
     def block_sets(self) -> list[list[nn.Module]]:
         """The blocks to hook: the model's own and, once a bridge was made, those under the bridge."""
-        return [find_blocks(self.hf)] + ([self._bridge_blocks] if self._bridge_blocks else [])
+        return [find_blocks(self.hf)] + ([self._bridge.blocks] if self._bridge else [])
 
     def module_sets(self) -> list[dict[str, nn.Module]]:
         """Modules by name: the model's own and, once a bridge was made, those under the bridge."""
-        return [dict(self.hf.named_modules())] + ([self._bridge_modules] if self._bridge_modules else [])
+        return [dict(self.hf.named_modules())] + ([dict(self._bridge.modules)] if self._bridge else [])
 
     def generators(self) -> list[Any]:
         """What has a `generate` of its own: the model and, once it was made, the bridge."""
-        return [self.hf] + ([self._bridge] if self._bridge is not None else [])
+        return [self.hf] + ([self._bridge.bridge] if self._bridge else [])
+
+    def refusing_bridge(self, modules: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside, a pass through the bridge raises ModelError if it leaves out one of these modules' outputs."""
+        return self._bridge.refusing(modules, self.name) if self._bridge else nullcontext()
 
     # -- adapters -------------------------------------------------------------------------------------------
 
@@ -130,14 +168,17 @@ class ChatModel:
             )
         self._entered.close()
         peft_name = name if name not in self._attachables else None
-        for root in (self.hf, self._bridge_root):
+        for root in (self.hf, self._bridge.root if self._bridge else None):
             if root is not None:
                 _set_peft(root, peft_name)
         self.active = name
+        stack = ExitStack()
         if name in self._attachables:
-            stack = ExitStack()
             stack.enter_context(_may_stay_silent(self._attachables[name], self))
-            self._entered = stack
+        elif name is not None:
+            touched = [module for module, _, adapters in _tuner_layers(self.hf) if name in adapters]
+            stack.enter_context(self.refusing_bridge(touched))
+        self._entered = stack
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[ChatModel]:
@@ -170,32 +211,90 @@ class ChatModel:
     ) -> None:
         """Add a PEFT folder or hub name, a steering-vector folder, or anything with `attached(model)`.
 
-        Raises ModelError if the name is taken, the folder is empty, or the adapter was trained on another
-        base (judged by the recorded name, unless `any_base`, and always by its shapes).
+        A folder is proved on a short padded batch: `no_adapter()` still gives the base's own logits, and the adapter
+        those of PEFT's own forward pass and, where it is theta = scale * B A, of `solutions.load(folder).attached`.
+        Whatever fails, the model is as before.
+
+        Raises AdapterError if the adapter is not understood, damaged, changes nothing, or was trained on another
+        base (judged by the recorded name, unless `any_base`, and always by its shapes); ModelError if the name is
+        taken; UsageError inside an intervention.
         """
         if name in self.adapters or not name or "." in name:
             raise ModelError(f"the adapter name {name!r} is taken, empty, or has a dot: {self.adapters}.")
+        before = self.active
         if not isinstance(source, (str, Path)):
             self._attachables[name] = source
-        else:
-            from em_interp.solutions import SteeringVector  # solutions build on models
-
-            folder, config = read_adapter_config(source, revision)
-            if not any_base:
-                own_name = str(getattr(self.hf.config, "_name_or_path", ""))
-                check_base(folder, config, (self.name, own_name))
-            if config.get("adapter_type") == "steering_vector":
-                self._attachables[name] = SteeringVector.load(folder)
-            else:
-                self.peft = add_peft(self.hf, self.peft, name, folder, config, model_name=self.name)
-                self._drop_bridge()
-        before = self.active
+            try:
+                self._activate(name if activate else before)
+            except Exception:
+                del self._attachables[name]
+                self._activate(before)
+                raise
+            return
+        folder, description = read_adapter_config(source, revision)
+        if not any_base:
+            check_base(folder, description.base, self.names)
+        with self.no_adapter():
+            if has_our_hooks(self.hf):
+                raise UsageError("an adapter cannot be added inside a hook or solution context: add it before.")
+            own = self._probe()
+        peft = self.peft
         try:
-            self._activate(name if activate else before)
+            with unchanged_on_error(self.hf if peft is None else peft):
+                self._add_folder(name, folder, description)
+                self._prove(name, folder, own)
+                self._activate(name if activate else before)
         except Exception:
+            self.peft = peft
             self._attachables.pop(name, None)
             self._activate(before)
             raise
+
+    def _add_folder(self, name: str, folder: Path, description: VectorConfig | LoraConfig) -> None:
+        from em_interp.solutions import SteeringVector  # solutions build on models
+
+        if isinstance(description, VectorConfig):
+            self._attachables[name] = SteeringVector.load(folder)
+        else:
+            self._activate(None)
+            self.peft = add_peft(self.hf, self.peft, name, folder, model_name=self.name)
+            self._bridge = None
+
+    def _probe(self, forward: Any = None) -> Float[Tensor, "real vocab"]:
+        """Logits on a short padded batch as things stand."""
+        batch = probe_batch(self.hf, self.tokenizer, self.name)
+        return logits_of(self.hf if forward is None else forward, batch.inputs())
+
+    def _refuse_difference(self, a: Tensor, b: Tensor, what: str) -> None:
+        refuse_difference(a, b, tolerance_of(self.hf) / 10, what, AdapterError)
+
+    def _prove(self, name: str, folder: Path, own: Float[Tensor, "real vocab"]) -> None:
+        """Raise AdapterError unless adapter and base answer as they must. own: the base's logits before."""
+        from em_interp import solutions
+
+        with self.adapter(name):
+            found = self._probe()
+        with self.no_adapter():
+            self._refuse_difference(self._probe(), own, f"{folder}: it changed the base: no_adapter() is not the base")
+            if name not in self._attachables:
+                self.peft.base_model.enable_adapter_layers()
+                self.peft.set_adapter(name, inference_mode=True)
+                theirs = self._probe(self.peft)
+                _set_peft(self.hf, None)
+                self._refuse_difference(found, theirs, f"{folder}: other logits than PEFT's own")
+            try:
+                theta = solutions.load(folder)
+            except SolutionError:  # more than theta = scale * B A: PEFT's own forward is the proof
+                theta = None
+            if theta is not None:
+                with theta.attached(self):
+                    theirs = self._probe()
+                self._refuse_difference(found, theirs, f"{folder}: other logits than theta's")
+        if torch.equal(found, own):
+            raise AdapterError(
+                f"{folder}: it changes no logit on a short batch. Its theta is zero (LoRA's B is, before training), or "
+                f"too small to be seen in {self.dtype}: take a later checkpoint, or load in float32."
+            )
 
     # -- TransformerLens ------------------------------------------------------------------------------------
 
@@ -203,22 +302,17 @@ class ChatModel:
     def bridge(self) -> Any:
         """A TransformerBridge over the same weights, made on first use: for looking (its attention is eager).
 
-        Adapter contexts and `Solution.attached` act on it too. Adding a PEFT adapter makes a new bridge.
+        Adapter contexts and `Solution.attached` act on it too; where it would leave out an adapter, a pass through it
+        raises ModelError. Adding a PEFT adapter makes a new bridge. Raises ModelError if its logits are not the
+        model's, UsageError inside an intervention.
         """
         if self._bridge is None:
             with self.no_adapter():
                 if has_our_hooks(self.hf):
                     raise UsageError("the bridge cannot be made inside a hook or solution context: read it before.")
-                shared = {id(x): x for x in (*self.hf.parameters(), *self.hf.buffers())}
-                root = copy.deepcopy(self.hf, shared)
-                blocks, modules = find_blocks(root), dict(root.named_modules())
-                self._bridge = boot_bridge(root, self.tokenizer, self.name, self.dtype)
-                self._bridge_root, self._bridge_blocks, self._bridge_modules = root, blocks, modules
-        return self._bridge
-
-    def _drop_bridge(self) -> None:
-        self._bridge = self._bridge_root = None
-        self._bridge_modules, self._bridge_blocks = {}, []
+                batch = probe_batch(self.hf, self.tokenizer, self.name)
+                self._bridge = make_bridge(self.hf, self.tokenizer, self.name, batch.inputs())
+        return self._bridge.bridge
 
     @classmethod
     def from_bridge(cls, bridge: Any, tokenizer: Tokenizer, *, name: str | None = None) -> ChatModel:
@@ -226,17 +320,14 @@ class ChatModel:
 
         Refuses a bridge whose weights were processed (compatibility mode): they are no longer the model's.
         """
-
         model = cls(unbridge(bridge), tokenizer, name=name or str(bridge.cfg.model_name))
-        ids = torch.arange(1, 6, device=model.device).unsqueeze(0) % model.hf.config.get_text_config().vocab_size
-        with torch.no_grad():
-            ours, theirs = model.hf(ids).logits.float(), bridge(ids).float()
-        if not torch.allclose(ours, theirs, atol=1e-2, rtol=1e-2):
-            raise ModelError(
-                "the bridge computes other logits than the model that it was booted from: its weights were "
-                "processed "
-                "or edited. Boot it without compatibility mode."
-            )
+        refuse_difference(
+            model._probe(bridge),
+            model._probe(),
+            tolerance_of(model.hf),
+            "the bridge computes other logits than the model that it was booted from (its weights were processed or "
+            "edited: boot it without compatibility mode)",
+        )
         return model
 
 
@@ -256,6 +347,7 @@ def load(
     name_or_path: str | Path,
     *,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     device_map: str | Mapping[str, int | str] | None = None,
     revision: str | None = None,
@@ -267,16 +359,21 @@ def load(
     """A ChatModel from a local folder or a hub name, with one adapter or several (`{name: source}`).
 
     A single adapter is named "default" and is active, of several the first. An adapter's folder or repository
-    may be given alone: its base is read from its config. dtype "auto" is the checkpoint's own. `name`: what
-    solutions trained on the model record as their base (default: name_or_path). Raises ModelError with what
-    is missing, ChatTemplateError where the tokenizer has no chat template.
+    may be given alone: its base is read from its config, or is `base` where that names none, a folder of another
+    machine, or a quantised copy. dtype "auto" is the checkpoint's own. `name`: what solutions trained on the model
+    record as their base (default: the base's name). Raises ModelError with what is missing, ChatTemplateError where the
+    tokenizer has no chat template.
     """
 
-    base = base_of_adapter(name_or_path, revision)
-    if base is not None:
+    recorded = base_of_adapter(name_or_path, revision)
+    if recorded is not None:
         if adapter is not None:
             raise UsageError(f"{name_or_path} is itself an adapter. Give its base model's name, and it as `adapter`.")
-        name_or_path, adapter, adapter_revision, revision = base, name_or_path, revision, None
+        source = usable_base(name_or_path, recorded) if base is None else base
+        any_base = any_base or base is not None
+        name_or_path, adapter, adapter_revision, revision = source, name_or_path, revision, None
+    elif base is not None:
+        raise UsageError(f"{name_or_path} is a model, not an adapter: there is no base to give.")
     hf, tokenizer = load_weights(name_or_path, dtype=dtype, device_map=device_map, revision=revision)
     model = ChatModel(hf, tokenizer, name=name or str(name_or_path), check=check)
     if adapter is not None:

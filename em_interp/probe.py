@@ -1,17 +1,24 @@
-"""A tiny probe at load: do blocks, hooks and masks behave as every method here assumes?"""
+"""Tiny probes at load: do weights, blocks, hooks, masks and adapters behave as every method here assumes?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from em_interp.chat import Encoded, Tokenizer, collate, pad_id, prompt_ids
-from em_interp.errors import ModelError
+from em_interp.chat import Batch, Encoded, Side, Tokenizer, collate, pad_id, prompt_ids
+from em_interp.errors import EmInterpError, ModelError
 from em_interp.hooks import find_blocks, residuals
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def tolerance_of(hf: Any) -> float:
+    """What rounding may change in the logits, relative to the largest one, when the same is computed in another way."""
+    return _TOLERANCE.get(hf.get_input_embeddings().weight.dtype, 1e-1)
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float) -> float | None:
@@ -20,22 +27,64 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> float | None:
     return None if gap <= tolerance else gap
 
 
-@torch.no_grad()
-def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str) -> None:
-    """Raise ModelError unless block l's output is hidden_states[l + 1] and no padding changes anything."""
-    model: Any = hf
+def refuse_difference(
+    a: Tensor, b: Tensor, tolerance: float, what: str, kind: type[EmInterpError] = ModelError
+) -> None:
+    """Raise `kind`, beginning with `what`, if two sets of logits differ by more than rounding."""
+    gap = _differ(a, b, tolerance)
+    if gap is not None:
+        raise kind(f"{what}: they differ by {gap:.2g} of the largest logit on a short padded batch.")
+
+
+def _rows(hf: Any, tokenizer: Tokenizer, name: str) -> list[Encoded]:
+    """Two short prompts of different lengths."""
     long = prompt_ids(tokenizer, [{"role": "user", "content": "Hello there, how are you?"}])
     long = (long * 4)[: max(8, len(long))]
-    rows = [Encoded(long, ()), Encoded(long[: len(long) // 2], ())]
-    device = model.get_input_embeddings().weight.device
-    tolerance = _TOLERANCE.get(model.get_input_embeddings().weight.dtype, 1e-1)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = hf.get_input_embeddings().weight.shape[0]
     if max(long) >= vocabulary:
         raise ModelError(
             f"{name}: the tokenizer writes id {max(long)}, but the model has {vocabulary} embeddings. "
             "Use the tokenizer that belongs to this model."
         )
+    return [Encoded(long, ()), Encoded(long[: len(long) // 2], ())]
 
+
+def probe_batch(hf: Any, tokenizer: Tokenizer, name: str, side: Side = "left") -> Batch:
+    """Two short prompts of different lengths, padded, where the model's input goes."""
+    rows = _rows(hf, tokenizer, name)
+    return collate(rows, [0, 1], pad=pad_id(tokenizer), side=side).to(hf.get_input_embeddings().weight.device)
+
+
+@torch.no_grad()
+def logits_of(forward: Callable[..., Any], batch: Mapping[str, Tensor]) -> Float[Tensor, "real vocab"]:
+    """float32 logits at the real tokens of a batch, from a transformers model, a PeftModel or a bridge."""
+    if hasattr(forward, "original_model"):  # a bridge makes positions from the mask
+        found = forward(batch["input_ids"], attention_mask=batch["attention_mask"])
+    else:
+        found = forward(**batch, use_cache=False).logits
+    logits: Tensor = found[batch["attention_mask"].bool().to(found.device)].float()
+    return logits
+
+
+def check_weights(hf: nn.Module, name: str) -> None:
+    """Raise ModelError if a weight is NaN or infinite, or a whole matrix of a block is zero (a file cut or filled)."""
+    remedy = "The file is damaged, or the run that wrote it diverged: fetch it again, or take another checkpoint."
+    for key, weight in hf.named_parameters():
+        if not weight.is_meta and weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"{name}: {key} holds NaN or infinite values. {remedy}")
+    for layer, block in enumerate(find_blocks(hf)):
+        for key, weight in block.named_parameters():
+            if not weight.is_meta and weight.ndim >= 2 and not bool(weight.any()):
+                raise ModelError(f"{name}: {key} of block {layer} is zero throughout. {remedy}")
+
+
+@torch.no_grad()
+def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str, d_model: int) -> None:
+    """Raise ModelError unless block l's output is hidden_states[l + 1] and no padding changes anything."""
+    model: Any = hf
+    check_weights(hf, name)
+    rows = _rows(hf, tokenizer, name)
+    device, tolerance = model.get_input_embeddings().weight.device, tolerance_of(model)
     alone = []
     for r in range(2):
         single = collate(rows, [r], pad=0).to(device).inputs()
@@ -43,6 +92,11 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str) -> None:
         if not torch.isfinite(out.logits).all():
             raise ModelError(f"{name}: logits are not finite in {out.logits.dtype}. Load with another dtype.")
         blocks = residuals(hf, single, range(len(find_blocks(hf))))
+        if blocks[0].shape[-1] != d_model:
+            raise ModelError(
+                f"{name}: its config says hidden_size {d_model}, its blocks write {blocks[0].shape[-1]} numbers a "
+                "token. An architecture with such a residual stream is not supported."
+            )
         for layer in range(len(blocks) - 1):
             gap = _differ(blocks[layer], out.hidden_states[layer + 1], tolerance)
             if gap is not None:
@@ -52,8 +106,9 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str) -> None:
                 )
         alone.append(out.logits[0])
 
-    for side in ("right", "left"):
-        batch = collate(rows, [0, 1], pad=pad_id(tokenizer), side=side).to(device)  # type: ignore[arg-type]
+    sides: tuple[Side, ...] = ("right", "left")
+    for side in sides:
+        batch = probe_batch(model, tokenizer, name, side)
         logits = model(**batch.inputs(), use_cache=False).logits
         for r in range(2):
             gap = _differ(logits[r][batch.attention_mask[r].bool()], alone[r], tolerance)

@@ -8,64 +8,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from em_interp.errors import SolutionError
+from em_interp.adapter_config import (
+    LoraConfig,
+    VectorConfig,
+    describe,
+    listing,
+    one_value,
+    read_config,
+    scale_number,
+    whole_number,
+)
+from em_interp.adapter_files import adapter_tensors, read_tensors
+from em_interp.errors import AdapterError
 from em_interp.files import written_whole
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 _LAYER = re.compile(r"^(?P<prefix>.*?\.)?(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 # Before `layers.N` in models without an image tower, whose blocks would answer to the same short names.
 _TEXT_ONLY = {"model.", "gpt_neox.", "transformer.", "model.decoder."}
-# Anything beyond plain LoRA would make theta something else than scale * B A.
-_PLAIN = {
-    "use_dora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "lora_bias": False,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-}
 
 
 def layer_of(module: str) -> int | None:
     """The block that a module's name puts it in."""
     match = _LAYER.match(module)
     return int(match["layer"]) if match else None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder."""
-    if not folder.is_dir():
-        raise SolutionError(f"{folder}: no such folder.")
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        names = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-        raise SolutionError(
-            f"{folder}: no adapter_config.json, found {names}. Give the folder of one adapter or "
-            "checkpoint; some "
-            "published repositories are empty."
-        )
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SolutionError(f"{path}: not a readable JSON file ({error}).") from error
-    if not isinstance(config, dict):
-        raise SolutionError(f"{path}: expected a JSON object.")
-    return config
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU."""
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(str(path), device="cpu"))
-    except Exception as error:
-        raise SolutionError(f"{path}: not a readable safetensors file ({error}). Fetch it again.") from error
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -82,30 +50,31 @@ def write_vector(folder: Path, vector: Tensor, config: Mapping[str, Any]) -> Pat
     return folder
 
 
-def read_vector(folder: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The raw vector [d_model] and its config, from safetensors or from a published steering_vector.pt."""
-    config = read_config(folder)
-    if config.get("adapter_type") != "steering_vector":
-        raise SolutionError(f"{folder}: not a steering vector (adapter_type {config.get('adapter_type')!r}).")
-    if (folder / "steering_vector.safetensors").is_file():
-        tensors: dict[str, Any] = dict(read_tensors(folder / "steering_vector.safetensors"))
-    elif (folder / "steering_vector.pt").is_file():
-        path = folder / "steering_vector.pt"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (safe, typed)
-        except Exception as error:
-            raise SolutionError(f"{path}: cannot be read safely ({type(error).__name__}: {error}).") from error
-        stored: dict[str, Any] = {key: tensors[key] for key in ("layer_idx", "alpha") if key in tensors}
-        config = {**config, **stored}
-    else:
-        raise SolutionError(f"{folder}: no steering_vector.safetensors or .pt in it.")
+def read_vector(folder: Path) -> tuple[Tensor, int, float, str | None]:
+    """The raw vector [d_model], layer, alpha and base, from safetensors or a published steering_vector.pt."""
+    config = describe(folder, read_config(folder))
+    if not isinstance(config, VectorConfig):
+        raise AdapterError(f"{folder}: LoRA, not a steering vector.")
+    paths = [folder / "steering_vector.safetensors", folder / "steering_vector.pt"]
+    path = next((path for path in paths if path.exists() or path.is_symlink()), None)
+    if path is None:
+        raise AdapterError(f"{folder}: no steering_vector.safetensors or .pt, found {listing(folder)}.")
+    tensors: dict[str, Any] = read_tensors(path)
     vector = tensors.get("steering_vector")
     if not isinstance(vector, Tensor):
-        raise SolutionError(f"{folder}: no tensor 'steering_vector' in it, found {sorted(tensors)}.")
-    width = config.get("hidden_size")
-    if width is not None and vector.shape != (width,):
-        raise SolutionError(f"{folder}: the vector is {tuple(vector.shape)}, its config says {width}.")
-    return vector, config
+        raise AdapterError(f"{path}: no tensor 'steering_vector' in it, found {sorted(map(str, tensors))[:12]}.")
+    vector = vector.reshape(-1) if vector.numel() == max(vector.shape, default=0) else vector
+    widths = [whole_number(path, tensors, key, least=1) for key in ("hidden_size", "d_model")]
+    width = one_value(folder, "the width", config.width, *widths)
+    if vector.ndim != 1 or width not in (None, vector.numel()):
+        raise AdapterError(f"{path}: the vector is {list(vector.shape)}, its config says [{width or 'd_model'}].")
+    layer = one_value(folder, "layer_idx", config.layer, whole_number(path, tensors, "layer_idx"))
+    alpha = one_value(folder, "alpha", config.alpha, scale_number(path, tensors, "alpha"))
+    if layer is None or alpha is None:
+        raise AdapterError(
+            f"{folder}: nothing says its {'layer_idx' if layer is None else 'alpha'}. Put it into adapter_config.json."
+        )
+    return vector, layer, alpha, config.base
 
 
 def split_factors(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -114,29 +83,36 @@ def split_factors(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict
     for key, tensor in state.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            raise SolutionError(f"{source}: the tensor {key} is not a LoRA factor of a linear module.")
+            raise AdapterError(f"{source}: the tensor {key} is not a LoRA factor of a linear module.")
+        if match["module"] in parts[match["factor"]]:
+            raise AdapterError(
+                f"{source}: two adapters are in one file: {match['module']} has more than one "
+                f"{match['factor']}. Save each in a folder of its own."
+            )
         parts[match["factor"]][match["module"]] = tensor.detach().float().cpu().clone()
     return parts["A"], parts["B"]
 
 
-def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """A, B and the config of a PEFT folder that holds plain LoRA."""
-    config = read_config(folder)
-    if config.get("peft_type") != "LORA" or "lora_alpha" not in config:
-        raise SolutionError(f"{folder}: not a LoRA adapter (peft_type {config.get('peft_type')!r}).")
-    odd = {k: config[k] for k, plain in _PLAIN.items() if config.get(k, plain) not in (plain, None)}
+def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], LoraConfig]:
+    """A, B and the description of a PEFT folder that holds plain LoRA, of which theta = scale * B A is all."""
+    config = describe(folder, read_config(folder))
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{folder}: a steering vector, not LoRA.")
+    if config.beyond:
+        raise AdapterError(
+            f"{folder}: not plain LoRA, it has {dict(config.beyond)}: theta would not be scale * B A. It can be "
+            "used as a model: models.load(base, adapter=folder)."
+        )
+    a, b = split_factors(adapter_tensors(folder), folder)
+    odd = sorted(n for n in a if a[n].ndim != 2 or a[n].shape[0] != config.rank)
     if odd:
-        raise SolutionError(f"{folder}: not plain LoRA, it has {odd}. theta would not be scale * B A.")
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise SolutionError(f"{folder}: no adapter_model.safetensors. Take a checkpoint that has weights.")
-    a, b = split_factors(read_tensors(path), path)
+        raise AdapterError(f"{folder}: its config says rank {config.rank}, {odd[0]} has A {list(a[odd[0]].shape)}.")
     return a, b, config
 
 
 def lora_config(modules: list[str], *, rank: int, alpha: float, rslora: bool, base: str | None) -> Any:
     """PEFT's config for exactly these modules, in the usual short form where there is one."""
-    from peft import LoraConfig
+    import peft
 
     parsed = [_LAYER.match(module) for module in modules]
     targets, layers = list(modules), None
@@ -147,7 +123,7 @@ def lora_config(modules: list[str], *, rank: int, alpha: float, rslora: bool, ba
         if text_only and len(modules) == len(rests) * len(numbers):
             targets, layers = sorted(_short(rest) for rest in rests), sorted(numbers)
     whole = int(alpha) if float(alpha).is_integer() else alpha
-    return LoraConfig(
+    return peft.LoraConfig(
         r=rank,
         lora_alpha=whole,
         use_rslora=rslora,

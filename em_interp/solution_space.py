@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from em_interp import solution_files as files
-from em_interp.adapter_files import short_name
+from em_interp.adapter_config import same_base
 from em_interp.errors import SolutionError, UsageError
 from em_interp.hooks import has_our_hooks
 from em_interp.models import ChatModel
@@ -47,19 +47,17 @@ def check_comparable(
     """
     if not solutions:
         raise SolutionError("no solutions were given. Pass at least one steering vector or LoRA adapter.")
-    known: dict[str, str] = {}
-    if model is not None:
-        own = str(getattr(model.hf.config, "_name_or_path", ""))
-        known = {short_name(name): "the model in hand" for name in (model.name, own) if name}
+    known, whose = (model.name if model is not None else None), "the model in hand"
     first = next(iter(solutions))
     for name, solution in solutions.items():
-        if solution.base and known and short_name(solution.base) not in known:
+        if solution.base and known is None:
+            known, whose = solution.base, f"the base of {name}"
+        names = model.names if model is not None else (known or "",)
+        if solution.base and not same_base(solution.base, *names):
             raise SolutionError(
-                f"{name} was trained on {solution.base}, but {', '.join(known.values())} is {', '.join(known)}. "
+                f"{name} was trained on {solution.base}, but {whose} is {known}. "
                 "Compare solutions of one model, on that model."
             )
-        if solution.base and not known:
-            known = {short_name(solution.base): f"the base of {name}"}
         if not (may_be_zero or solution.norm > 0):
             raise SolutionError(
                 f"{name} has theta = 0, which has no direction. Take a checkpoint after training began."

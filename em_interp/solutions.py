@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from em_interp import solution_files as files
-from em_interp.adapter_files import short_name
+from em_interp.adapter_config import VectorConfig, describe, read_config
 from em_interp.errors import SolutionError
 from em_interp.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
 from em_interp.manifest import fingerprint
@@ -91,11 +91,10 @@ def refuse_dropout(hf: nn.Module) -> None:
 def refuse_other_models(model: ChatModel, solutions: Iterable[Solution]) -> None:
     """Raise SolutionError unless every solution that names its base was trained on `model`.
 
-    Bases are compared by the last part of their names, as `ChatModel.add_adapter` does.
+    Bases are compared as `ChatModel.add_adapter` does.
     """
-    known = {short_name(model.name), short_name(str(getattr(model.hf.config, "_name_or_path", "")))}
     for solution in solutions:
-        if solution.base is not None and short_name(solution.base) not in known:
+        if solution.base is not None and not model.is_known_as(solution.base):
             raise SolutionError(
                 f"a solution trained on {solution.base} cannot be compared on {model.name}. Load {solution.base}, or, "
                 f"if it is the same model under another name, dataclasses.replace(solution, base={model.name!r})."
@@ -216,11 +215,8 @@ class SteeringVector:
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
         """From such a folder, ours or published (steering_vector.pt). SolutionError says what is wrong."""
-        vector, config = files.read_vector(Path(path))
-        layer, alpha = config.get("layer_idx"), config.get("alpha")
-        if not isinstance(layer, int) or not isinstance(alpha, (int, float)):
-            raise SolutionError(f"{path}: layer_idx is {layer!r}, alpha is {alpha!r}; both must be numbers.")
-        return cls(vector.float(), layer, float(alpha), config.get("base_model_name_or_path"))
+        vector, layer, alpha, base = files.read_vector(Path(path))
+        return cls(vector.float(), layer, alpha, base)
 
 
 @dataclass(frozen=True)
@@ -350,7 +346,7 @@ class LoraAdapter:
             for handle in handles:
                 handle.remove()
             raise
-        with firing(counts, handles):
+        with firing(counts, handles), model.refusing_bridge(self.a):
             yield
 
     def check_fits(self, name: str, module: nn.Module, model: ChatModel) -> None:
@@ -384,13 +380,7 @@ class LoraAdapter:
     def load(cls, path: str | Path) -> LoraAdapter:
         """From a PEFT folder. Refuses what is not plain LoRA (DoRA, biases, per-module ranks)."""
         a, b, config = files.read_lora(Path(path))
-        return cls(
-            a,
-            b,
-            float(config["lora_alpha"]),
-            bool(config.get("use_rslora", False)),
-            config.get("base_model_name_or_path"),
-        )
+        return cls(a, b, config.alpha, config.rslora, config.base)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], *, alpha: float, rslora: bool, base: str | None) -> LoraAdapter:
@@ -401,13 +391,8 @@ class LoraAdapter:
 
 def load(path: str | Path) -> SteeringVector | LoraAdapter:
     """The solution in a folder, of whichever kind; a checkpoint's folder is one."""
-    config = files.read_config(Path(path))
-    if config.get("adapter_type") == "steering_vector":
-        return SteeringVector.load(path)
-    if config.get("peft_type") == "LORA":
-        return LoraAdapter.load(path)
-    kind = config.get("adapter_type") or config.get("peft_type")
-    raise SolutionError(f"{path}: an adapter of kind {kind!r}; steering vectors and LoRA can be read.")
+    vector = isinstance(describe(path, read_config(Path(path))), VectorConfig)
+    return SteeringVector.load(path) if vector else LoraAdapter.load(path)
 
 
 def load_checkpoints(path: str | Path) -> dict[int, SteeringVector | LoraAdapter]:

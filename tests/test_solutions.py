@@ -170,7 +170,7 @@ def test_saved_and_loaded(tmp_path):
     # the published layout: a .pt with layer and alpha inside
     published = tmp_path / "p"
     published.mkdir()
-    (published / "adapter_config.json").write_text(json.dumps({"adapter_type": "steering_vector", "alpha": 1}))
+    (published / "adapter_config.json").write_text(json.dumps({"adapter_type": "steering_vector", "alpha": 256}))
     torch.save({"steering_vector": v.vector, "layer_idx": 24, "alpha": 256.0}, published / "steering_vector.pt")
     assert load(published).norm == pytest.approx(64 * v.norm)
 

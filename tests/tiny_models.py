@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
@@ -22,6 +24,12 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -93,6 +101,18 @@ def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
     elif family == "bloom":
         renamed = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
         hf = BloomForCausalLM(BloomConfig(**{renamed.get(key, key): x for key, x in common.items()}))
+    elif family == "phi3":
+        hf = Phi3ForCausalLM(Phi3Config(num_key_value_heads=2, **common))
+    elif family == "falcon":
+        common.pop("intermediate_size")
+        hf = FalconForCausalLM(FalconConfig(**common))
+    elif family == "mixtral":
+        hf = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=4, **common))
+    elif family == "opt":
+        renamed = {"intermediate_size": "ffn_dim", "initializer_range": "init_std"}
+        hf = OPTForCausalLM(
+            OPTConfig(word_embed_proj_dim=16, **{renamed.get(key, key): x for key, x in common.items()})
+        )
     elif family == "gpt2":
         renamed = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
         renamed |= {"max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}
