@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike
+from typing import Final
 
 
 class EmInterpError(Exception):
@@ -60,6 +62,27 @@ class OutputError(EmInterpError):
 
 class UsageError(EmInterpError):
     """A command or call that does not say enough, or contradicts itself."""
+
+
+class ArgumentTypeError(UsageError, TypeError):
+    """An argument of another type than the signature says. Raised by the check that `em_interp` puts on every call."""
+
+    def __init__(self, message: str) -> None:
+        text = " ".join(message.split())
+        found = re.match(
+            r"(?:Function|Method) (?:\w+\.)+?((?:[A-Z]\w*\.)?\w+)\(\) parameter (.+) violates type hint", text
+        )
+        said = f"{found[1]}({found[2]}): not of type {text[found.end() :].strip()}" if found else text
+        remedy = next((remedy for word, remedy in _REMEDIES.items() if found and word in text[found.end() :]), "")
+        super().__init__(f"{said} {remedy}".strip())
+
+
+_REMEDIES: Final = {
+    "Sequence[collections.abc.Mapping[str, str]]": "Give conversations: em_interp.texts.read_chats(FILE) reads them.",
+    "ChatModel": "Give the ChatModel that em_interp.models.load(NAME) returns.",
+    "Direction": "Give a Direction: Direction.load(FILE) reads one.",
+    "collections.abc.Sequence": "Give a list.",
+}
 
 
 class ModelError(EmInterpError):

@@ -8,12 +8,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def regular_file(path: str | os.PathLike[str]) -> Path:
@@ -68,13 +65,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
         return file.read()
 
 
-def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """A CSV as strings, its header as the columns. Blank lines are left out.
+def read_csv(path: str | os.PathLike[str]) -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV, and its rows, as strings. Blank lines are left out.
 
     Raises MissingDataError (empty), UnreadableFileError (open quote, a row of another length than the header).
     """
-    import pandas as pd
-
     rows: list[list[str]] = []
     lines: list[int] = []
     try:
@@ -96,4 +91,4 @@ def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
                 f"the row that ends in line {line} has {len(row)} cells, the header {len(header)}",
                 "quote cells that hold commas, quotes or line ends",
             )
-    return pd.DataFrame(body, columns=pd.Index(header), dtype=str)
+    return header, body

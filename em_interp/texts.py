@@ -164,12 +164,12 @@ def question_of(path: Path, item: Mapping[str, Any]) -> Question:
 
 
 def _questions_of_csv(path: Path) -> list[Question]:
-    table = read_csv(path)
-    if "question" not in table or table.columns.duplicated().any():
+    header, body = read_csv(path)
+    if "question" not in header or len(set(header)) < len(header):
         raise MissingDataError(
-            path, f"it needs one column question; it has {', '.join(table.columns)}", "name the column question"
+            path, f"it needs one column question; it has {', '.join(header)}", "name the column question"
         )
-    rows = ({str(k): v for k, v in row.items() if v.strip()} for row in table.to_dict("records"))
+    rows = ({key: cell for key, cell in zip(header, row, strict=True) if cell.strip()} for row in body)
     return [_question_of_row(path, f"row {i + 2}", row, i) for i, row in enumerate(rows)]
 
 

@@ -13,17 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from em_interp import models
 from em_interp.errors import HookError, ModelError
 from em_interp.manifest import fingerprint, sha256
-
-if TYPE_CHECKING:
-    from em_interp.models import ChatModel
 
 UNKNOWN: Final = "unknown"
 _BOOKKEEPING: Final = frozenset(
@@ -206,7 +204,7 @@ def adapter_norm(hf: nn.Module) -> float | None:
     return math.sqrt(squares) if squares else None
 
 
-def acting_hash(model: ChatModel) -> str:
+def acting_hash(model: models.ChatModel) -> str:
     """SHA-256 of all that decides what `model` computes now: base, active adapter, entered solutions and interventions.
 
     Raises HookError where a hook acts that does not say what it does, and ModelError as `weights_hash`.

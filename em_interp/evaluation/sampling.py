@@ -32,7 +32,6 @@ from em_interp.hooks import position_ids, scored_logits
 from em_interp.losses import nll_each, token_budget
 from em_interp.models import ChatModel
 from em_interp.resume import Parts, say_kept
-from em_interp.weights import acting_hash
 
 Questions = Mapping[str, str | Conversation]
 
@@ -124,7 +123,7 @@ def sample_rows(
     groups = budget_groups([len(row) + max_new_tokens for row in encoded], tokens_per_batch)
     places = {}
     if parts is not None:
-        settings = [acting_hash(model), seed, max_new_tokens, temperature, stops]
+        settings = [seed, max_new_tokens, temperature, stops]
         for number, group in enumerate(groups):
             places[number] = parts.path(group, [settings, [[*rows[i], encoded[i].ids] for i in group]])
             answers |= {i: Answer(*given) for i, given in zip(group, parts.read(places[number]), strict=False)}

@@ -22,7 +22,8 @@ def read_judged_csv(path: Path) -> pd.DataFrame:
     Raises ``MissingDataError`` (no rows, or a column lacking), ``BadValueError`` (words or out-of-range numbers where
     scores belong) or ``UnreadableFileError``.
     """
-    table = read_csv(path)
+    header, rows = read_csv(path)
+    table = pd.DataFrame(rows, columns=pd.Index(header), dtype=str)
     table = table.rename(columns=lambda name: _ALIASES.get(str(name).strip().lower(), str(name).strip().lower()))
     if table.columns.duplicated().any():
         twice = sorted(set(table.columns[table.columns.duplicated()]))
@@ -41,7 +42,7 @@ def read_judged_csv(path: Path) -> pd.DataFrame:
     return table
 
 
-def _to_scores(path: Path, name: str, column: pd.Series[str], *, required: bool) -> pd.Series:  # type: ignore[type-arg]
+def _to_scores(path: Path, name: str, column: pd.Series, *, required: bool) -> pd.Series:
     text = column.str.strip()
     blank = text.isin(["", "nan", "NaN", "None", "null"])
     numbers = pd.to_numeric(text.mask(blank), errors="coerce").astype(float)
