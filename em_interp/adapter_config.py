@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,17 @@ _NO_EFFECT = frozenset(
     ]
 )
 # What PEFT applies in a way that theta = scale * B A does not express.
-_BY_PEFT = frozenset(["rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "modules_to_save", "target_parameters"])
+_BY_PEFT = frozenset(
+    [
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "lora_bias",
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+    ]
+)
 # Values that are understood, of keys that have others which are not. True and 1 are told apart.
 _VALUES: Mapping[str, tuple[object, ...]] = {
     "task_type": ("CAUSAL_LM",),
@@ -63,7 +74,6 @@ _UNUSED = frozenset(
     [
         "layer_replication",
         "megatron_config",
-        "trainable_token_indices",
         "velora_config",
         "alora_invocation_tokens",
         "use_qalora",
@@ -121,6 +131,12 @@ class LoraConfig:
     alpha: float
     rslora: bool
     beyond: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids of the tokens whose embeddings the adapter replaces."""
+        found: Any = self.beyond.get("trainable_token_indices", [])
+        return sorted({i for ids in found.values() for i in ids} if isinstance(found, dict) else found)
 
 
 def _unused(value: object) -> bool:
@@ -213,6 +229,7 @@ def _describe_lora(where: object, config: Mapping[str, Any]) -> LoraConfig:
 
 def describe(where: object, config: Mapping[str, Any]) -> VectorConfig | LoraConfig:
     """What a config means. Raises AdapterError naming a key that is not understood, its value and what to do."""
+    config = {key: value.value if isinstance(value, Enum) else value for key, value in config.items()}
     kind = config.get("adapter_type")
     if kind == "steering_vector":
         return _describe_vector(where, config)

@@ -101,13 +101,14 @@ class ChatModel:
             )
         held = _active_in(self.peft) if self.peft is not None else None
         self.hf.eval()
-        before = self._probe(self.peft) if held is not None else None
+        probe = probe_batch(self.hf, tokenizer, self.name).inputs()
+        before = logits_of(hf, probe) if held is not None else None
         if check:
             with self.no_adapter():
                 check_behaviour(self.hf, tokenizer, self.name, self.d_model)
-        if held is not None and before is not None:
+        if before is not None:
             self._activate(held)
-            self._refuse_difference(self._probe(), before, f"{held}: other logits than the PeftModel's")
+            self._refuse_difference(logits_of(self.hf, probe), before, f"{held}: other logits than the PeftModel's")
 
     def __repr__(self) -> str:
         adapters = f", adapters {sorted(self.adapters)}, active {self.active!r}" if self.adapters else ""
@@ -237,12 +238,14 @@ class ChatModel:
         with self.no_adapter():
             if has_our_hooks(self.hf):
                 raise UsageError("an adapter cannot be added inside a hook or solution context: add it before.")
-            own = self._probe()
+            also = description.tokens if isinstance(description, LoraConfig) else ()
+            probe = probe_batch(self.hf, self.tokenizer, self.name, also=also).inputs()
+            own = logits_of(self.hf, probe)
         peft = self.peft
         try:
             with unchanged_on_error(self.hf if peft is None else peft):
                 self._add_folder(name, folder, description)
-                self._prove(name, folder, own)
+                self._prove(name, folder, probe, own)
                 self._activate(name if activate else before)
         except Exception:
             self.peft = peft
@@ -260,26 +263,22 @@ class ChatModel:
             self.peft = add_peft(self.hf, self.peft, name, folder, model_name=self.name)
             self._bridge = None
 
-    def _probe(self, forward: Any = None) -> Float[Tensor, "real vocab"]:
-        """Logits on a short padded batch as things stand."""
-        batch = probe_batch(self.hf, self.tokenizer, self.name)
-        return logits_of(self.hf if forward is None else forward, batch.inputs())
-
     def _refuse_difference(self, a: Tensor, b: Tensor, what: str) -> None:
         refuse_difference(a, b, tolerance_of(self.hf) / 10, what, AdapterError)
 
-    def _prove(self, name: str, folder: Path, own: Float[Tensor, "real vocab"]) -> None:
+    def _prove(self, name: str, folder: Path, probe: dict[str, Tensor], own: Float[Tensor, "real vocab"]) -> None:
         """Raise AdapterError unless adapter and base answer as they must. own: the base's logits before."""
         from em_interp import solutions
 
         with self.adapter(name):
-            found = self._probe()
+            found = logits_of(self.hf, probe)
         with self.no_adapter():
-            self._refuse_difference(self._probe(), own, f"{folder}: it changed the base: no_adapter() is not the base")
+            again = logits_of(self.hf, probe)
+            self._refuse_difference(again, own, f"{folder}: it changed the base: no_adapter() is not the base")
             if name not in self._attachables:
                 self.peft.base_model.enable_adapter_layers()
                 self.peft.set_adapter(name, inference_mode=True)
-                theirs = self._probe(self.peft)
+                theirs = logits_of(self.peft, probe)
                 _set_peft(self.hf, None)
                 self._refuse_difference(found, theirs, f"{folder}: other logits than PEFT's own")
             try:
@@ -288,7 +287,7 @@ class ChatModel:
                 theta = None
             if theta is not None:
                 with theta.attached(self):
-                    theirs = self._probe()
+                    theirs = logits_of(self.hf, probe)
                 self._refuse_difference(found, theirs, f"{folder}: other logits than theta's")
         if torch.equal(found, own):
             raise AdapterError(
@@ -321,9 +320,10 @@ class ChatModel:
         Refuses a bridge whose weights were processed (compatibility mode): they are no longer the model's.
         """
         model = cls(unbridge(bridge), tokenizer, name=name or str(bridge.cfg.model_name))
+        probe = probe_batch(model.hf, tokenizer, model.name).inputs()
         refuse_difference(
-            model._probe(bridge),
-            model._probe(),
+            logits_of(bridge, probe),
+            logits_of(model.hf, probe),
             tolerance_of(model.hf),
             "the bridge computes other logits than the model that it was booted from (its weights were processed or "
             "edited: boot it without compatibility mode)",

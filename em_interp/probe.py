@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,10 @@ def _rows(hf: Any, tokenizer: Tokenizer, name: str) -> list[Encoded]:
     return [Encoded(long, ()), Encoded(long[: len(long) // 2], ())]
 
 
-def probe_batch(hf: Any, tokenizer: Tokenizer, name: str, side: Side = "left") -> Batch:
-    """Two short prompts of different lengths, padded, where the model's input goes."""
-    rows = _rows(hf, tokenizer, name)
+def probe_batch(hf: Any, tokenizer: Tokenizer, name: str, side: Side = "left", also: Sequence[int] = ()) -> Batch:
+    """Two short prompts of different lengths, padded, where the model's input goes. also: ids to put into the first."""
+    long, short = _rows(hf, tokenizer, name)
+    rows = [Encoded((*also, *long.ids), ()), short]
     return collate(rows, [0, 1], pad=pad_id(tokenizer), side=side).to(hf.get_input_embeddings().weight.device)
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from em_interp.adapter_files import quiet_peft
 from em_interp.directions import Direction
@@ -108,9 +108,7 @@ def test_modules_that_an_adapter_replaces_are_the_adapters(kind):
         with torch.no_grad():
             peft.get_base_model().lm_head.modules_to_save["default"].weight.add_(1.0)
     else:
-        config = TrainableTokensConfig(token_indices=[5], target_modules=["embed_tokens"])
-        with quiet_peft():
-            peft = get_peft_model(make_hf(), config)
+        peft = lora(make_hf(), 0, trainable_token_indices=[5])
         with torch.no_grad():
             next(p for n, p in peft.named_parameters() if "trainable_tokens_delta" in n).add_(1.0)
     model = ChatModel(peft, tokenizer(), name="m")
