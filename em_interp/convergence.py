@@ -21,6 +21,7 @@ from torch import Tensor
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.evaluation.rates import PAPER, Criterion, em_rates
+from em_interp.jackknife import FEWEST, cosine_of_means
 from em_interp.resampling import Resamples
 from em_interp.statistics import cosine_null_sd, cosine_p_value, permutation_p_value
 
@@ -37,16 +38,19 @@ def cosine_rows(
     a: Direction,
     name_b: str,
     b: Direction,
-    resamples: tuple[Resamples, Resamples] | None = None,
+    resamples: tuple[Resamples | None, Resamples | None] | None = None,
 ) -> pd.DataFrame:
     """One row a common layer: cosine, its random-direction null (sd and two-sided p-value), and ||a - b||.
 
     A pair of finished vectors has no sampling interval. With the resamples of both (of the layers that each has):
-    low and high, a 95% interval of the bootstrap's spread about the cosine on Fisher's scale; `cosine_debiased`, with
-    the shrinkage that noise in the means causes taken off once (the bootstrap's own); and the permutation null,
-    `permutation_sd` and `permutation_p`: each direction against those that noise in the other's activations gives. It
-    is wider than the random one, since activations vary along few axes. Raises DirectionError as `Direction.cosine`
-    does.
+    `cosine_debiased`, the cosine without the shrinkage that noise in the means causes, and its 95% interval in low and
+    high (`jackknife.cosine_of_means`: centred on cosine_debiased, not on cosine; conservative near a cosine of 1), over
+    questions that count as one in both; `interval` says how it was made, or why there is none.
+
+    With the resamples of one at least: the permutation null, `permutation_sd` and `permutation_p`: each direction
+    against those that noise in the other's activations gives; and `noise_dimensions`, the participation ratio of that
+    noise (the lesser of both): p_value is of directions random in all of d_model, so it is far too small where
+    activations vary along few axes. Raises DirectionError as `Direction.cosine` does.
     """
     values = a.cosine(b)
     table = pd.DataFrame({"layer": list(values), "cosine": list(values.values())})
@@ -56,7 +60,9 @@ def cosine_rows(
     table["p_value"] = cosine_p_value(table["cosine"].to_numpy(), a.d_model)
     table["difference_norm"] = [float((a.at(layer).double() - b.at(layer).double()).norm()) for layer in values]
     columns = [*COSINE_COLUMNS, "difference_norm"]
-    if resamples is not None:
+    if resamples is not None and (resamples[0] or resamples[1]):
+        for direction, own in zip((a, b), resamples, strict=True):
+            _check_resamples(direction, own)
         more = [_resampled(a, b, layer, cosine, resamples) for layer, cosine in values.items()]
         for name in more[0]:
             table[name] = [row[name] for row in more]
@@ -64,34 +70,66 @@ def cosine_rows(
     return table[columns]
 
 
+def _check_resamples(direction: Direction, own: Resamples | None) -> None:
+    if own is None:
+        return
+    if tuple(own.direction.shape) != tuple(direction.vectors.shape):
+        raise DirectionError(
+            f"resamples of shape {tuple(own.bootstrap.shape)} for a direction of {len(direction.layers)} layers "
+            f"and width {direction.d_model}: resample the same layers of the same responses."
+        )
+    apart = (own.direction.to(direction.vectors) - direction.vectors).norm(dim=1) / direction.vectors.norm(dim=1)
+    if float(apart.max()) > 0.01:
+        raise DirectionError(
+            f"the resampled responses have another difference of means than the direction, by {float(apart.max()):.0%} "
+            "of its norm: resample the same responses, with the weights (such as tokens) that the direction gives them."
+        )
+
+
 def _resampled(
-    a: Direction, b: Direction, layer: int, cosine: float, resamples: tuple[Resamples, Resamples]
-) -> dict[str, float]:
-    for direction, own in zip((a, b), resamples, strict=True):
-        if tuple(own.bootstrap.shape[1:]) != tuple(direction.vectors.shape):
-            raise DirectionError(
-                f"resamples of shape {tuple(own.bootstrap.shape)} for a direction of {len(direction.layers)} layers "
-                f"and width {direction.d_model}: resample the same layers of the same responses."
-            )
-    place_a, place_b = a.layers.index(layer), b.layers.index(layer)
-    drawn_a, drawn_b = resamples[0].bootstrap[:, place_a], resamples[1].bootstrap[:, place_b]
-    n = min(len(drawn_a), len(drawn_b))
-    limit = 1 - 1e-12  # Fisher's scale ends at 1
-    drawn = np.arctanh(_cosines(drawn_a[:n], drawn_b[:n]).clip(-limit, limit))
-    centre, spread = math.atanh(min(max(cosine, -limit), limit)), 1.96 * float(drawn.std(ddof=1))
-    null = np.concatenate(
-        [
-            _cosines(a.at(layer)[None], resamples[1].permuted[:, place_b]),
-            _cosines(resamples[0].permuted[:, place_a], b.at(layer)[None]),
-        ]
-    )
-    return {
-        "low": float(np.tanh(centre - spread)),
-        "high": float(np.tanh(centre + spread)),
-        "cosine_debiased": float(np.tanh(2 * centre - drawn.mean())),
-        "permutation_sd": float(np.sqrt((null**2).mean())),
-        "permutation_p": permutation_p_value(cosine, null),
+    a: Direction, b: Direction, layer: int, cosine: float, resamples: tuple[Resamples | None, Resamples | None]
+) -> dict[str, float | str]:
+    of_a, of_b = resamples
+    places = a.layers.index(layer), b.layers.index(layer)
+    found: dict[str, float | str] = {"interval": "none: one of the two is a finished vector"}
+    found |= dict.fromkeys(("low", "high", "cosine_debiased"), float("nan"))
+    if of_a is not None and of_b is not None:
+        found |= _debiased((of_a, of_b), places)
+    null = [
+        _cosines(other.at(layer)[None], own.permuted[:, place])
+        for other, own, place in zip((b, a), resamples, places, strict=True)
+        if own is not None
+    ]
+    ratios = [own.noise_dimensions[place] for own, place in zip(resamples, places, strict=True) if own is not None]
+    return found | {
+        "permutation_sd": float(np.sqrt((np.concatenate(null) ** 2).mean())),
+        "permutation_p": permutation_p_value(cosine, np.concatenate(null)),
+        "noise_dimensions": float(min(ratios)),
     }
+
+
+def _debiased(resamples: tuple[Resamples, Resamples], places: tuple[int, int]) -> dict[str, float | str]:
+    """Each question's share in both directions (the jackknife's pseudo-values), and the cosine of what they sum to."""
+    names: list[dict[object, int]] = []
+    index: dict[object, int] = {}
+    for i, own in enumerate(resamples):
+        keys = own.questions if own.questions is not None else [(i, j) for j in range(len(own.without))]
+        names.append({key: index.setdefault(key, len(index)) for key in keys})
+    shares, sides = [], []
+    for own, place, rows in zip(resamples, places, names, strict=True):
+        n = len(own.without)
+        where = list(rows.values())
+        whole, without = (x.double().cpu().numpy() for x in (own.direction[place], own.without[:, place]))
+        share, side = np.zeros((len(index), len(whole))), np.zeros(len(index), dtype=int)
+        share[where], side[where] = whole - (n - 1) / n * without, own.sides
+        shares.append(share)
+        sides.append(side)
+    if min(len(own.without) for own in resamples) < FEWEST or not all(np.isfinite(share).all() for share in shares):
+        return {"interval": f"none: too few questions ({FEWEST}, and each class in two of them, are needed)"}
+    value, low, high = (float(x) for x in cosine_of_means(shares[0], shares[1], sides[0], sides[1]))
+    if math.isnan(value):
+        return {"interval": "none: too noisy for a debiased cosine"}
+    return {"interval": f"jackknife over {len(index)} questions", "low": low, "high": high, "cosine_debiased": value}
 
 
 def _cosines(a: Float[Tensor, "_ d_model"], b: Float[Tensor, "_ d_model"]) -> Float[np.ndarray, "_"]:
@@ -108,14 +146,15 @@ def organism_cosines(
 ) -> pd.DataFrame:
     """`cosine_rows` of every pair of organisms, layer by layer, with the column `content_cosine` beside each cosine.
 
-    content: each organism's texts read in the chat model (kind "data-diff-in-chat"). Their cosine is what the pair
-    shares by its words alone; empty where it is not given. Raises DirectionError for fewer than two directions.
+    resamples: of all organisms or some; see `cosine_rows`. content: each organism's texts read in the chat model (kind
+    "data-diff-in-chat"). Their cosine is what the pair shares by its words alone; empty where it is not given. Raises
+    DirectionError for fewer than two directions.
     """
     if len(directions) < 2:
         raise DirectionError(f"{len(directions)} directions make no pair.")
     tables = []
     for (name_a, a), (name_b, b) in itertools.combinations(directions.items(), 2):
-        both = (resamples[name_a], resamples[name_b]) if resamples is not None else None
+        both = (resamples.get(name_a), resamples.get(name_b)) if resamples is not None else None
         table = cosine_rows(name_a, a, name_b, b, both)
         has_content = content is not None and name_a in content and name_b in content
         shared = content[name_a].cosine(content[name_b]) if content is not None and has_content else {}

@@ -25,12 +25,12 @@ from em_interp.chat import Conversation, Encoded, batches, encode_all, pad_id
 from em_interp.directions import Direction
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.hooks import firing, tagged, unwrap
+from em_interp.jackknife import chance_interval, clustered_auc, sides_of
 from em_interp.lens import logit_lens
 from em_interp.models import ChatModel
 from em_interp.solution_files import layer_of
 from em_interp.solution_space import check_bare, check_comparable, check_inside_blocks
 from em_interp.solutions import LoraAdapter
-from em_interp.statistics import clustered_bootstrap_interval
 
 Scope = Literal["prompt", "last_prompt", "response", "all"]
 ALIGNED, MISALIGNED = 90.0, 30.0  # P2 Table 1: aligned [90, 100], misaligned [0, 30]
@@ -120,12 +120,13 @@ def mean_scalars(
 def contrasts(judged: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
     """The four comparisons of P2 Table 1: name -> 1, 0 or NaN (in neither class) for every answer.
 
-    judged: columns `aligned` (0-100; missing allowed) and `in_domain` (bool). In "A / B", B is class 1.
+    judged: columns `aligned` (0-100; missing allowed) and `in_domain` (True or False, as bool or 0 and 1). In "A / B",
+    B is class 1. Raises UsageError for other values, words and missing ones among them.
     """
     if lacking := {"aligned", "in_domain"} - set(judged.columns):
         raise UsageError(f"judged answers lack the columns {sorted(lacking)}; there are {list(judged.columns)}.")
     score = judged["aligned"].to_numpy(dtype=float, na_value=np.nan)
-    inside = judged["in_domain"].to_numpy(dtype=bool)
+    inside = _in_domain(judged["in_domain"])
     good, bad = score >= ALIGNED, score <= MISALIGNED
 
     def between(zero: NDArray[np.bool_], one: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -139,6 +140,17 @@ def contrasts(judged: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
     }
 
 
+def _in_domain(column: pd.Series) -> NDArray[np.bool_]:
+    is_bool = column.map(lambda value: isinstance(value, bool | np.bool_ | int | np.integer) and value in (0, 1))
+    if not is_bool.all():
+        odd = list(dict.fromkeys(repr(value) for value in column[~is_bool]))
+        raise UsageError(
+            f"in_domain must be True or False for every answer; found {', '.join(odd[:5])}. Convert the column to bool "
+            "where it was read from text, and drop the answers of which it is not known."
+        )
+    return column.to_numpy(dtype=bool)
+
+
 def separation(
     scalars: Float[np.ndarray, "n module"],
     labels: Float[np.ndarray, "n"],
@@ -148,15 +160,16 @@ def separation(
     inverse_penalty: float = 1.0,
     folds: int = 5,
     level: float = 0.95,
-    resamples: int = 2_000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One row of `lora_scalars`: how well the scalars tell class 1 from class 0; NaN labels are left out.
 
     Standardised logistic regression with balanced classes and an L1 penalty, as in P2; scored only on groups
     (questions) that it was not fitted on. P2 has inverse_penalty = .01, which below some hundred answers leaves no
-    scalar in. low and high belong to the AUC, accuracy_low and accuracy_high to the accuracy; both resample whole
-    groups. Raises StatisticsError where a class has fewer than two groups.
+    scalar in. low and high belong to the AUC, accuracy_low and accuracy_high to the accuracy: intervals over groups
+    (`jackknife.chance_interval`) of what such a probe reaches on questions that it has not seen; `interval` says how
+    they were made. Pooled over folds, the AUC of scalars that know nothing lies below .5 on average: its interval is
+    mirrored there. Raises StatisticsError where a class has fewer than two groups.
     """
     used = np.isfinite(labels)
     x, y = scalars[used], labels[used].astype(int)
@@ -179,43 +192,32 @@ def separation(
             LogisticRegression(l1_ratio=1.0, C=inverse_penalty, solver="liblinear", class_weight="balanced"),
         )
         score[held_out] = probe.fit(x[fit], y[fit]).decision_function(x[held_out])
+    return {"comparison": comparison, **_scored(score, y, codes, level), "n_questions": len(names)}
+
+
+def _scored(
+    score: NDArray[np.float64], y: NDArray[np.int_], groups: NDArray[np.intp], level: float = 0.95
+) -> dict[str, Any]:
+    """Accuracy (score above 0 means class 1) and AUC of held-out scores, with intervals over groups."""
     right = (score > 0) == (y == 1)
-    accuracy = clustered_bootstrap_interval(
-        np.bincount(codes, weights=right), np.bincount(codes).astype(float), level=level, resamples=resamples, seed=seed
+    hits, counts = np.bincount(groups, weights=right), np.bincount(groups).astype(float)
+    auc, without = clustered_auc(score, y, groups)
+    sides = sides_of(y, groups)
+    of_auc = chance_interval(auc, without, sides, level=level)
+    of_accuracy = chance_interval(
+        float(right.mean()), (hits.sum() - hits) / (counts.sum() - counts), sides, level=level
     )
-    auc, low, high = _clustered_auc(score, y, codes, level, resamples, seed)
     return {
-        "comparison": comparison,
         "accuracy": float(right.mean()),
         "auc": auc,
-        "low": low,
-        "high": high,
+        "low": of_auc.low,
+        "high": of_auc.high,
         "n": len(y),
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
+        "accuracy_low": of_accuracy.low,
+        "accuracy_high": of_accuracy.high,
+        "interval": of_auc.method,
         "n_class_1": int(y.sum()),
-        "n_questions": len(names),
     }
-
-
-def _clustered_auc(
-    score: NDArray[np.float64], y: NDArray[np.int_], groups: NDArray[np.intp], level: float, resamples: int, seed: int
-) -> tuple[float, float, float]:
-    """AUC (ties count half) and its percentile interval over resampled groups."""
-    k = int(groups.max()) + 1
-    ones, zeros = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
-    wins = np.zeros((k, k))  # wins[g, h]: pairs of a 1 in group g above a 0 in group h
-    for h in range(k):
-        below = np.sort(score[zeros[groups[zeros] == h]])
-        sides = np.searchsorted(below, score[ones], "left") + np.searchsorted(below, score[ones], "right")
-        wins[:, h] = np.bincount(groups[ones], weights=sides / 2, minlength=k)
-    n_ones, n_zeros = np.bincount(groups[ones], minlength=k), np.bincount(groups[zeros], minlength=k)
-    weights = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=resamples).astype(float)
-    pairs = (weights @ n_ones) * (weights @ n_zeros)
-    there = pairs > 0
-    drawn = np.einsum("rg,gh,rh->r", weights, wins, weights, optimize=True)[there] / pairs[there]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(wins.sum() / (len(ones) * len(zeros))), float(low), float(high)
 
 
 def lora_scalars(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from em_interp.convergence import (
     cosine_rows,
@@ -16,6 +17,7 @@ from em_interp.convergence import (
 )
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, StatisticsError
+from em_interp.jackknife import cosine_of_means
 from em_interp.resampling import resample_direction
 
 LAYERS, WIDTH = (0, 1), 24
@@ -87,20 +89,139 @@ def test_the_interval_covers_and_the_debiased_cosine_is_nearer():
     a, other = a / a.norm(dim=1, keepdim=True), other / other.norm(dim=1, keepdim=True)
     other = other - (other * a).sum(1, keepdim=True) * a
     b = 0.6 * a + 0.8 * other / other.norm(dim=1, keepdim=True)
-    covered, plain, debiased, expected = [], [], [], []
+    plain, debiased, expected = [], [], []
     for seed in range(40):
         pair = [organism(3 * x, 17 * seed + i * 7, n=80) for i, x in enumerate((a, b))]
         both = tuple(resample_direction(p, n, resamples=60, permutations=5, seed=seed) for _, p, n in pair)
         rows = cosine_rows("a", pair[0][0], "b", pair[1][0], both)
-        assert (rows["low"] <= rows["cosine"]).all() and (rows["cosine"] <= rows["high"]).all()
+        assert (rows["low"] <= rows["cosine_debiased"]).all() and (rows["cosine_debiased"] <= rows["high"]).all()
         plain += list(rows["cosine"])
         debiased += list(rows["cosine_debiased"])
         expected += [(low, high) for low, high in zip(rows["low"], rows["high"], strict=True)]
-    centre = np.mean(plain)  # what the interval is about: the cosine of directions from so many responses
-    covered = np.mean([low <= centre <= high for low, high in expected])
+    covered = np.mean([low <= 0.6 <= high for low, high in expected])
     assert 0.88 <= covered <= 1.0
     assert abs(np.mean(debiased) - 0.6) < abs(np.mean(plain) - 0.6) / 2
     assert np.mean(plain) < 0.6
+
+
+def questioned(rng, shift, common, g=8, each=8, d=32):
+    """Responses of both classes to g questions: the class's mean, a question's effect on that class, and noise."""
+    sides = []
+    for k, of_class in enumerate((shift, np.zeros(d))):
+        rows = np.repeat(of_class + common[:, k], each, axis=0) + rng.standard_normal((g * each, d))
+        sides.append(torch.from_numpy(rows[:, None]).float())
+    names = [f"q{i}" for i in range(g) for _ in range(each)]
+    direction = Direction(sides[0].mean(0) - sides[1].mean(0), (0,), "data-diff")
+    return direction, resample_direction(
+        *sides, positive_questions=names, negative_questions=names, resamples=4, permutations=4
+    )
+
+
+def covered_rate(true_cosine, n, seed):
+    """Share of intervals that hold the population's cosine; organisms asked the same questions."""
+    rng = np.random.default_rng(seed)
+    hits, values = [], []
+    for _ in range(n):
+        u, v = np.linalg.qr(rng.standard_normal((32, 2)))[0].T
+        common = 0.6 * rng.standard_normal((8, 2, 32))
+        ends = (u, true_cosine * u + np.sqrt(1 - true_cosine**2) * v)
+        (a, of_a), (b, of_b) = (questioned(rng, 4 * end, common) for end in ends)
+        row = cosine_rows("a", a, "b", b, (of_a, of_b)).iloc[0]
+        hits.append(row["low"] <= true_cosine <= row["high"])
+        values.append(row["cosine_debiased"])
+    return np.mean(hits), np.mean(values)
+
+
+def test_the_interval_holds_the_true_cosine_of_noisy_directions_that_share_questions():
+    for true_cosine in (0.0, 0.9):
+        covered, mean = covered_rate(true_cosine, 60, 0)
+        assert covered >= 0.9 and mean == pytest.approx(true_cosine, abs=0.04)
+
+
+def slow_cosine(a, b):
+    """Products over all pairs of different questions, by loops; a, b: {question: the part it has in the mean}."""
+    own = [
+        np.mean([x @ y for p, x in one.items() for q, y in other.items() if p != q])
+        for one, other in ((a, b), (a, a), (b, b))
+    ]
+    return own[0] / np.sqrt(own[1] * own[2])
+
+
+def test_cosine_of_means_equals_the_slow_one():
+    rng = np.random.default_rng(0)
+    a = {q: 1 + 0.5 * rng.standard_normal(6) for q in range(7)}
+    b = {q: 1 + 0.5 * rng.standard_normal(6) for q in range(3, 11)}
+    shares, sides = np.zeros((2, 11, 6)), np.zeros((2, 11), dtype=int)
+    for k, rows in enumerate((a, b)):
+        for q, row in rows.items():
+            shares[k, q], sides[k, q] = row / len(rows), 3
+    value, low, high = cosine_of_means(*shares, *sides)
+    assert float(value) == pytest.approx(slow_cosine(a, b))
+    without = np.array(
+        [slow_cosine(*({p: x for p, x in rows.items() if p != q} for rows in (a, b))) for q in range(11)]
+    )
+    squares = (without - value) ** 2 * 10 / 11
+    groups = squares[:3].sum(), squares[3:7].sum(), squares[7:].sum()  # only in a, in both, only in b
+    df = sum(groups) ** 2 / (groups[0] ** 2 / 2 + groups[1] ** 2 / 3 + groups[2] ** 2 / 3)
+    half = stats.t.ppf(0.975, df) * np.sqrt(sum(groups))
+    assert (float(low), float(high)) == pytest.approx((value - half, min(value + half, 1)))
+    batched = cosine_of_means(*(np.stack([x, x]) for x in shares), *sides)
+    np.testing.assert_allclose(batched[1], low)
+
+
+def test_what_is_no_more_than_noise_gets_no_interval():
+    rng = np.random.default_rng(0)
+    for shift in (np.zeros(32), 4 * np.eye(32)[0]):
+        common = np.zeros((8, 2, 32))
+        (a, of_a), (b, of_b) = (questioned(rng, end, common) for end in (4 * np.eye(32)[0], shift))
+        row = cosine_rows("a", a, "b", b, (of_a, of_b)).iloc[0]
+        assert np.isfinite(row["permutation_p"])
+        if shift.any():
+            assert row["interval"] == "jackknife over 8 questions" and row["low"] > 0.5
+        else:
+            assert row["interval"] == "none: too noisy for a debiased cosine"
+            assert np.isnan([row["low"], row["high"], row["cosine_debiased"]]).all()
+    (a, of_a), (b, of_b) = (questioned(rng, shift, common[:2], g=2) for _ in range(2))
+    few = cosine_rows("a", a, "b", b, (of_a, of_b))
+    assert few["interval"].item().startswith("none: too few questions")
+
+
+def test_a_finished_vector_has_a_permutation_null_but_no_interval():
+    a, p, n = organism(truth(0), 0)
+    vector = Direction(truth(0), LAYERS, "steering-vector")
+    for order in (0, 1):
+        both = [("a", a, resample_direction(p, n)), ("v", vector, None)][:: 1 - 2 * order]
+        (name_a, one, of_one), (name_b, other, of_other) = both
+        row = cosine_rows(name_a, one, name_b, other, (of_one, of_other))
+        assert (row["permutation_p"] < 0.01).all() and row["low"].isna().all()
+        assert row["interval"].str.contains("finished vector").all()
+    assert "permutation_p" not in cosine_rows("a", a, "v", vector, (None, None))
+
+
+def test_noise_dimensions_count_the_axes_of_the_noise():
+    rng = np.random.default_rng(0)
+    spectrum = 1 / np.arange(1, 65)
+    for sd, expected in ((np.ones(64), 64), (np.sqrt(spectrum), spectrum.sum() ** 2 / (spectrum**2).sum())):
+        sides = [torch.from_numpy(rng.standard_normal((150, 1, 64)) * sd).float() for _ in range(2)]
+        assert resample_direction(*sides).noise_dimensions.item() == pytest.approx(expected, rel=0.15)
+
+
+def test_weights_are_those_of_the_pooling():
+    _, positive, negative = organism(truth(), 0, n=9)
+    size = np.arange(1.0, 10.0)
+    found = resample_direction(positive, negative, positive_weights=size, negative_weights=size[::-1].copy())
+    slow = sum(w * x for w, x in zip(size, positive, strict=True)) / 45
+    slow = slow - sum(w * x for w, x in zip(size[::-1], negative, strict=True)) / 45
+    torch.testing.assert_close(found.direction, slow, rtol=1e-4, atol=1e-5)
+    left = sum(w * x for w, x in zip(size[1:], positive[1:], strict=True)) / 44 - (
+        sum(w * x for w, x in zip(size[::-1], negative, strict=True)) / 45
+    )
+    torch.testing.assert_close(found.without[0], left, rtol=1e-4, atol=1e-5)
+    plain = Direction(positive.mean(0) - negative.mean(0), LAYERS, "data-diff")
+    with pytest.raises(DirectionError, match="another difference of means"):
+        cosine_rows("a", plain, "b", plain, (found, found))
+    with pytest.raises(StatisticsError, match="weights must be positive"):
+        resample_direction(positive, negative, positive_weights=0 * size)
 
 
 def test_permutation_null_sees_what_the_random_one_does_not():

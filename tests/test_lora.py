@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from em_interp.chat import encode
 from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.jackknife import chance_interval, clustered_auc
 from em_interp.lora import (
-    _clustered_auc,
     _positions,
+    _scored,
     contrasts,
     lora_scalars,
     mean_scalars,
@@ -56,20 +58,54 @@ def test_scalars_equal_the_slow_ones(family: str, scope: Any) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10_000))
-def test_auc_is_the_plain_one_and_its_interval_that_of_resampled_rows(seed: int) -> None:
+def test_auc_is_the_plain_one_and_its_interval_the_jackknifes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(6), 5)
     y = rng.integers(0, 2, 30)
     y[:2] = 0, 1
     score = np.round(y + rng.normal(size=30), 1)  # with ties
-    auc, low, high = _clustered_auc(score, y, groups, 0.9, 60, 3)
+    auc, without = clustered_auc(score, y, groups)
     assert auc == pytest.approx(roc_auc_score(y, score))
-    drawn = []
-    for weights in np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=60):
-        rows = np.concatenate([np.repeat(np.flatnonzero(groups == g), n) for g, n in enumerate(weights)]).astype(int)
-        if len(set(y[rows])) == 2:
-            drawn.append(roc_auc_score(y[rows], score[rows]))
-    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.05, 0.95])))
+    slow = [roc_auc_score(y[groups != g], score[groups != g]) for g in range(6)]
+    np.testing.assert_allclose(without, slow)
+    found = _scored(score, y, groups)
+    odds = np.log(np.clip([auc, *slow], 1 / 72, 1 - 1 / 72)) - np.log1p(-np.clip([auc, *slow], 1 / 72, 1 - 1 / 72))
+    sides = np.array([(y[groups == g] == 1).any() + 2 * (y[groups == g] == 0).any() for g in range(6)])
+    squares = 5 / 6 * (odds[1:] - odds[0]) ** 2
+    parts = [squares[sides == side].sum() for side in (1, 2, 3)]
+    freedom = [max((sides == side).sum() - 1, 1) for side in (1, 2, 3)]
+    df = sum(parts) ** 2 / sum(p**2 / n for p, n in zip(parts, freedom, strict=True))
+    half = stats.t.ppf(0.975, df) * np.sqrt(sum(parts))
+    low, high = 1 / (1 + np.exp(-(odds[0] - half))), 1 / (1 + np.exp(-(odds[0] + half)))
+    assert found["low"] == pytest.approx(low)
+    assert found["high"] == pytest.approx(max(high, 1 - low) if auc < 0.5 else high)
+
+
+@pytest.mark.parametrize("n_modules", [1, 4])
+def test_scalars_that_know_nothing_rarely_leave_chance(n_modules: int) -> None:
+    """Nominal 95%: of 100 data sets with 20 questions, about five may exclude .5."""
+    rng = np.random.default_rng(0)
+    excluded = 0
+    for _ in range(100):
+        groups = np.repeat(np.arange(20), 8)
+        labels = (rng.random(160) < rng.beta(2, 2, 20)[groups]).astype(float)
+        scalars = 0.6 * rng.standard_normal((20, n_modules))[groups] + 0.8 * rng.standard_normal((160, n_modules))
+        row = separation(scalars, labels, list(groups), comparison="nothing")
+        excluded += not row["low"] <= 0.5 <= row["high"]
+    assert excluded <= 10
+
+
+def test_an_interval_below_chance_is_mirrored_and_a_perfect_one_has_width() -> None:
+    strata = np.full(8, 3)
+    low = chance_interval(0.4, np.linspace(0.37, 0.43, 8), strata)
+    assert low.high == pytest.approx(1 - low.low) and low.low < 0.4
+    perfect = chance_interval(1.0, np.ones(8), strata)
+    assert (perfect.low, perfect.high) == pytest.approx((0.676, 1), abs=1e-3) and perfect.method == "Wilson"
+    few = chance_interval(0.4, np.array([0.4, 0.5]), strata[:2])
+    assert np.isnan([few.low, few.high]).all() and few.method == "none: too few questions"
+    assert np.isnan(chance_interval(0.4, np.array([0.4, np.nan, 0.5]), strata[:3]).low)
+    with pytest.raises(StatisticsError, match="no probabilities"):
+        chance_interval(0.4, np.array([0.4, 1.2, 0.5]), strata[:3])
 
 
 def fake(n_questions: int = 20, each: int = 10, effect: float = 3.0, seed: int = 0) -> tuple[np.ndarray, pd.DataFrame]:
@@ -135,6 +171,18 @@ def test_contrasts_are_the_papers() -> None:
         np.testing.assert_array_equal(values, np.array(right, dtype=float))
     with pytest.raises(UsageError, match="in_domain"):
         contrasts(judged[["aligned"]])
+    pd.testing.assert_frame_equal(
+        pd.DataFrame(contrasts(judged.astype({"in_domain": int}))), pd.DataFrame(contrasts(judged))
+    )
+
+
+@pytest.mark.parametrize("value", ["False", "true", None, float("nan"), 2, 0.5, 1.0, pd.NA])
+def test_in_domain_is_true_or_false_and_nothing_else(value: Any) -> None:
+    judged = pd.DataFrame({"aligned": [90, 30, 10], "in_domain": pd.Series([True, False, value], dtype=object)})
+    with pytest.raises(UsageError, match="must be True or False"):
+        contrasts(judged)
+    with pytest.raises(UsageError, match="must be True or False"):
+        contrasts(judged.astype({"in_domain": "string"}))
 
 
 def test_what_is_written_is_b_and_its_lens_reads_it() -> None:

@@ -14,7 +14,7 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.convergence import cosine_rows, organism_cosines
 from em_interp.directions import Direction
-from em_interp.errors import EmInterpError
+from em_interp.errors import EmInterpError, StatisticsError
 from em_interp.extraction import Contrast, contrast
 from em_interp.pocket import world
 from em_interp.resampling import Resamples, resample_direction
@@ -22,11 +22,18 @@ from em_interp.solutions import LoraAdapter, SteeringVector
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
-    "Mean-diff directions of every pair of general organisms, layer by layer, with 95% intervals (answers drawn again) "
-    "and the random-direction null. content_cosine is the same pair of text sets read in the chat model: what they "
-    "share by their words alone. Then every reading of one organism beside the others: mean-diff, model-diff, the "
-    "trained vector or LoRA B, and the persona that pre-training put into the chat model, announced by a system prompt "
-    "or only inferable from an earlier answer (read at the last prompt token)."
+    "Mean-diff directions of every pair of general organisms, layer by layer. Noise in the means shrinks a cosine: "
+    "cosine_debiased is without that, and low and high are its 95% interval (questions left out in turn), not that of "
+    "the plain cosine; empty where a direction is no larger than its noise. content_cosine is the same pair of text "
+    "sets read in the chat model: what they share by their words alone. Then every reading of one organism beside the "
+    "others: mean-diff, model-diff, the trained vector or LoRA B, and the persona that pre-training put into the chat "
+    "model, announced by a system prompt or only inferable from an earlier answer (read at the last prompt token). "
+    "Two nulls: p_value is that of two directions random in all of d_model, which assumes that noise has no favourite "
+    "axes. Activations do: noise_dimensions is how many axes of equal variance would vary as theirs do about their "
+    "class's mean (the participation ratio of the spectrum), and where it is far below d_model, two directions of mere "
+    "noise have large cosines and small p-values. permutation_p is against directions that noise in these very "
+    "activations gives (labels permuted within a question); it is empty where no single responses stand behind either "
+    "vector."
 )
 TABLES = ("cosines",)
 PAIRS = 150
@@ -46,37 +53,64 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if len(entries) < 2:
         raise nothing_of(suite, "two general organisms with misaligned and aligned coherent answers")
     mean_diffs = {name: c.direction() for name, c in contrasts.items()}
-    resamples = {name: _resamples(c) for name, c in contrasts.items()}
+    resamples: dict[str, Resamples] = {}
+    for name, of in contrasts.items():
+        _add_resamples(suite, resamples, name, of)
     content = {e.name: organisms.contrast(e, "data-diff-in-chat").direction() for e in entries}
     between = organism_cosines(mean_diffs, resamples=resamples, content=content).assign(comparison="between finetunes")
     hows = ("announced", "inferred") if suite.source == "pocket" else ()  # the world knows its personas
-    personas = {f"persona ({how}, pre-trained)": _persona(organisms, how) for how in hows}
+    read = {f"persona ({how}, pre-trained)": _persona(organisms, how) for how in hows}
+    personas = {name: of.direction() for name, of in read.items()}
+    for name, of in read.items():
+        _add_resamples(suite, resamples, name, of)
     readings = []
+
+    def row(name_a: str, a: Direction, name_b: str, b: Direction) -> pd.DataFrame:
+        shared = sorted(set(a.layers) & set(b.layers))
+        behind = [
+            resamples[name].only([direction.layers.index(layer) for layer in shared]) if name in resamples else None
+            for name, direction in ((name_a, a), (name_b, b))
+        ]
+        return cosine_rows(name_a, a.only(shared), name_b, b.only(shared), (behind[0], behind[1]))
+
     for entry in entries:
+        of = organisms.contrast(entry, "model-diff")
+        _add_resamples(suite, resamples, f"{entry.name}:model-diff", of)
+        if entry.name in resamples:
+            resamples[f"{entry.name}:mean-diff"] = resamples[entry.name]
         named: dict[str, Direction] = {
             f"{entry.name}:mean-diff": mean_diffs[entry.name],
-            f"{entry.name}:model-diff": organisms.contrast(entry, "model-diff").direction(),
+            f"{entry.name}:model-diff": of.direction(),
             **_trained(suite, organisms.solution(entry), entry.name),
         }
         pairs = [*combinations(named.items(), 2)]
         pairs += [(a, b) for a in named.items() for b in personas.items()]
         for (name_a, a), (name_b, b) in pairs:
             if set(a.layers) & set(b.layers):
-                shared = sorted(set(a.layers) & set(b.layers))
-                readings.append(cosine_rows(name_a, a.only(shared), name_b, b.only(shared)))
+                readings.append(row(name_a, a, name_b, b))
     for (name_a, a), (name_b, b) in combinations(personas.items(), 2):
-        readings.append(cosine_rows(name_a, a, name_b, b))
+        readings.append(row(name_a, a, name_b, b))
     return {
         "cosines": pd.concat([between, *(r.assign(comparison="between readings") for r in readings)], ignore_index=True)
     }
 
 
-def _resamples(of: Contrast) -> Resamples:
-    def rows(side: str) -> torch.Tensor:
-        activations = of.positive if side == "positive" else of.negative
-        return torch.stack([activations.each(of.scope, layer) for layer in activations.layers], dim=1)
-
-    return resample_direction(rows("positive"), rows("negative"))
+def _add_resamples(suite: Suite, to: dict[str, Resamples], name: str, of: Contrast) -> None:
+    """The resamples of a direction pooled over tokens, at the layers that it has; a note where there can be none."""
+    layers = of.direction().layers
+    sides = of.positive, of.negative
+    rows = [torch.stack([side.each(of.scope, layer) for layer in layers], dim=1) for side in sides]
+    weights = [side.counts[of.scope].double().numpy() for side in sides]
+    try:
+        to[name] = resample_direction(
+            *rows,
+            positive_questions=of.positive.questions,
+            negative_questions=of.negative.questions,
+            positive_weights=weights[0],
+            negative_weights=weights[1],
+        )
+    except StatisticsError as error:
+        suite.note(StatisticsError(f"{name}: {error}"))
 
 
 def _trained(suite: Suite, solution: SteeringVector | LoraAdapter, name: str) -> dict[str, Direction]:
@@ -96,7 +130,7 @@ def _trained(suite: Suite, solution: SteeringVector | LoraAdapter, name: str) ->
     return {f"{name}:{kind}": found}
 
 
-def _persona(organisms: Organisms, how: str) -> Direction:
+def _persona(organisms: Organisms, how: str) -> Contrast:
     """Malicious minus caring persona in the chat model, at the last prompt token before it answers."""
     rng = random.Random(0)
     questions = world.questions("advice", held_out_topic=False, held_out_phrasing=False)
@@ -115,9 +149,8 @@ def _persona(organisms: Organisms, how: str) -> Direction:
         [prompt("caring", *pair) for pair in drawn],
         kind="persona-contrast",
         scope="last_prompt",
-        keep=False,
         progress=False,
-    ).direction()
+    )
 
 
 def _user(question: world.Question) -> dict[str, str]:
