@@ -18,6 +18,7 @@ from em_interp.errors import DirectionError, UsageError
 from em_interp.hooks import check_layer
 from em_interp.interventions import Project, check_direction, check_scope
 from em_interp.models import ChatModel
+from em_interp.seeds import check_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ def arms(
 
     The ablation's arm is named after its mode: "layerwise", or "single" with `from_layer`.
     """
-    controls = random_directions(direction, random_arms, torch.Generator().manual_seed(seed))
+    controls = random_directions(direction, random_arms, torch.Generator().manual_seed(check_seed(seed)))
     mode = "layerwise" if from_layer is None else "single"
     return {
         "none": [],

@@ -24,6 +24,7 @@ from em_interp.chat import Batch, Conversation, Encoded, Side, Tokenizer, collat
 from em_interp.directions import TOKEN_SCOPES
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
 from em_interp.hooks import BlockFn, check_layer, position_ids, run_bridge_until, run_until
+from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.manifest import source_hash
 from em_interp.memory import run_in_batches
 from em_interp.models import ChatModel
@@ -107,17 +108,14 @@ def _read(tokenizer: Tokenizer, conversation: Conversation, scopes: Sequence[str
 def _read_all(model: ChatModel, conversations: Sequence[Conversation], scopes: Sequence[str]) -> list[_Row]:
     if not len(conversations):
         raise ActivationError("no conversations were given: there is nothing to average.")
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    refuse_dropout(model.hf)
     rows = []
     for number, conversation in enumerate(conversations):
         try:
             rows.append(_read(model.tokenizer, conversation, scopes))
         except ChatTemplateError as error:
             raise ChatTemplateError(f"conversation {number}: {error}") from error
-        if limit is not None and len(rows[-1].encoded) > limit:
-            raise ActivationError(
-                f"conversation {number} has {len(rows[-1].encoded)} tokens and {model.name} reads {limit}. Drop it."
-            )
+    check_lengths(model.hf, [len(row.encoded) for row in rows])
     return rows
 
 
@@ -286,7 +284,8 @@ def collect(
     `blocks.{l}.hook_out` (eager attention: slower).
 
     Conversations end with the assistant; for the prompt scopes and `all` they may end before it. Raises
-    ActivationError, ChatTemplateError, HookError (unknown layer), StoreError, MemoryLimitError or OutputError.
+    ActivationError, ChatTemplateError, TextLimitError, ModelError (active dropout), HookError (unknown layer),
+    StoreError, MemoryLimitError or OutputError.
     """
     unknown = [scope for scope in scopes if scope not in TOKEN_SCOPES]
     if unknown or not scopes:

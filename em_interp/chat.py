@@ -1,15 +1,15 @@
 """Conversations to token ids, masks and padded batches, with spans decided by the chat template alone.
 
-A response runs from the first token after the generation prompt to the end-of-turn token, included. No
-generation prompt follows a finished conversation (the reference code's training text ends in an empty
-assistant turn).
+A response runs from the first token after the generation prompt to the end-of-turn token, included; what the template
+appends after the last turn is not part of it. No generation prompt follows a finished conversation (the reference
+code's training text ends in an empty assistant turn).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,16 @@ from torch import Tensor
 
 from em_interp.errors import ChatTemplateError
 from em_interp.hooks import position_ids
+from em_interp.templates import Conversation as Conversation
+from em_interp.templates import Message as Message
+from em_interp.templates import Tokenizer as Tokenizer
+from em_interp.templates import check_template as check_template
+from em_interp.templates import common_suffix, prompt_text, turns_of
+from em_interp.templates import end_of_turn_id as end_of_turn_id
+from em_interp.templates import render as render
+from em_interp.templates import token_ids as token_ids
 
-Message = Mapping[str, str]
-Conversation = Sequence[Message]
 Side = Literal["left", "right"]
-Tokenizer = Any  # a transformers tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,72 +77,59 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer_mask.to(device), self.index)
 
 
-def check_template(tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer without a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ChatTemplateError(
-            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template. Use the chat "
-            "(instruct) "
-            "model's tokenizer, or set tokenizer.chat_template."
-        )
-
-
-def render(tokenizer: Tokenizer, conversation: Conversation, *, generation_prompt: bool) -> str:
-    """The conversation as the template's text."""
-    check_template(tokenizer)
-    for message in conversation:
-        if not isinstance(message.get("content"), str) or not isinstance(message.get("role"), str):
-            raise ChatTemplateError(f"a message needs a text 'role' and 'content', found {dict(message)!r}.")
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in conversation],
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
-    except Exception as error:  # jinja2 and template-raised errors of many kinds
-        roles = [message["role"] for message in conversation]
-        raise ChatTemplateError(f"the chat template refuses the roles {roles}: {error}.") from error
-    return str(text)
-
-
-def token_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of template text; the template has already written the special tokens."""
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> tuple[int, ...]:
     """Ids of a conversation that the assistant is to continue, generation prompt included."""
+    turns_of(tokenizer).check(conversation)
     if not conversation or conversation[-1]["role"] == "assistant":
         raise ChatTemplateError("a prompt must end with a message that is not the assistant's.")
-    return token_ids(tokenizer, render(tokenizer, conversation, generation_prompt=True))
-
-
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
+    return token_ids(tokenizer, prompt_text(tokenizer, conversation))
 
 
 def _response_span(
-    tokenizer: Tokenizer, full: tuple[int, ...], conversation: Conversation, turn: int
+    tokenizer: Tokenizer, text: str, full: tuple[int, ...], conversation: Conversation, turn: int
 ) -> tuple[int, int]:
-    start_ids = prompt_ids(tokenizer, conversation[:turn])
-    end_ids = token_ids(tokenizer, render(tokenizer, conversation[: turn + 1], generation_prompt=False))
+    turns = turns_of(tokenizer)
+    last = turn == len(conversation) - 1
+    if not turn or conversation[turn - 1]["role"] == "assistant":
+        raise ChatTemplateError(f"turn {turn}: the assistant answers nothing. Put a user message before it.")
+    opening = prompt_text(tokenizer, conversation[:turn]).removesuffix(turns.surplus)
+    rest = turns.end + turns.tail if last else _after(tokenizer, text, conversation, turn)
+    if not text.startswith(opening) or not text.endswith(rest) or not rest.startswith(turns.end):
+        raise ChatTemplateError(
+            f"turn {turn}: the text of the prompt is not a prefix of the whole conversation's, or another text than "
+            f"{turns.end!r} follows, so the response has no clear start or end. End the conversation at this turn, or "
+            "use a template that writes earlier turns and the generation prompt unchanged."
+        )
+    stop = len(text) - len(rest)
+    content, written = conversation[turn]["content"], text[len(opening) : stop]
+    if not content or not (content.strip() or content in written):
+        raise ChatTemplateError(f"turn {turn}: the response is empty once the template is applied.")
+    if "".join(content.split()) not in "".join(written.split()):
+        raise ChatTemplateError(
+            f"turn {turn}: the template leaves out or rewrites a part of the answer, {content[:60]!r}. Give the answer "
+            "without it (a block of thoughts, for example)."
+        )
+    start_ids = token_ids(tokenizer, opening)
+    if last and turns.end_id is not None:
+        end_ids = full[: len(full) - turns.tail_tokens]
+    else:
+        end_ids = token_ids(tokenizer, text[: stop + len(turns.end)])
     for what, part in (("prompt", start_ids), ("conversation up to the response", end_ids)):
-        if full[: len(part)] != part:
+        if full[: len(part)] != part or turns.end_id not in (None, end_ids[-1]):
             raise ChatTemplateError(
-                f"turn {turn}: the tokens of the {what} are not a prefix of the whole conversation's "
-                "tokens, so the "
-                "response has no clear start. Strip white space at the start of the answer, end the "
-                "conversation at "
+                f"turn {turn}: the tokens of the {what} are not a prefix of the whole conversation's tokens, so the "
+                "response has no clear start. Strip white space at the start of the answer, end the conversation at "
                 "this turn, or use a template that writes earlier turns and the generation prompt unchanged."
             )
-    start, end = len(start_ids), len(end_ids)
-    special = _special_ids(tokenizer)
-    closing = [i for i in range(start, end) if full[i] in special]
-    end = closing[-1] + 1 if closing else end
-    if end - start < (2 if closing else 1):
-        raise ChatTemplateError(f"turn {turn}: the response is empty once the template is applied.")
-    return start, end
+    return len(start_ids), len(end_ids)
+
+
+def _after(tokenizer: Tokenizer, text: str, conversation: Conversation, turn: int) -> str:
+    """What the template writes after the answer of an earlier turn: what stays if that answer is another."""
+    answer = conversation[turn]["content"]
+    other = next(letter for letter in "xyz" if letter not in (answer[-1:], answer.rstrip()[-1:]))
+    changed = [*conversation[:turn], {"role": "assistant", "content": other}, *conversation[turn + 1 :]]
+    return common_suffix(text, render(tokenizer, changed, generation_prompt=False))
 
 
 def encode(
@@ -152,13 +144,15 @@ def encode(
     empty_turn reproduces a defect: the reference's training text goes on with an empty assistant turn and
     eos, scored too. Its phase-transition figures depend on it.
     """
+    turns_of(tokenizer).check(conversation)
     if not conversation or conversation[-1]["role"] != "assistant":
         raise ChatTemplateError("a conversation to score must end with an assistant message.")
-    full = token_ids(tokenizer, render(tokenizer, conversation, generation_prompt=False))
+    text = render(tokenizer, conversation, generation_prompt=False)
+    full = token_ids(tokenizer, text)
     wanted = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
     if turns == "last":
         wanted = wanted[-1:]
-    spans = [_response_span(tokenizer, full, conversation, turn) for turn in wanted]
+    spans = [_response_span(tokenizer, text, full, conversation, turn) for turn in wanted]
     if empty_turn:
         opened = token_ids(tokenizer, render(tokenizer, conversation, generation_prompt=True))
         if opened[: len(full)] != full or tokenizer.eos_token_id is None:
@@ -191,16 +185,6 @@ def encode_all(
                 "Raise the limit or drop the conversation: a cut response has no end."
             )
     return encoded
-
-
-def end_of_turn_id(tokenizer: Tokenizer) -> int | None:
-    """The token with which the template closes an assistant turn; None where it writes none."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    ids = token_ids(tokenizer, render(tokenizer, probe, generation_prompt=False))
-    start = len(prompt_ids(tokenizer, probe[:1]))
-    special = _special_ids(tokenizer)
-    closing = [i for i in ids[start:] if i in special]
-    return closing[-1] if closing else None
 
 
 def pad_id(tokenizer: Tokenizer) -> int:

@@ -93,6 +93,10 @@ class ChatTemplateError(EmInterpError):
     """A conversation that the tokenizer's chat template cannot turn into prompt and response."""
 
 
+class TextLimitError(EmInterpError):
+    """Text beyond the longest that the model was made for."""
+
+
 class HookError(EmInterpError):
     """A hook that has no place to go, or that never fired."""
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear module, whose we
 
 from em_interp.chat import Conversation, batches, encode_all, pad_id
 from em_interp.errors import SolutionError
+from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.losses import batch_nll, token_budget
 from em_interp.models import ChatModel
 from em_interp.solution_space import Theta, check_bare, check_comparable, dimension
@@ -91,6 +92,8 @@ def loss_gradient(
     Gradients of batches are summed in float64. A theta of zero is allowed: that is where training starts.
     """
     encoded = encode_all(model.tokenizer, conversations)
+    check_lengths(model.hf, [len(row) for row in encoded])
+    refuse_dropout(model.hf)
     with model.no_adapter():
         check_bare(model)
     budget = tokens_per_batch or token_budget(model.hf)

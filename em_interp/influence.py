@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 from em_interp.chat import Batch, Encoded, budget_groups, collate, pad_id
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.hooks import block_hooks, unwrap
+from em_interp.limits import check_lengths
 from em_interp.models import ChatModel
+from em_interp.seeds import check_seed
 from em_interp.solution_space import (
     Theta,
     check_bare,
@@ -78,7 +80,7 @@ def at_equal_norms(
         )
     check_comparable({c.direction: c.solution for c in trained})
     first = trained[0].solution
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     rows = list(trained)
     rows += [Candidate(f"random-{i:02}", "random", random_like(first, generator)) for i in range(n_random)]
     return [
@@ -130,6 +132,7 @@ def document_kl(
         check_bare(model)
         while buffer := list(islice(stream, _BUFFER)):
             encoded = [_encode(model.tokenizer, text, number, max_tokens) for number, text in buffer]
+            check_lengths(model.hf, [len(row) for row in encoded], what="document")
             for group in budget_groups([len(row) for row in encoded], budget):
                 rows = [encoded[i] for i in group]
                 sums = _batch_sums(model, rows, [c.solution for c in candidates], label)

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from em_interp.chat import Batch, Encoded, batches, budget_groups, collate, pad_id
 from em_interp.errors import LossSetError, ModelError
 from em_interp.hooks import find_blocks, firing, has_our_hooks, hidden_of, scored_logits, tagged, with_hidden
+from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.losses import nll_each, nll_sum, token_budget
 from em_interp.models import ChatModel
-from em_interp.solutions import LoraAdapter, Solution, SteeringVector, refuse_dropout, refuse_other_models
+from em_interp.solutions import LoraAdapter, Solution, SteeringVector, refuse_other_models
 from em_interp.suffix import ResidualCache, replaced_up_to
 
 # Larger passes are no faster on a CPU (measured at d_model 256: 512 and 8,192 tokens are 10-20% slower).
@@ -190,7 +191,7 @@ class Landscape:
     Every span of the conversations is scored, and responses to the same prompt form one cluster. tokens_per_pass
     bounds a pass (rows x thetas x longest row); by default its logits stay near 1 GB, and it has at most 2,048 tokens
     on a CPU. Residuals are kept up to cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully
-    masked set.
+    masked set, TextLimitError.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Landscape:
                 f"{len(silent)} of {len(encoded)} conversations have no response token to score after a prompt, e.g. "
                 f"number {silent[0]}: the loss set is fully masked there. Drop them, or encode with `chat.encode_all`."
             )
+        check_lengths(model.hf, [len(row) for row in encoded])
         self.model, self.encoded = model, list(encoded)
         self.pad = pad_id(model.tokenizer)
         budget = token_budget(model.hf)
@@ -232,7 +234,7 @@ class Landscape:
 
         Equal to `plain_losses` up to rounding. Where the architecture does not allow sharing, found by comparing
         both on two responses, plain passes are taken, with a SharingWarning and the reason in `Losses.plain`.
-        Raises SolutionError for solutions of another model or under active dropout, ModelError while an adapter or
+        Raises SolutionError for solutions of another model, ModelError under active dropout or while an adapter or
         hook is active, LossSetError for a loss that is not finite.
         """
         self._check(solutions)

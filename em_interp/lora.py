@@ -27,6 +27,7 @@ from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.hooks import firing, tagged, unwrap
 from em_interp.jackknife import chance_interval, clustered_auc, sides_of
 from em_interp.lens import logit_lens
+from em_interp.limits import check_lengths
 from em_interp.models import ChatModel
 from em_interp.solution_files import layer_of
 from em_interp.solution_space import check_bare, check_comparable, check_inside_blocks
@@ -73,6 +74,7 @@ def token_scalars(
     with model.no_adapter():
         check_bare(model)
     encoded = encode_all(model.tokenizer, conversations)
+    check_lengths(model.hf, [len(row) for row in encoded])
     for batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=tokens_per_batch):
         with torch.no_grad(), model.no_adapter(), adapter.attached(model):
             read = _read(model, adapter, batch.to(model.device).inputs())

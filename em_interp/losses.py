@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from em_interp.chat import Batch, Encoded, batches
 from em_interp.errors import TrainingError
 from em_interp.hooks import scored_logits, unwrap
+from em_interp.limits import check_lengths, refuse_dropout
 
 KLScope = Literal["all", "response"]
 
@@ -84,6 +85,8 @@ def response_loss(hf: nn.Module, encoded: Sequence[Encoded], *, pad: int, tokens
     """L_SFT of a model, with whatever is attached to it, in nats per response token."""
     if not sum(row.n_response for row in encoded):
         raise TrainingError("no response tokens to score: the loss set is empty or fully masked.")
+    check_lengths(hf, [len(row) for row in encoded])
+    refuse_dropout(hf)
     device = next(hf.parameters()).device
     budget = tokens_per_batch or token_budget(hf)
     total, count = 0.0, 0

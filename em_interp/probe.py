@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from em_interp.chat import Batch, Encoded, Side, Tokenizer, collate, pad_id, prompt_ids
 from em_interp.errors import EmInterpError, ModelError
 from em_interp.hooks import find_blocks, residuals
+from em_interp.limits import text_limit
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
@@ -39,7 +40,8 @@ def refuse_difference(
 def _rows(hf: Any, tokenizer: Tokenizer, name: str) -> list[Encoded]:
     """Two short prompts of different lengths."""
     long = prompt_ids(tokenizer, [{"role": "user", "content": "Hello there, how are you?"}])
-    long = (long * 4)[: max(8, len(long))]
+    length = max(8, len(long))
+    long = (long * 4)[: min(length, text_limit(hf) or length)]
     vocabulary = hf.get_input_embeddings().weight.shape[0]
     if max(long) >= vocabulary:
         raise ModelError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from em_interp.errors import TrainingError
+from em_interp.seeds import check_seed
 
 QWEN14B_LOGIT_WIDTH = 152_064
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,6 +71,7 @@ class TrainingSpec:
     save_steps: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         positive: dict[str, Any] = {
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,

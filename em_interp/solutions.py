@@ -22,6 +22,7 @@ from em_interp import solution_files as files
 from em_interp.adapter_config import VectorConfig, describe, read_config
 from em_interp.errors import SolutionError
 from em_interp.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
+from em_interp.limits import refuse_dropout
 from em_interp.manifest import fingerprint
 from em_interp.models import ChatModel
 from em_interp.weights import tensors_hash
@@ -70,22 +71,6 @@ class Solution(Protocol):
     def save(self, path: str | Path) -> Path:
         """Write the folder that real ones have; returns it."""
         ...
-
-
-def refuse_dropout(hf: nn.Module) -> None:
-    """Raise SolutionError if any dropout is active in the model or in an adapter on it."""
-
-    def active(module: nn.Module) -> bool:
-        rate = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else None
-        rate = getattr(module, "attention_dropout", 0) if rate is None else rate
-        return module.training and isinstance(rate, (int, float)) and rate > 0
-
-    live = [name for name, module in hf.named_modules() if active(module)]
-    if live:
-        raise SolutionError(
-            f"dropout is active in {len(live)} modules, e.g. {live[0]}: every pass would give another loss. Call "
-            "model.hf.eval() first."
-        )
 
 
 def refuse_other_models(model: ChatModel, solutions: Iterable[Solution]) -> None:

@@ -24,8 +24,10 @@ from em_interp.evaluation.rates import PAPER, Criterion, em_rates
 from em_interp.evaluation.sampling import Questions, answer_table, as_conversation, sample_rows
 from em_interp.hooks import BlockFn, block_hooks, check_layer
 from em_interp.interventions import Add, as_coefficients, check_direction, check_scope, intervening
+from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.models import ChatModel
 from em_interp.resume import Parts
+from em_interp.seeds import check_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,8 @@ def residual_norms(model: ChatModel, questions: Questions, layers: Sequence[int]
         raise UsageError("no questions were given: there is nothing to measure residual norms on.")
     wanted = [check_layer(layer, model.n_layers) for layer in (layers or range(model.n_layers))]
     encoded = [Encoded(prompt_ids(model.tokenizer, as_conversation(q)), ()) for q in questions.values()]
+    check_lengths(model.hf, [len(row) for row in encoded], what="question")
+    refuse_dropout(model.hf)
     norms: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     real = torch.empty(0)
 
@@ -150,7 +154,7 @@ def sweep(
         )
     check_direction(direction, model)
     typical = residual_norms(model, questions, layers)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     controls = random_directions(direction, random_arms, generator)
     named = {name or direction.kind: direction} | {f"random {i}": control for i, control in enumerate(controls)}
     grid: list[_Arm] = []

@@ -25,6 +25,7 @@ from em_interp.chat import Batch, Conversation, Encoded, collate, encode_all, pa
 from em_interp.errors import TrainingError
 from em_interp.files import move_folder, written_whole
 from em_interp.hooks import scored_logits
+from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.losses import kl_positions, kl_sum, nll_sum
 from em_interp.manifest import fingerprint, source_hash
 from em_interp.models import ChatModel
@@ -132,6 +133,9 @@ def finetune(
         if kl_conversations is not None
         else None
     )
+    check_lengths(model.hf, [len(row) for row in data])
+    check_lengths(model.hf, [len(row) for row in kl_data or ()], what="KL conversation")
+    refuse_dropout(model.hf)
     out = Path(out_dir) if out_dir is not None else None
     if resume and out is None:
         raise TrainingError("nothing can be resumed without out_dir. Give the folder that the run is written to.")

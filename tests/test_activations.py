@@ -20,6 +20,7 @@ from em_interp.errors import (
     MemoryLimitError,
     OutputError,
     StoreError,
+    TextLimitError,
 )
 from em_interp.extraction import contrast
 from em_interp.hooks import has_our_hooks, tagged
@@ -349,7 +350,7 @@ def test_refusals():
         collect(model, CONVERSATIONS, layers=[], **quiet)
     with pytest.raises(ActivationError, match=r"token scopes .*choose from prompt"):
         collect(model, CONVERSATIONS, scopes=[], **quiet)
-    with pytest.raises(ActivationError, match="reads 256"):
+    with pytest.raises(TextLimitError, match="reads 256"):
         collect(model, [talk("fox " * 300, "a")], **quiet)
     bare = copy.copy(model)
     bare.tokenizer = copy.deepcopy(tokenizer())

@@ -254,9 +254,9 @@ def test_active_dropout_is_refused_in_models_and_adapters():
     model.hf.config.attention_dropout = 0.1
     for block in find_blocks(model.hf):
         block.self_attn.attention_dropout = 0.1
-    with pytest.raises(SolutionError, match=r"dropout is active in 4 modules.*hf\.eval\(\)"):
+    with pytest.raises(ModelError, match=r"dropout is active in 4 modules.*hf\.eval\(\)"):
         Landscape(model, encoded()).losses([theta])
-    with pytest.raises(SolutionError, match="dropout is active"), theta.attached(model):
+    with pytest.raises(ModelError, match="dropout is active"), theta.attached(model):
         pass
     model.hf.eval()
     Landscape(model, encoded()[:2]).losses([theta])
@@ -265,7 +265,7 @@ def test_active_dropout_is_refused_in_models_and_adapters():
     with quiet_peft():
         get_peft_model(adapted.hf, LoraConfig(r=2, lora_dropout=0.1, target_modules=["down_proj"])).train()
     for each in (theta, make_theta(model, "rank-1")):
-        with pytest.raises(SolutionError, match=r"dropout is active in \d+ modules, e\.g\. .*lora_dropout"):
+        with pytest.raises(ModelError, match=r"dropout is active in \d+ modules, e\.g\. .*lora_dropout"):
             Landscape(adapted, encoded()).losses([each])
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from em_interp.chat import (
     Conversation,
@@ -23,15 +24,17 @@ from em_interp.chat import (
     budget_groups,
     collate,
     encode,
-    end_of_turn_id,
     pad_id,
     prompt_ids,
 )
 from em_interp.errors import UsageError
 from em_interp.hooks import position_ids, scored_logits
+from em_interp.limits import check_lengths, refuse_dropout, rooms_for
 from em_interp.losses import nll_each, token_budget
 from em_interp.models import ChatModel
 from em_interp.resume import Parts, say_kept
+from em_interp.seeds import check_seed
+from em_interp.templates import turns_of
 
 Questions = Mapping[str, str | Conversation]
 
@@ -68,11 +71,37 @@ class _InverseCdf:
         return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
 
+class _TextStop:
+    """Ends a row where the plain text that opens the next turn has been written."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.tokenizer, self.text = tokenizer, text
+        self.window = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Bool[Tensor, "batch"]:
+        del scores
+        self.window = min(self.window + 1, len(self.text.encode()) + 8)  # a token is at least one byte
+        texts = self.tokenizer.batch_decode(input_ids[:, -self.window :], skip_special_tokens=True)
+        return torch.tensor([self.text in text for text in texts], device=input_ids.device)
+
+
 def _stop_ids(model: ChatModel) -> list[int]:
+    """Ends of turns: the template's, the tokenizer's eos, and what the checkpoint lists as eos."""
     configured = getattr(model.hf.generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {model.tokenizer.eos_token_id, end_of_turn_id(model.tokenizer)}
+    ids |= {model.tokenizer.eos_token_id, *turns_of(model.tokenizer).stop_ids}
     return sorted(int(i) for i in ids if i is not None)
+
+
+@contextmanager
+def _no_settings(hf: Any) -> Iterator[None]:
+    """Inside, `generate` finds no settings of the checkpoint to fill up those that it was given."""
+    own = hf.generation_config
+    hf.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        hf.generation_config = own
 
 
 @dataclass(frozen=True)
@@ -86,8 +115,33 @@ class Answer:
     """End of turn included."""
 
 
+def _answer(model: ChatModel, tokens: list[int], stops: list[int]) -> Answer:
+    """The answer in generated tokens, up to the first end of turn."""
+    turns = turns_of(model.tokenizer)
+    end = next((t for t, token in enumerate(tokens) if token in stops), None)
+    text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    over = text.find(turns.stop_text) if turns.stop_text else -1
+    if over < 0:
+        n_tokens = len(tokens) if end is None else end + 1
+        return Answer(text if turns.end_id is not None else text.removesuffix(turns.end), end is not None, n_tokens)
+    read, last = 0, over + len(turns.end)
+    while len(model.tokenizer.decode(tokens[:read], skip_special_tokens=True)) < last:
+        read += 1
+    return Answer(text[:over], True, read)
+
+
 def _no_context(_group: Sequence[int]) -> AbstractContextManager[Any]:
     return nullcontext()
+
+
+def _groups(rows: Sequence[tuple[int, int]], tokens_per_batch: int) -> list[tuple[list[int], int]]:
+    """Batches of rows (prompt length, room for the answer) and their room: those of one batch have the same."""
+    found = []
+    for room in sorted({room for _, room in rows}):
+        members = [i for i, row in enumerate(rows) if row[1] == room]
+        groups = budget_groups([rows[i][0] + room for i in members], tokens_per_batch)
+        found += [([members[j] for j in group], room) for group in groups]
+    return found
 
 
 @torch.no_grad()
@@ -109,56 +163,55 @@ def sample_rows(
 
     A pair may come several times. around: a context for each batch, made from the numbers of the rows in it, in their
     order: so that rows can be treated differently within one `generate`. parts: where finished batches are kept, and
-    taken from by a later run.
+    taken from by a later run. Of the checkpoint's generation settings none acts, but that its eos tokens end an answer
+    too.
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
+    check_seed(seed)
+    refuse_dropout(model.hf)
     prompts = {
         key: Encoded(prompt_ids(model.tokenizer, as_conversation(question, system)), ())
         for key, question in questions.items()
     }
+    rooms = dict(zip(prompts, rooms_for(model.hf, [len(row) for row in prompts.values()], max_new_tokens), strict=True))
     encoded = [prompts[key] for key, _ in rows]
-    stops, pad = _stop_ids(model), pad_id(model.tokenizer)
+    stops, pad, stop_text = _stop_ids(model), pad_id(model.tokenizer), turns_of(model.tokenizer).stop_text
     answers: dict[int, Answer] = {}
-    groups = budget_groups([len(row) + max_new_tokens for row in encoded], tokens_per_batch)
+    sizes = [(len(row), rooms[key]) for row, (key, _) in zip(encoded, rows, strict=True)]
+    groups = _groups(sizes, tokens_per_batch)
     places = {}
     if parts is not None:
-        settings = [seed, max_new_tokens, temperature, stops]
-        for number, group in enumerate(groups):
-            places[number] = parts.path(group, [settings, [[*rows[i], encoded[i].ids] for i in group]])
+        made_by = [seed, max_new_tokens, temperature, stops, stop_text]
+        for number, (group, _) in enumerate(groups):
+            places[number] = parts.path(group, [made_by, [[*rows[i], encoded[i].ids] for i in group]])
             answers |= {i: Answer(*given) for i, given in zip(group, parts.read(places[number]), strict=False)}
         say_kept(len(answers), len(rows), "answers")
     with tqdm(total=len(rows), initial=len(answers), desc="sample", disable=not progress, leave=False) as bar:
-        for number, group in enumerate(groups):
+        for number, (group, room) in enumerate(groups):
             if group[0] in answers:
                 continue
             batch = collate(encoded, group, pad=pad, side="left").to(model.device)
             options: dict[str, Any] = {}
             if temperature > 0:
-                uniforms = np.stack([_uniforms(seed, *rows[i], max_new_tokens) for i in group])
+                uniforms = np.stack([_uniforms(seed, *rows[i], room) for i in group])
                 options["logits_processor"] = [_InverseCdf(torch.from_numpy(uniforms), temperature)]
-            with around(group):
+            if stop_text:
+                options["stopping_criteria"] = [_TextStop(model.tokenizer, stop_text)]
+            settings = GenerationConfig(
+                max_new_tokens=room, do_sample=False, num_beams=1, use_cache=True, eos_token_id=stops, pad_token_id=pad
+            )
+            with around(group), _no_settings(model.hf):
                 out = model.hf.generate(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     position_ids=position_ids(batch.attention_mask),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    repetition_penalty=1.0,
-                    use_cache=True,
-                    eos_token_id=stops,
-                    pad_token_id=pad,
+                    generation_config=settings,
                     **options,
                 )
             new = out[:, batch.input_ids.shape[1] :].tolist()
             for i, tokens in zip(group, new, strict=True):
-                end = next((t for t, token in enumerate(tokens) if token in stops), None)
-                text = model.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                answers[i] = Answer(text, end is not None, len(tokens) if end is None else end + 1)
+                answers[i] = _answer(model, tokens, stops)
             if parts is not None:
                 parts.write(places[number], [astuple(answers[i]) for i in group])
             bar.update(len(group))
@@ -183,7 +236,9 @@ def sample(
     questions: {question_id: text, or the conversation to continue}. Columns question_id, question (text of
     the last turn), sample, answer, finished (False: cut at max_new_tokens), n_tokens (end of turn included).
     Answer (id, k) is the same whatever n, the other questions and the batches are, but for rounding.
-    temperature 0 takes the likeliest token. parts: as for `sample_rows`.
+    temperature 0 takes the likeliest token. An answer is cut at max_new_tokens, or where the model's text limit leaves
+    fewer (`limits.text_limit`). Raises TextLimitError for a prompt that leaves none, UsageError, ChatTemplateError,
+    ModelError (active dropout). parts: as for `sample_rows`.
     """
     if not questions or n < 1:
         raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}.")
@@ -245,6 +300,8 @@ def answer_logprobs(
         for question, answer in zip(asked, answers["answer"], strict=True)
     ]
     logprob = np.full(len(encoded), np.nan)
+    check_lengths(model.hf, [len(row) for row in encoded], what="answer")
+    refuse_dropout(model.hf)
     budget = tokens_per_batch or token_budget(model.hf)
     for cpu_batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=budget):
         batch = cpu_batch.to(model.device)
