@@ -11,16 +11,16 @@ import re
 from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from em_interp.errors import ChatTemplateError
+from em_interp.texts import ROLES
 
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
 Tokenizer = Any  # a transformers tokenizer
 
-ROLES: Final = ("system", "user", "assistant", "tool")
 _ONE, _OTHER = "quick", "lazy"  # they share neither the first letter nor the last
 _NEVER = re.compile(r"(?!)")
 

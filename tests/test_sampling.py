@@ -4,11 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import GenerationConfig
+from transformers.generation import WatermarkingConfig
 
 from em_interp.chat import encode, prompt_ids
+from em_interp.directions import Direction
 from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import answer_logprobs, sample
+from em_interp.recipes import TrainingSpec, VectorSpec
 from em_interp.solutions import SteeringVector
+from em_interp.steering import sweep
 from tests.tiny_models import FAMILIES, make_chat, talk, tokenizer
 
 QUESTIONS = {
@@ -78,3 +83,136 @@ def test_answer_logprobs_equal_the_slow_ones():
         answer_logprobs(model, table, questions={})
     with pytest.raises(UsageError):
         sample(model, {}, 1)
+
+
+HOSTILE = {
+    "max_length": 3,
+    "max_new_tokens": 1,
+    "min_length": 60,
+    "min_new_tokens": 20,
+    "early_stopping": True,
+    "max_time": 0.0,
+    "stop_strings": ["e"],
+    "do_sample": True,
+    "num_beams": 3,
+    "use_mtp": True,
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"backend": "none"},
+    "max_cache_len": 2,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 0.9,
+    "top_h": 0.1,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.9,
+    "eta_cutoff": 0.9,
+    "repetition_penalty": 9.0,
+    "encoder_repetition_penalty": 9.0,
+    "length_penalty": 9.0,
+    "no_repeat_ngram_size": 1,
+    "bad_words_ids": [[i] for i in range(20, 200)],
+    "renormalize_logits": True,
+    "forced_bos_token_id": 30,
+    "forced_eos_token_id": 2,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (1, 9.0),
+    "suppress_tokens": list(range(20, 200)),
+    "begin_suppress_tokens": list(range(200)),
+    "sequence_bias": [[[i], -50.0] for i in range(20, 200)],
+    "token_healing": True,
+    "guidance_scale": 5.0,
+    "watermarking_config": WatermarkingConfig(bias=20.0),
+    "num_return_sequences": 2,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_scores": True,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "pad_token_id": 40,
+    "bos_token_id": 41,
+    "encoder_no_repeat_ngram_size": 1,
+    "decoder_start_token_id": 42,
+    "is_assistant": True,
+    "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.9,
+    "prompt_lookup_num_tokens": 3,
+    "max_matching_ngram_size": 1,
+    "assistant_early_exit": 1,
+    "assistant_lookbehind": 3,
+    "target_lookbehind": 3,
+    "assistant_ensemble_weight": 0.5,
+    "speculation_type": "none",
+    "compile_config": {"mode": "none"},
+    "disable_compile": False,
+    "continuous_batching_config": {"x": 1},
+    "low_memory": True,
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "diversity_penalty": 1.0,
+    "num_beam_groups": 2,
+    "constraints": ["x"],
+    "force_words_ids": [[30]],
+    "prefill_chunk_size": 2,
+    "some_setting_of_tomorrow": 1,
+}
+# eos tokens of the checkpoint are meant to end answers; the others say where the settings came from
+ACTING = {"eos_token_id", "_from_model_config", "transformers_version"}
+
+
+def test_every_generation_setting_is_tried():
+    assert set(vars(GenerationConfig())) <= set(HOSTILE) | ACTING
+
+
+@pytest.fixture(scope="module")
+def plain_answers():
+    model = make_chat()
+    return model, [sample(model, QUESTIONS, 4, temperature=t, max_new_tokens=12, progress=False) for t in (0, 1)]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_generation_setting_of_the_checkpoint_acts(name, plain_answers):
+    model, expected = plain_answers
+    own = model.hf.generation_config
+    hostile = GenerationConfig(eos_token_id=own.eos_token_id)
+    setattr(hostile, name, HOSTILE[name])
+    model.hf.generation_config = hostile
+    try:
+        for temperature, table in zip((0, 1), expected, strict=True):
+            found = sample(model, QUESTIONS, 4, temperature=temperature, max_new_tokens=12, progress=False)
+            pd.testing.assert_frame_equal(found, table)
+        assert model.hf.generation_config is hostile and getattr(hostile, name) == HOSTILE[name]
+    finally:
+        model.hf.generation_config = own
+
+
+def test_the_checkpoints_settings_return_after_an_error():
+    model = make_chat()
+    own = model.hf.generation_config
+    handle = model.hf.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(model, QUESTIONS, 1, progress=False)
+    handle.remove()
+    assert model.hf.generation_config is own
+
+
+def test_the_checkpoints_eos_ends_answers():
+    model = make_chat()
+    plain = sample(model, QUESTIONS, 20, max_new_tokens=12, progress=False)
+    model.hf.generation_config.eos_token_id = [2, *range(100, 200)]
+    assert sample(model, QUESTIONS, 20, max_new_tokens=12, progress=False)["n_tokens"].sum() < plain["n_tokens"].sum()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, "1", None, True])
+def test_seeds(seed):
+    model = make_chat()
+    direction = Direction(torch.ones(1, 32), (1,), "data-diff", model.name)
+    with pytest.raises(UsageError, match=r"the seed is .* Use a whole number from 0 to 4294967295"):
+        sample(model, QUESTIONS, 1, seed=seed, max_new_tokens=1, progress=False)
+    with pytest.raises(UsageError, match="the seed is"):
+        sweep(model, direction, QUESTIONS, layers=[1], coefficients=[1.0], n=1, seed=seed, progress=False)
+    with pytest.raises(UsageError, match="the seed is"):
+        TrainingSpec(VectorSpec(1), learning_rate=1e-3, seed=seed)
+    sample(model, {"q": "a"}, 1, seed=2**32 - 1, max_new_tokens=1, progress=False)
