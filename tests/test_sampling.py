@@ -205,7 +205,7 @@ def test_the_checkpoints_eos_ends_answers():
     assert sample(model, QUESTIONS, 20, max_new_tokens=12, progress=False)["n_tokens"].sum() < plain["n_tokens"].sum()
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, "1", None, True])
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
 def test_seeds(seed):
     model = make_chat()
     direction = Direction(torch.ones(1, 32), (1,), "data-diff", model.name)
