@@ -35,7 +35,6 @@ from em_interp.models import ChatModel
 from em_interp.resume import Parts, say_kept
 from em_interp.seeds import check_seed
 from em_interp.templates import turns_of
-from em_interp.weights import acting_hash
 
 Questions = Mapping[str, str | Conversation]
 
