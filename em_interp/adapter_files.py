@@ -37,6 +37,7 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # and PEFT sets it right
         warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")  # LoRA's biases
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # nothing is merged here
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # add_peft refuses and says more
         yield
 
