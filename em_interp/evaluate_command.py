@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from em_interp import command_options as options
 from em_interp.errors import UsageError
 
-_CHUNK = 16  # questions whose answers are written together
+ROOT = Path("out/evaluate")
 
 
 def evaluate(
@@ -18,14 +20,24 @@ def evaluate(
     suite: Annotated[str | None, typer.Option(help="pocket: judge the pocket models exactly")] = None,
     organism: Annotated[list[str] | None, typer.Option(help="with --suite: only these; may be repeated")] = None,
     questions: Annotated[Path | None, typer.Option(help="with MODEL: .yaml, .jsonl, .csv, or .txt, one a line")] = None,
-    n: Annotated[int, typer.Option(help="answers to each question (each wording of it)")] = 50,
-    out: Annotated[Path, typer.Option(help="folder for the tables")] = Path("out/evaluate"),
-    seed: Annotated[int, typer.Option(help="decides the answers")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="with MODEL: length at which answers are cut")] = 600,
+    n: options.Samples = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the tables [default: out/evaluate/, then suite or model]")
+    ] = None,
+    seed: options.Seed = 0,
+    max_new_tokens: options.NewTokens = 600,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    any_base: options.AnyBase = False,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tokens_per_batch: options.BatchTokens = 65_536,
+    force: options.Force = False,
 ) -> None:
     """Sample answers. Pocket models are judged here and get tables; others get OUT/answers.csv for a judge.
 
-    A killed run goes on where it stopped.
+    A killed run goes on where it stopped, and a finished one is not repeated. --max-new-tokens and the options of
+    models belong to MODEL.
     """
     if n < 1:
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
@@ -37,51 +49,106 @@ def evaluate(
                 f"--suite {suite}: only the pocket suite has an exact judge, and it brings its own questions. "
                 "Evaluate another model with `em-interp evaluate MODEL --questions FILE`."
             )
-        from em_interp.pocket.evaluate import evaluate_suite
-
-        tables = evaluate_suite(out, organism or (), n=n, seed=seed)
-        columns = ["organism", "questions", "em_rate", "em_low", "em_high", "coherent_rate", "n"]
-        typer.echo(tables["em_rates"][columns].to_string(index=False, float_format="%.3f"))
-        typer.echo(f"tables: {', '.join(str(out / f'{name}.csv') for name in tables)}")
+        _evaluate_suite(out or ROOT / suite, tuple(organism or ()), n, seed, force)
         return
     if questions is None or organism:
         raise UsageError("a MODEL needs --questions FILE, and --organism belongs to --suite pocket.")
     assert model is not None
-    typer.echo(f"answers: {answers_for_a_judge(model, questions, out, n, seed, max_new_tokens)}")
+    which: dict[str, Any] = {"adapter": adapter, "base": base, "any_base": any_base}
+    which |= {"device_map": device_map, "dtype": dtype}
+    settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
+    typer.echo(f"answers: {answers_for_a_judge(model, questions, out, settings, which, force=force)}")
 
 
-def answers_for_a_judge(model: str, questions: Path, out: Path, n: int, seed: int, max_new_tokens: int) -> Path:
-    """Sample `n` answers to every wording in a question file (`texts.read_questions`), at temperature 1.
+def _evaluate_suite(out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool) -> None:
+    from em_interp.errors import OutputError
+    from em_interp.files import claim_output, sole_writer
+    from em_interp.pocket import registry
+    from em_interp.pocket.evaluate import available, evaluate_suite
 
-    Writes OUT/answers.csv: model, question_id, wording, question, system, sample, answer, finished, n_tokens.
-    Finished chunks of questions lie in OUT/parts, and are not asked again.
+    names = {registry.PREFIX + name.removeprefix(registry.PREFIX) for name in organisms} or set(available())
+    claim_output(out / "em_rates.csv", force=True)
+    before = _manifest(out)
+    same = (set(before.get("weights", ())), before.get("samples"), before.get("seed")) == (names, n, seed)
+    if not force and not same and (out / "em_rates.csv").exists():
+        raise OutputError(f"{out}: holds an evaluation of other settings. Choose another --out, or pass --force.")
+    with sole_writer(out):
+        tables = evaluate_suite(out, organisms, n=n, seed=seed)
+    columns = ["organism", "questions", "em_rate", "em_low", "em_high", "coherent_rate", "n"]
+    typer.echo(tables["em_rates"][columns].to_string(index=False, float_format="%.3f"))
+    typer.echo(f"tables: {', '.join(str(out / f'{name}.csv') for name in tables)}")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def answers_for_a_judge(
+    model: str,
+    questions: Path,
+    out: Path | None,
+    settings: Mapping[str, Any],
+    which: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> Path:
+    """Sample answers to every wording in a question file (`texts.read_questions`), at temperature 1.
+
+    settings: n, seed, max_new_tokens, tokens_per_batch. which: the further arguments of `command_options.load_model`.
+    out: by default a folder below `ROOT` named after the model and a hash of its files. Writes OUT/answers.csv (model,
+    question_id, wording, question, system, sample, answer, finished, n_tokens) and OUT/manifest.json.
     """
-    import pandas as pd
-
-    from em_interp import models
     from em_interp.evaluation.sampling import sample
-    from em_interp.manifest import fingerprint, sha256
-    from em_interp.pocket import loading, registry
-    from em_interp.pocket.kept import kept, write_table
+    from em_interp.manifest import fingerprint, sha256, source_hash, write_manifest
+    from em_interp.pocket.kept import write_table
+    from em_interp.resume import Parts, claimed, remove_parts, say_kept
     from em_interp.texts import read_questions
 
     found = read_questions(questions)
     typer.echo(found, err=True)
-    asked = [(question, number) for question in found.questions for number in range(len(question.paraphrases))]
-    key = fingerprint([model, sha256(questions), n, seed, max_new_tokens])[:12]
-    loaded: list[models.ChatModel] = []
-
-    def chunk(first: int) -> pd.DataFrame:
-        if not loaded:
-            loaded.append(loading.load(model) if registry.is_pocket_name(model) else models.load(model))
-        rows = {f"{question.id}/{number}": (question, number) for question, number in asked[first : first + _CHUNK]}
-        turns = {key: question.turns(number) for key, (question, number) in rows.items()}
-        table = sample(loaded[0], turns, n, seed=seed, max_new_tokens=max_new_tokens)
+    asked = {f"{q.id}/{number}": q.turns(number) for q in found.questions for number in range(len(q.paraphrases))}
+    system = {f"{q.id}/{number}": q.system or "" for q in found.questions for number in range(len(q.paraphrases))}
+    weights = _weights(model, which)
+    made_by = {"weights": weights, "dtype": which["dtype"], "questions": sha256(questions), **settings}
+    out = out or ROOT / f"{_label(model, which)}-{fingerprint(weights)[:8]}"
+    answers, key = out / "answers.csv", fingerprint([made_by, source_hash()])
+    before = _manifest(out)
+    if before.get("key") == key and answers.is_file() and sha256(answers) == before.get("answers_sha256"):
+        say_kept(len(asked) * settings["n"], len(asked) * settings["n"], "answers")
+        remove_parts(answers)
+        return answers
+    inputs = [questions, *options.model_inputs(model, which["adapter"], which["base"])]
+    with claimed(answers, key, inputs=inputs, force=force, endings=(".csv",)) as folder:
+        chat = options.load_model(model, **which)
+        table = sample(chat, asked, **settings, parts=Parts(folder))
         split = table["question_id"].str.rsplit("/", n=1)
-        table = table.assign(question_id=split.str[0], system=[rows[k][0].system or "" for k in table["question_id"]])
+        table = table.assign(question_id=split.str[0], system=table["question_id"].map(system))
         table.insert(1, "wording", split.str[1])
         table.insert(0, "model", model)
-        return table
+        write_table(answers, table)
+        content = {"model": model, **made_by, "key": key, "answers_sha256": sha256(answers)}
+        write_manifest(out / "manifest.json", content)
+    return answers
 
-    parts = [kept(out / "parts" / f"{key}-{i}.csv", partial(chunk, i)) for i in range(0, len(asked), _CHUNK)]
-    return write_table(out / "answers.csv", pd.concat(parts, ignore_index=True))
+
+def _weights(model: str, which: Mapping[str, Any]) -> list[str]:
+    """What the names of model, adapter and base stand for now."""
+    from em_interp.adapter_files import base_of_adapter
+    from em_interp.pocket import loading, registry
+    from em_interp.weights import source_hash
+
+    names = [model, which["adapter"], which["base"]]
+    if registry.is_pocket_name(model):
+        names.append(loading.CHAT)
+    elif which["base"] is None:
+        names.append(base_of_adapter(model, None))
+    return [source_hash(registry.resolve(x) if registry.is_pocket_name(x) else x) for x in names if x]
+
+
+def _label(model: str, which: Mapping[str, Any]) -> str:
+    """The folder's name for a model: the last parts of the names given."""
+    names = [name for name in (model, which["adapter"]) if name]
+    return "-".join(Path(name).resolve().name for name in names)

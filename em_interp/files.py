@@ -47,10 +47,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def written_whole(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``folder``, or whose files move into it where it exists already.
 
-    Raises ``OutputError`` where that cannot be; then nothing new is left, no empty folder either.
+    replace: of what is there, nothing stays. Raises ``OutputError`` where that cannot be; then nothing new is left, no
+    empty folder either.
     """
     with _typed(folder), ExitStack() as stack:
         stack.enter_context(_parents(folder))
@@ -63,6 +64,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
+        if replace and folder.is_dir():
+            shutil.rmtree(folder)
         move_folder(temporary, folder)
 
 
@@ -115,6 +118,8 @@ def claim_output(
             raise OutputError(f"{path}: {there} is in the way. Choose another output.")
         if not force and not (folder and not any(path.iterdir())):
             raise OutputError(f"{path}: is there already, and was left as it is. Pass --force to replace it.")
+        if folder and force and any(p.is_dir() for p in path.iterdir()):
+            raise OutputError(f"{path}: holds folders, so it is not replaced as a whole. Remove it, or choose another.")
     with _typed(path):
         parent = next(p for p in path.absolute().parents if os.path.lexists(p))
         tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=parent).close()

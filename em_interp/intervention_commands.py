@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from em_interp import command_options as options
 from em_interp.errors import UsageError
-from em_interp.files import atomic_path
+from em_interp.files import claim_output
 from em_interp.texts import Question, read_questions
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from em_interp.directions import Direction
     from em_interp.models import ChatModel
 
-Model = Annotated[str, typer.Argument(help="folder, hub name, adapter, or a pocket model such as pocket/chat")]
 DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
 QuestionFile = Annotated[
     Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question; may be repeated")]
-Samples = Annotated[int, typer.Option("-n", "--samples", help="answers a question")]
-RandomArms = Annotated[int, typer.Option("--random", help="norm-matched random directions as controls")]
-Seed = Annotated[int, typer.Option(help="decides the samples and the random directions")]
-NewTokens = Annotated[int, typer.Option(help="longest answer, in tokens")]
+RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
 AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
 
 
@@ -39,32 +33,53 @@ def register(app: typer.Typer) -> None:
 
 
 def steer(
-    model: Model,
+    model: options.Model,
     direction: DirectionFile,
     layer: Annotated[list[int], typer.Option(help="block after which to add; may be repeated")],
     coefficient: Annotated[list[float], typer.Option(help="how much of the direction; may be repeated")],
     out: Annotated[Path, typer.Option(help="CSV for the answers")],
     questions: QuestionFile = None,
     prompt: Prompts = None,
-    samples: Samples = 10,
+    samples: options.Samples = 10,
     residual: Annotated[
         bool, typer.Option("--residual", help="coefficients in units of the typical residual norm of the layer")
     ] = False,
     scope: Annotated[str, typer.Option(help="tokens to act on: all, prompt or response")] = "all",
     random: RandomArms = 3,
-    seed: Seed = 0,
-    max_new_tokens: NewTokens = 600,
+    seed: options.Seed = 0,
+    max_new_tokens: options.NewTokens = 600,
     any_model: AnyModel = False,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    any_base: options.AnyBase = False,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tokens_per_batch: options.BatchTokens = 65_536,
+    force: options.Force = False,
 ) -> None:
-    """Answers while multiples of a direction are added, beside random controls: every layer with every coefficient."""
+    """Answers while multiples of a direction are added, beside random controls: every layer with every coefficient.
+
+    A killed run goes on where it stopped.
+    """
+    from em_interp.directions import Direction
+    from em_interp.pocket.kept import write_table
+    from em_interp.resume import Parts, claimed
     from em_interp.steering import sweep
 
-    asked = questions_asked(questions, prompt or ())
-    with atomic_path(out) as temporary:  # first: a place that cannot be written is refused before the work
-        chat, vectors = _load(model, direction, any_model)
+    options.once("--layer", layer)
+    options.once("--coefficient", coefficient)
+    inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
+    grid = [layer, coefficient, residual, scope, random]
+    asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *grid]
+    with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
+        asked = questions_asked(questions, prompt or ())
+        vectors = Direction.load(direction)
+        chat = options.load_model(
+            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
+        )
         table = sweep(
             chat,
-            vectors,
+            vectors.for_model(chat.name) if any_model else vectors,
             asked,
             layers=layer,
             coefficients=coefficient,
@@ -75,13 +90,15 @@ def steer(
             scope=scope,
             seed=seed,
             max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            parts=Parts(folder),
         )
-        _write(table, temporary)
+        write_table(out, table)
     typer.echo(f"{len(table)} answers: {out}")
 
 
 def ablate(
-    model: Model,
+    model: options.Model,
     direction: DirectionFile,
     save: Annotated[Path | None, typer.Option(help="folder for a checkpoint with orthogonalised weights")] = None,
     out: Annotated[Path | None, typer.Option(help="CSV for answers under ablation by hooks")] = None,
@@ -91,32 +108,67 @@ def ablate(
     ] = None,
     questions: QuestionFile = None,
     prompt: Prompts = None,
-    samples: Samples = 10,
+    samples: options.Samples = 10,
     random: RandomArms = 3,
-    seed: Seed = 0,
-    max_new_tokens: NewTokens = 600,
+    seed: options.Seed = 0,
+    max_new_tokens: options.NewTokens = 600,
     any_model: AnyModel = False,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    any_base: options.AnyBase = False,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tokens_per_batch: options.BatchTokens = 65_536,
+    force: options.Force = False,
 ) -> None:
-    """Take a direction out: as a checkpoint (--save), or in answers beside the unablated model and random controls."""
+    """Take a direction out: as a checkpoint (--save), or in answers beside the unablated model and random controls.
+
+    A killed run goes on where it stopped.
+    """
     from em_interp.ablation import Ablate, arms
+    from em_interp.directions import Direction
     from em_interp.interventions import answers_by_arm
     from em_interp.orthogonalise import save_orthogonalised
+    from em_interp.pocket.kept import write_table
+    from em_interp.resume import Parts, claimed
+
+    options.once("--layer", layer or ())
+    inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
+
+    def load() -> tuple[ChatModel, Direction]:
+        vectors = Direction.load(direction)
+        chat = options.load_model(
+            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
+        )
+        return chat, vectors.for_model(chat.name) if any_model else vectors
 
     if save is not None:
         if out is not None or questions is not None or prompt:
             raise UsageError("--save writes weights and asks nothing: leave --out, --questions and --prompt out.")
-        chat, vectors = _load(model, direction, any_model)
-        typer.echo(f"checkpoint: {save_orthogonalised(chat, Ablate(vectors, layer or None, from_layer), save)}")
+        claim_output(save, inputs=inputs, force=force, folder=True)
+        chat, vectors = load()
+        saved = save_orthogonalised(chat, Ablate(vectors, layer or None, from_layer), save, replace=force)
+        typer.echo(f"checkpoint: {saved}")
         return
     if out is None:
         raise UsageError("give --save FOLDER for a checkpoint, or --out FILE.csv for answers.")
-    asked = questions_asked(questions, prompt or ())
-    with atomic_path(out) as temporary:  # first: a place that cannot be written is refused before the work
-        chat, vectors = _load(model, direction, any_model)
-        modes = arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed)
-        table = answers_by_arm(chat, modes, asked, samples, seed=seed, max_new_tokens=max_new_tokens)
+    where = [layer, from_layer, random]
+    asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *where]
+    with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
+        asked = questions_asked(questions, prompt or ())
+        chat, vectors = load()
+        table = answers_by_arm(
+            chat,
+            arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed),
+            asked,
+            samples,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            parts=Parts(folder),
+        )
         table.insert(0, "direction", direction.stem)
-        _write(table, temporary)
+        write_table(out, table)
     typer.echo(f"{len(table)} answers: {out}")
 
 
@@ -139,18 +191,3 @@ def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list
     if not asked:
         raise UsageError("no questions: give --questions FILE or --prompt TEXT.")
     return asked
-
-
-def _write(table: pd.DataFrame, path: Path) -> None:
-    """Every text quoted: a carriage return within an answer would otherwise end its row."""
-    table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
-
-
-def _load(model: str, path: Path, any_model: bool) -> tuple[ChatModel, Direction]:
-    from em_interp import models
-    from em_interp.directions import Direction
-    from em_interp.pocket import loading, registry
-
-    direction = Direction.load(path)
-    chat = loading.load(model) if model.startswith(registry.PREFIX) else models.load(model)
-    return chat, direction.for_model(chat.name) if any_model else direction

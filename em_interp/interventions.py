@@ -6,10 +6,9 @@ or within `generate` with or without KV cache, through `.hf` and `.bridge` alike
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -285,7 +284,6 @@ def answers_by_arm(
     """
     if not arms:
         raise UsageError("no arms were given: nothing to sample.")
-    made_of = {name: _hash(model, interventions) for name, interventions in arms.items()} if parts is not None else {}
     tables = []
     for name, interventions in arms.items():
         with intervening(model, interventions):
@@ -298,21 +296,11 @@ def answers_by_arm(
                 temperature=temperature,
                 tokens_per_batch=tokens_per_batch,
                 progress=progress,
-                parts=None if parts is None else replace(parts, made_by={**parts.made_by, "arm": made_of[name]}),
+                parts=parts,
             )
         table.insert(0, "arm", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def _hash(model: ChatModel, interventions: Sequence[Intervention]) -> str:
-    """A hash of what interventions do to a model, layer by layer."""
-    digest = hashlib.sha256()
-    for layer, edit in ((layer, e) for one in interventions for layer, e in one.edits(model).items()):
-        for value in (layer, type(edit).__name__, *vars(edit).values()):
-            held = value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-            digest.update(hashlib.sha256(held).digest())
-    return digest.hexdigest()
 
 
 def as_coefficients(values: float | Sequence[float]) -> Float[Tensor, "*batch"]:

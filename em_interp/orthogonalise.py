@@ -93,15 +93,17 @@ def orthogonalised(model: ChatModel, ablation: Ablate) -> ChatModel:
     return found
 
 
-def save_orthogonalised(model: ChatModel, ablation: Ablate, folder: str | Path) -> Path:
+def save_orthogonalised(model: ChatModel, ablation: Ablate, folder: str | Path, *, replace: bool = False) -> Path:
     """`orthogonalised`, written as a Hugging Face checkpoint with its tokenizer; returns the folder.
 
     Raises as `orthogonalised` does, and OutputError for a folder that cannot be written or holds something already.
     """
     path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replace):
         raise OutputError(f"{path}: there is something already; nothing was changed. Give a new folder.")
-    with written_whole(path) as temporary:  # before the work: a folder that cannot be written is refused at once
+    with written_whole(
+        path, replace=replace
+    ) as temporary:  # before the work: a folder that cannot be written is refused at once
         found = orthogonalised(model, ablation)
         found.hf.save_pretrained(str(temporary))
         found.tokenizer.save_pretrained(str(temporary))

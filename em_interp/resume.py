@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from em_interp.errors import UnreadableFileError
 from em_interp.files import atomic_path, claim_output, sole_writer, write_text
-from em_interp.manifest import fingerprint
+from em_interp.manifest import fingerprint, source_hash
 
 
 def _parts_of(output: Path) -> Path:
@@ -72,18 +72,16 @@ def claimed(
 
 @dataclass(frozen=True)
 class Parts:
-    """Finished batches of answers in a folder: one JSON file a batch, named by a hash of what made it."""
+    """Finished batches of answers in a folder: one JSON file a batch, named by a hash of code and all that made it."""
 
     folder: Path
-    made_by: Mapping[str, Any]
-    """JSON values: whatever decides the answers beside questions and sampling (weights, interventions, code)."""
     of_row: Sequence[Any] = field(default=())
-    """The same, where it differs from row to row."""
+    """JSON values: what makes each row's answer beside what was asked and what acts on all rows."""
 
-    def path(self, rows: Sequence[int], asked: Any) -> Path:
-        """Where the answers of a batch are: of these rows, to what was asked (a JSON value)."""
+    def path(self, rows: Sequence[int], made_by: Any) -> Path:
+        """Where the answers of a batch are. made_by: JSON values."""
         own = [self.of_row[i] for i in rows] if self.of_row else None
-        return self.folder / f"{fingerprint([dict(self.made_by), own, asked])[:32]}.json"
+        return self.folder / f"{fingerprint([source_hash(), own, made_by])[:32]}.json"
 
     def read(self, path: Path) -> list[list[Any]]:
         """The fields of each answer of a batch, or nothing where it is not finished."""

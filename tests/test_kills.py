@@ -56,6 +56,8 @@ def test_answers_are_kept_by_batch(
 ) -> None:
     from transformers import Qwen2ForCausalLM
 
+    from em_interp import resume
+
     with monkeypatch.context() as patch:
         total = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
         whole = ask(kind, None)
@@ -64,14 +66,15 @@ def test_answers_are_kept_by_batch(
     with monkeypatch.context() as patch:
         stop_at(3, patch, Qwen2ForCausalLM, "generate")
         with pytest.raises(Killed), work_folder(out) as folder:
-            ask(kind, Parts(folder, {"code": 1}))
+            ask(kind, Parts(folder))
     (left,) = tmp_path.iterdir()
     assert len(list(left.glob("*.json"))) == 3
     with monkeypatch.context() as patch, work_folder(out) as folder:
         count = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
-        again = ask(kind, Parts(folder, {"code": 1}))
+        again = ask(kind, Parts(folder))
         assert count[0] == total[0] - 3
-        ask(kind, Parts(folder, {"code": 2}))
+        patch.setattr(resume, "source_hash", lambda: "other code")
+        ask(kind, Parts(folder))
         assert count[0] == 2 * total[0] - 3
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
     assert "kept" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -199,9 +199,11 @@ def test_other_models_answer_into_a_csv_for_a_judge(tmp_path: Path, monkeypatch:
     file = tmp_path / "questions.yaml"
     file.write_text("- id: fox\n  paraphrases: [a fox, the fox]\n  system: be brown\n- id: rest\n  question: rest\n")
     model = make_chat()
+    folder = str(tmp_path / "tiny")
+    model.hf.save_pretrained(folder)
     loads = []
-    monkeypatch.setattr(models, "load", lambda name: loads.append(name) or model)
-    arguments = ["evaluate", "tiny/model", "--questions", str(file), "--n", "3", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(models, "load", lambda name, **_: loads.append(name) or model)
+    arguments = ["evaluate", folder, "--questions", str(file), "--n", "3", "--out", str(tmp_path / "out")]
     runner = CliRunner()
     result = runner.invoke(cli.app, [*arguments, "--max-new-tokens", "5"])
     assert result.exit_code == 0, result.output
@@ -210,10 +212,10 @@ def test_other_models_answer_into_a_csv_for_a_judge(tmp_path: Path, monkeypatch:
     assert list(table["wording"]) == [0] * 3 + [1] * 3 + [0] * 3
     assert list(table["system"].unique()) == ["be brown", ""]
     assert list(table["question"].unique()) == ["a fox", "the fox", "rest"]
-    assert set(table["model"]) == {"tiny/model"}
+    assert set(table["model"]) == {folder}
     assert table["answer"].nunique() > 3
     assert runner.invoke(cli.app, [*arguments, "--max-new-tokens", "5"]).exit_code == 0
-    assert loads == ["tiny/model"]
+    assert loads == [folder]
 
 
 @pytest.mark.parametrize(

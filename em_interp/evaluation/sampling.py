@@ -35,6 +35,7 @@ from em_interp.models import ChatModel
 from em_interp.resume import Parts, say_kept
 from em_interp.seeds import check_seed
 from em_interp.templates import turns_of
+from em_interp.weights import acting_hash
 
 Questions = Mapping[str, str | Conversation]
 
@@ -182,7 +183,7 @@ def sample_rows(
     groups = _groups(sizes, tokens_per_batch)
     places = {}
     if parts is not None:
-        made_by = [seed, max_new_tokens, temperature, stops, stop_text]
+        made_by = [acting_hash(model), seed, max_new_tokens, temperature, stops, stop_text]
         for number, (group, _) in enumerate(groups):
             places[number] = parts.path(group, [made_by, [[*rows[i], encoded[i].ids] for i in group]])
             answers |= {i: Answer(*given) for i, given in zip(group, parts.read(places[number]), strict=False)}
