@@ -362,7 +362,7 @@ def test_the_command_writes_the_direction_and_prints_norms(chats):
     torch.testing.assert_close(direction.vectors, truth.vectors)
     assert direction.model == name and all(f"{norm:.4g}" in done.output for norm in direction.norms().values())
 
-    done = command(chats, "--adapter", chats / "tuned", "--kind", "model-diff", "--layer", 2, "--out", out)
+    done = command(chats, "--adapter", chats / "tuned", "--kind", "model-diff", "--layer", 2, "--out", out, "--force")
     assert done.exit_code == 0, done.output
     ours = extract(make_chat(), BAD, kind="model-diff", finetune=lora(), layers=[2], progress=False)
     torch.testing.assert_close(Direction.load(out).vectors, ours.vectors, rtol=1e-3, atol=1e-4)
