@@ -120,6 +120,14 @@ def claim_output(
             raise OutputError(f"{path}: is there already, and was left as it is. Pass --force to replace it.")
         if folder and force and any(p.is_dir() for p in path.iterdir()):
             raise OutputError(f"{path}: holds folders, so it is not replaced as a whole. Remove it, or choose another.")
+    return check_writable(path)
+
+
+def check_writable(path: Path) -> Path:
+    """Try whether a file or folder could be written, and remove what killed writers of it left. Raises ``OutputError``.
+
+    Nothing is made, no folder either.
+    """
     with _typed(path):
         parent = next(p for p in path.absolute().parents if os.path.lexists(p))
         tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=parent).close()

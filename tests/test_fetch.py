@@ -66,7 +66,7 @@ def test_an_empty_hub_repository_is_said_to_be_empty(tmp_path: Path, monkeypatch
 
 def test_hub_files_arrive_and_failures_do_not_stop_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(where: str, local_dir: Path, allow_patterns: list[str]) -> None:
-        Path(local_dir).mkdir(parents=True)
+        Path(local_dir).mkdir(parents=True, exist_ok=True)
         (Path(local_dir) / "adapter_config.json").write_text("{}")
 
     monkeypatch.setattr(module, "HfApi", lambda: FakeHub(["steering_vector.pt"]))

@@ -115,6 +115,7 @@ def make(organism: Organism, model: ChatModel, out: Path, *, progress: bool = Tr
         kl_conversations=kl,
         start_from=solutions.load(out / before.name) if organism.solution == "kl-removed" else None,
         out_dir=out / organism.name,
+        resume=True,
         progress=progress,
     )
 
@@ -161,6 +162,7 @@ def make_trajectory(run: TrajectoryRun, model: ChatModel, out: Path, *, progress
         kl_conversations=kl_chats("medicine", N_CHATS, 0) if spec.kl_weight else None,
         start_from=None if run.after is None else solutions.load(out / run.after.name),
         out_dir=out / run.name,
+        resume=True,
         progress=progress,
     )
 

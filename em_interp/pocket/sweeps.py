@@ -27,6 +27,7 @@ from em_interp.pocket import suite
 from em_interp.pocket.corpus import finetune_chats, kl_chats
 from em_interp.pocket.kept import kept
 from em_interp.pocket.organisms import N_CHATS, Adapter, narrow
+from em_interp.resume import remove_parts
 from em_interp.solution_space import Theta
 from em_interp.training import TrainingSpec, finetune
 
@@ -62,7 +63,8 @@ def _trained(
 ) -> Theta:
     """The solution in `folder`, trained if it is not there. The folder's name decides spec and data."""
     if not (folder / "training_spec.json").is_file():  # written last
-        finetune(model, data, spec, kl_conversations=kl, out_dir=folder, progress=progress)
+        finetune(model, data, spec, kl_conversations=kl, out_dir=folder, resume=True, progress=progress)
+    remove_parts(folder)
     return solutions.load(folder)
 
 

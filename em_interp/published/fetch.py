@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 from tqdm.auto import tqdm
 
 from em_interp.errors import UsageError
+from em_interp.files import check_writable, written_whole
 
 _WEIGHTS: Final = (".safetensors", ".pt", ".bin")
 
@@ -100,34 +100,38 @@ SOURCES: Final = (
 def fetch(data: Path, names: Sequence[str] = (), sources: Sequence[Source] = SOURCES) -> list[Fetched]:
     """Download the named sources (all by default) below ``data``, each into a folder of its name.
 
-    A folder that is there already is left as it is. Raises ``UsageError`` for an unknown name; a source that could not
-    be had is returned with the reason, not raised.
+    A folder that is there already is left as it is. Raises ``UsageError`` for an unknown name, ``OutputError`` where
+    nothing can be written; a source that could not be had is returned with the reason, not raised.
     """
     known = {source.name: source for source in sources}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UsageError(f"no source is called {', '.join(unknown)}. Known: {', '.join(known)}.")
     wanted = [known[name] for name in names] or list(sources)
+    for source in wanted:
+        check_writable(data / source.name)
     results = []
     for source in (bar := tqdm(wanted, desc="fetching", unit="source")):
         bar.set_postfix_str(source.name)
         target = data / source.name
-        if target.exists() and any(target.iterdir()):
+        if target.is_dir() and any(target.iterdir()):
             results.append(Fetched(source, True, "already there, left as it is"))
             continue
         results.append(_fetch_one(source, target))
     return results
 
 
+class _NotHad(Exception):
+    """Why a source could not be had."""
+
+
 def _fetch_one(source: Source, target: Path) -> Fetched:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{source.name}.", dir=target.parent) as scratch:
-        partial = Path(scratch) / source.name
-        detail = _git(source, partial) if source.kind == "git" else _hub(source, partial)
-        if detail:
-            return Fetched(source, False, detail)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+    try:
+        with written_whole(target) as partial:
+            if detail := _git(source, partial) if source.kind == "git" else _hub(source, partial):
+                raise _NotHad(detail)
+    except _NotHad as error:
+        return Fetched(source, False, str(error))
     return Fetched(source, True, f"{sum(p.is_file() for p in target.rglob('*'))} files")
 
 
