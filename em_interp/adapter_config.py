@@ -255,25 +255,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def listing(folder: Path) -> str:
     """The first names in a folder, for messages."""
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+
+
+def local(source: str | Path) -> Path:
+    """A local path, which need not be there. Raises AdapterError for a link to nothing and for what cannot be read."""
+    path = Path(source)
     try:
-        return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        if path.is_symlink() and not path.exists():
+            raise AdapterError(f"{path}: a link to {path.readlink()}, which is not there. Mend the link.")
+        if path.is_dir():
+            (path / CONFIG).exists()
+            next(path.iterdir(), None)
     except OSError as error:
-        raise AdapterError(f"{folder}: cannot be read ({error}).") from error
-
-
-def refuse_dangling(path: Path) -> None:
-    """Raise AdapterError if `path` is a link to nothing."""
-    if path.is_symlink() and not path.exists():
-        raise AdapterError(f"{path}: a link to {path.readlink()}, which is not there. Mend the link.")
+        raise AdapterError(f"{path}: cannot be read ({error.strerror}). Check its name and permissions.") from error
+    return path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of an adapter's folder. Raises AdapterError."""
-    refuse_dangling(folder)
-    if not folder.is_dir():
+    if not local(folder).is_dir():
         raise AdapterError(f"{folder}: no such folder.")
-    path = folder / CONFIG
-    refuse_dangling(path)
+    path = local(folder / CONFIG)
     if not path.is_file():
         raise AdapterError(
             f"{folder}: no {CONFIG}, found {listing(folder)}. Give the folder of one adapter or checkpoint "

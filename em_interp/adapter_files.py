@@ -19,9 +19,9 @@ from em_interp.adapter_config import (
     VectorConfig,
     describe,
     listing,
+    local,
     read_config,
     read_json,
-    refuse_dangling,
     same_base,
 )
 from em_interp.errors import AdapterError, ChatTemplateError, ModelError
@@ -70,8 +70,7 @@ def _hub_folder(source: str, revision: str | None) -> Path:
 
 def read_adapter_config(source: str | Path, revision: str | None = None) -> tuple[Path, VectorConfig | LoraConfig]:
     """The local folder of an adapter and what its config means. Refuses a folder without weights."""
-    folder = Path(source)
-    refuse_dangling(folder)
+    folder = local(source)
     if not folder.exists():
         folder = _hub_folder(str(source), revision)
     if folder.is_file():
@@ -86,9 +85,8 @@ def read_adapter_config(source: str | Path, revision: str | None = None) -> tupl
 
 def base_of_adapter(source: str | Path, revision: str | None) -> str | None:
     """The base model's name if `source` is an adapter's folder or hub repository ('' if unnamed), else None."""
-    folder = Path(source)
+    folder = local(source)
     config_path = folder / CONFIG
-    refuse_dangling(folder)
     if not folder.exists():
         from huggingface_hub import hf_hub_download
 
@@ -128,8 +126,7 @@ def load_weights(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(source)
-    refuse_dangling(folder)
+    folder = local(source)
     if folder.is_dir():
         found = listing(folder)
         if not (folder / "config.json").is_file():
@@ -196,7 +193,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, or of a .bin or .pt one without running its code. Raises AdapterError."""
     from safetensors.torch import load_file
 
-    refuse_dangling(path)
+    local(path)
     try:
         if not path.stat().st_size:
             raise AdapterError(f"{path}: empty (0 bytes). Fetch it again.")

@@ -136,7 +136,7 @@ class SteeringVector:
 
     def __post_init__(self) -> None:
         _check_tensor("the steering vector", self.vector, 1)
-        if self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
+        if isinstance(self.layer, bool) or self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
             raise SolutionError(f"a steering vector with layer {self.layer} and alpha {self.alpha}.")
 
     @property
@@ -226,6 +226,8 @@ class LoraAdapter:
         for name in self.a:
             _check_tensor(f"{name}: A", self.a[name], 2)
             _check_tensor(f"{name}: B", self.b[name], 2)
+        if not math.isfinite(self.alpha):
+            raise SolutionError(f"LoRA with alpha {self.alpha}.")
         ranks = {self.a[n].shape[0] for n in self.a} | {self.b[n].shape[1] for n in self.b}
         if len(ranks) != 1:
             raise SolutionError(f"the modules have different ranks {sorted(ranks)}: not supported.")

@@ -81,12 +81,22 @@ def test_adapters_on_modules_that_the_bridge_runs_act_through_it(tmp_path, batch
         torch.testing.assert_close(check_equal(model, batch, model.bridge), base, atol=1e-5, rtol=1e-5)
 
 
-def test_whole_modules_and_dora_act_through_the_bridge(tmp_path, batch):
-    for number, changes in enumerate(({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True})):
-        model = make_chat()
-        base = check_equal(model, batch, model.bridge)
-        model.add_adapter("x", lora_folder(tmp_path / str(number), **changes))
-        assert not torch.allclose(check_equal(model, batch, model.bridge), base, atol=1e-2)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {"use_dora": True}),
+        ("qwen2", {"lora_bias": True}),
+        ("qwen2", {"modules_to_save": ["lm_head", "norm"]}),
+        ("qwen2", {"trainable_token_indices": [3, 40]}),
+        ("mixtral", {"target_parameters": ["experts.down_proj"]}),
+    ],
+    ids=str,
+)
+def test_what_is_more_than_lora_acts_through_the_bridge(tmp_path, batch, family, changes):
+    model = make_chat(family)
+    base = check_equal(model, batch, model.bridge)
+    model.add_adapter("x", lora_folder(tmp_path / "x", family, **changes))
+    assert not torch.allclose(check_equal(model, batch, model.bridge), base, atol=1e-2)
 
 
 def test_a_bridge_with_other_weights_is_refused():

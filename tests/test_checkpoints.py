@@ -71,6 +71,11 @@ def test_folders_that_are_not_one_model(folder, tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"a link to .*nowhere, which is not there"):
         load(tmp_path / "gone")
+    for name in ("a" * 5000, "a/" * 5000):
+        with pytest.raises(ModelError, match="name too long"):
+            load(name)
+        with pytest.raises(ModelError, match="name too long"):
+            make_chat().add_adapter("x", name)
     bare = tmp_path / "bare"
     make_hf().save_pretrained(bare)
     with pytest.raises(ModelError, match="no tokenizer"):

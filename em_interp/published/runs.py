@@ -19,7 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from em_interp.adapter_config import CONFIG, VectorConfig, describe, one_value
 from em_interp.errors import (
+    AdapterError,
     AmbiguousDataError,
     BadValueError,
     EmInterpError,
@@ -287,11 +289,18 @@ def _read_adapters(
             refused.append(step)
     if not checkpoints:
         raise MissingDataError(folder, "none of its checkpoints could be used", _FETCH)
+    described = describe(folder / CONFIG, config) if config else None
+    if isinstance(described, VectorConfig) or (described is not None and described.beyond):
+        raise AdapterError(
+            f"{folder / CONFIG}: {'a steering vector' if isinstance(described, VectorConfig) else described.beyond}, "
+            "but its checkpoints hold LoRA factors, and are read as scale * B A. Take a run of plain LoRA."
+        )
     trajectories = []
     for module, b in checkpoints[0].B.items():
-        rank = b.shape[1]
-        alpha = _number(config.get("lora_alpha"))
-        scale = None if alpha is None else alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scale = None
+        if described is not None:
+            rank = one_value(folder, f"the rank of {module}", described.rank, b.shape[1])
+            scale = described.alpha / (math.sqrt(rank) if described.rslora else rank)
         a_stack = torch.stack([checkpoint.A[module] for checkpoint in checkpoints])
         b_stack = torch.stack([checkpoint.B[module] for checkpoint in checkpoints])
         several = len(checkpoints[0].B) > 1
