@@ -21,7 +21,7 @@ from torch import Tensor
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.evaluation.rates import PAPER, Criterion, em_rates
-from em_interp.jackknife import FEWEST, cosine_of_means
+from em_interp.jackknife import FEWEST, METHOD, cosine_of_means
 from em_interp.resampling import Resamples
 from em_interp.statistics import cosine_null_sd, cosine_p_value, permutation_p_value
 
@@ -129,7 +129,7 @@ def _debiased(resamples: tuple[Resamples, Resamples], places: tuple[int, int]) -
     value, low, high = (float(x) for x in cosine_of_means(shares[0], shares[1], sides[0], sides[1]))
     if math.isnan(value):
         return {"interval": "none: too noisy for a debiased cosine"}
-    return {"interval": f"jackknife over {len(index)} questions", "low": low, "high": high, "cosine_debiased": value}
+    return {"interval": f"{METHOD} over {len(index)} questions", "low": low, "high": high, "cosine_debiased": value}
 
 
 def _cosines(a: Float[Tensor, "_ d_model"], b: Float[Tensor, "_ d_model"]) -> Float[np.ndarray, "_"]:

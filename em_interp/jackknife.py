@@ -1,8 +1,8 @@
 """Intervals from leaving out one question at a time, for estimates that are no means over questions.
 
-Sources: Efron and Stein (1981, the jackknife's variance, which errs upwards), Welch (1947) and Satterthwaite (1946)
-for the degrees of freedom, Hoeffding (1948) for the unbiased products of means. Which method serves which estimate was
-chosen by simulation: `analyses/benchmarks/coverage_geometry.py`.
+Sources: Efron and Stein (1981, the jackknife's variance), Welch (1947) and Satterthwaite (1946) for the degrees of
+freedom, Hoeffding (1948) for the unbiased products of means. Which method serves which estimate was chosen by
+simulation: `analyses/benchmarks/coverage_geometry.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from em_interp.statistics import Interval, wilson_interval
 
 FEWEST: Final = 3
 """Questions below which leaving one out says nothing."""
+METHOD: Final = "conservative jackknife"
+"""Its variance errs upwards (Efron and Stein): by a factor of up to two where second-order terms rule it."""
 
 
 def jackknife_error(
@@ -97,8 +99,10 @@ def clustered_auc(
 ) -> tuple[float, Float[np.ndarray, " k"]]:
     """Probability that a score of label 1 exceeds one of label 0 (ties count half), and the same without each question.
 
-    question: numbered from 0. NaN where no pair remains.
+    question: numbered from 0. NaN where no pair remains. Raises StatisticsError where a label is missing altogether.
     """
+    if not {0, 1} <= set(label.tolist()):
+        raise StatisticsError(f"labels {sorted(set(label.tolist()))}: an AUC needs scores of label 0 and of label 1.")
     k = int(question.max()) + 1
     ones, zeros = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
     wins = np.zeros((k, k))  # wins[g, h]: pairs of a 1 in question g above a 0 in question h
@@ -149,4 +153,4 @@ def chance_interval(
         return wilson_interval(round(value * trials), trials, level)
     half = stats.t.ppf((1 + level) / 2, df) * error
     low, high = float(expit(centre - half)), float(expit(centre + half))
-    return Interval(low, max(high, 1 - low) if value < 0.5 else high, f"jackknife over {k} questions")
+    return Interval(low, max(high, 1 - low) if value < 0.5 else high, f"{METHOD} over {k} questions")

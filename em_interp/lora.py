@@ -171,8 +171,14 @@ def separation(
     scalar in. low and high belong to the AUC, accuracy_low and accuracy_high to the accuracy: intervals over groups
     (`jackknife.chance_interval`) of what such a probe reaches on questions that it has not seen; `interval` says how
     they were made. Pooled over folds, the AUC of scalars that know nothing lies below .5 on average: its interval is
-    mirrored there. Raises StatisticsError where a class has fewer than two groups.
+    mirrored there. Raises StatisticsError where a class has fewer than two groups, and UsageError for other labels than
+    0, 1 and NaN.
     """
+    if not len(scalars) == len(labels) == len(groups) or not np.isin(labels[~np.isnan(labels)], (0, 1)).all():
+        raise UsageError(
+            f"{comparison}: {len(scalars)} rows of scalars, {len(labels)} labels and {len(groups)} groups, with labels "
+            f"{np.unique(labels)[:5].tolist()}: give one of each for every answer, and labels 0, 1 or NaN."
+        )
     used = np.isfinite(labels)
     x, y = scalars[used], labels[used].astype(int)
     if not np.isfinite(x).all():

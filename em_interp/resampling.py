@@ -143,11 +143,13 @@ def _sizes(
         (positive if positive is not None else np.ones(n_positive)),
         (negative if negative is not None else np.ones(n_negative)),
     )
-    if (len(sides[0]), len(sides[1])) != (n_positive, n_negative) or not min(sides[0].min(), sides[1].min()) > 0:
+    both = np.concatenate(sides).astype(float)
+    if (len(sides[0]), len(sides[1])) != (n_positive, n_negative) or not (both > 0).all() or np.isinf(both).any():
         raise StatisticsError(
-            f"weights must be positive, one for each of {n_positive} positive and {n_negative} negative responses."
+            f"weights must be positive and finite, one for each of {n_positive} positive and {n_negative} negative "
+            "responses."
         )
-    return np.concatenate(sides).astype(float)
+    return both
 
 
 def _difference(label: NDArray[np.bool_], count: Weights) -> Weights:

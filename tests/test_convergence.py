@@ -177,7 +177,7 @@ def test_what_is_no_more_than_noise_gets_no_interval():
         row = cosine_rows("a", a, "b", b, (of_a, of_b)).iloc[0]
         assert np.isfinite(row["permutation_p"])
         if shift.any():
-            assert row["interval"] == "jackknife over 8 questions" and row["low"] > 0.5
+            assert row["interval"] == "conservative jackknife over 8 questions" and row["low"] > 0.5
         else:
             assert row["interval"] == "none: too noisy for a debiased cosine"
             assert np.isnan([row["low"], row["high"], row["cosine_debiased"]]).all()
@@ -220,7 +220,7 @@ def test_weights_are_those_of_the_pooling():
     plain = Direction(positive.mean(0) - negative.mean(0), LAYERS, "data-diff")
     with pytest.raises(DirectionError, match="another difference of means"):
         cosine_rows("a", plain, "b", plain, (found, found))
-    with pytest.raises(StatisticsError, match="weights must be positive"):
+    with pytest.raises(StatisticsError, match="weights must be positive and finite"):
         resample_direction(positive, negative, positive_weights=0 * size)
 
 

@@ -232,5 +232,10 @@ def test_what_cannot_be_read_is_refused() -> None:
         lora_scalars(scalars, judged.assign(aligned=95.0, in_domain=False))
     with pytest.raises(StatisticsError, match="NaN"):
         separation(scalars * np.nan, np.ones(len(scalars)), list(judged.question), comparison="x")
+    for labels in (np.full(len(scalars), 2.0), np.full(len(scalars), np.inf)):
+        with pytest.raises(UsageError, match="labels 0, 1 or NaN"):
+            separation(scalars, labels, list(judged.question), comparison="x")
+    with pytest.raises(StatisticsError, match="needs scores of label 0"):
+        clustered_auc(np.ones(3), np.ones(3, dtype=int), np.arange(3))
     with pytest.raises(UsageError, match="is attached to"), lora().attached(model):
         mean_scalars(model, lora(), CONVERSATIONS)

@@ -61,7 +61,7 @@ def cosines(
     on Fisher's scale, about the plain cosine; its draws are from the Gaussian that the bootstrap tends to.
     """
     found: list[list[Float[np.ndarray, " block"]]] = []
-    for block in np.array_split(np.arange(n), max(1, n * questions * d // 2_000_000)):  # some 100 MB at a time
+    for block in np.array_split(np.arange(n), max(1, n * max(4 * questions, _DRAWS) * d // 2_000_000)):  # 16 MB each
         found.append(_cosine_block(rng, len(block), questions, icc, cosine, noise, _axes(spectrum, d), shared, each))
     return Outcomes(np.full(n, cosine), *(np.concatenate(part) for part in zip(*found, strict=True)))
 
@@ -361,7 +361,7 @@ def _rows() -> tuple[Scenario, ...]:
     found: list[Scenario] = []
 
     def add(interval: str, setting: str, questions: int, simulate: Callable[..., Outcomes], icc: float) -> None:
-        found.append(Scenario(interval, setting, questions, simulate, icc=icc))
+        found.append(Scenario(interval, setting, questions, simulate, icc=icc, conservative="null" not in interval))
 
     def cosine(
         value: float, questions: int, icc: float, noise: float, spectrum: Spectrum, d: int, shared: bool

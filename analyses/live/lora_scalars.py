@@ -19,7 +19,8 @@ TEXT = (
     "A rank-1 adapter adds scale * s * B, where the scalar s = A x is all that it knows of a token. Its mean over each "
     "coherent answer of the organism itself is given to a logistic probe (P2 Table 1), scored on questions that the "
     "probe was not fitted on: does s tell the trained domain from others, or misaligned answers from aligned ones? "
-    "Chance is an AUC of 0.5; intervals (95%) resample questions. The pocket organisms have one adapter, so the probe "
+    "Chance is an AUC of 0.5; intervals (95%) leave questions out in turn, and are mirrored at 0.5 where the probe "
+    "comes out below it. The pocket organisms have one adapter, so the probe "
     "sees one number an answer."
 )
 TABLES = ("lora_scalars",)
