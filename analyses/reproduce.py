@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -25,8 +26,8 @@ from analyses.comparison import compare, load_numbers
 from analyses.report import Section, write_report
 from analyses.suite import Suite
 from em_interp import figures as house
-from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError
-from em_interp.files import atomic_path, make_folder, write_text
+from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError, UsageError
+from em_interp.files import atomic_path, sole_writer, write_text
 from em_interp.manifest import fingerprint, hash_files, sha256, source_hash, write_manifest
 
 
@@ -62,11 +63,23 @@ def reproduce(
     With ``resume``, an analysis that finished on the same input with the same code is taken from its files; with
     ``only``, so are those not named, and those that never finished are left out of the report. ``parallel`` uses two
     processes where both `_lanes` have work. Raises ``EmInterpError`` where nothing at all can be done; everything else
-    ends in the report.
+    ends in the report. While it runs no other process writes there.
     """
+    if suite.general is not None and suite.general == suite.narrow:
+        raise UsageError(f"--general and --narrow are both {suite.general!r}: name two different runs.")
+    with sole_writer(out / suite.name):
+        return _reproduce(suite, out / suite.name, only, resume, static, parallel)
+
+
+def _reproduce(
+    suite: Suite, folder: Path, only: tuple[str, ...], resume: bool, static: bool, parallel: bool
+) -> Outcome:
     started = time.perf_counter()
     chosen = suite.only(only)
-    folder = make_folder(out / suite.name)
+    suite.work = folder / ".state"
+    if not resume:
+        for parts in suite.work.glob("*.parts"):
+            shutil.rmtree(parts)
     data = suite.input
     inputs = hash_files(data.root, data.files)
     key = fingerprint(
@@ -192,7 +205,7 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
     except OutputError:
         raise
     except MissingDataError as error:
-        section.error, section.missing = str(error), True
+        section.error, section.missing = str(error), not _is_refusal(error)
     except EmInterpError as error:
         section.error = str(error)
     except Exception:  # one broken analysis must not take the others with it; the report carries the trace
@@ -203,6 +216,7 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
         hashes = {t: sha256(folder / "tables" / f"{t}.csv") for t in section.tables}
         content = {"key": key, "tables": hashes, "notes": section.notes, "figures": sorted(section.figures)}
         write_text(state, json.dumps(content, indent=2) + "\n")
+        shutil.rmtree(state.with_suffix(".parts"), ignore_errors=True)
     return section
 
 
@@ -268,7 +282,10 @@ def _manifest(
     write_manifest(
         folder / "manifest.json",
         {
-            "suite": {**{k: v for k, v in asdict(suite).items() if k != "problems"}, "data": suite.input.root.name},
+            "suite": {
+                **{k: v for k, v in asdict(suite).items() if k not in ("problems", "work")},
+                "data": suite.input.root.name,
+            },
             "seeds": {"bootstrap": 0},
             "seconds": round(seconds, 2),
             "analyses": results,

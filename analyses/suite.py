@@ -18,6 +18,7 @@ from analyses.finetunes import Finetunes
 from analyses.organisms import Organisms, pocket_organisms
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.published import PublishedData, scan
+from em_interp.resume import Parts
 
 SUITES: Final = Path(__file__).parent / "suites"
 _KEYS: Final = {"title", "source", "data", "general", "narrow", "samples", "analyses", "models"}
@@ -54,6 +55,8 @@ class Suite:
     """Answers sampled to each question, where models are run."""
     problems: list[EmInterpError] = field(default_factory=list)
     """What an analysis could not do for a part of the data, beside what the readers refused. Filled by ``note``."""
+    work: Path | None = None
+    """Where analyses keep what they have until they are finished; nowhere by default."""
 
     @classmethod
     def load(cls, name: str) -> Suite:
@@ -139,6 +142,10 @@ class Suite:
                 "(make: DATA=DIR). `em-interp fetch --data DIR` downloads them."
             )
         return scan(self.data)
+
+    def parts(self, analysis: str) -> Parts | None:
+        """Where an analysis keeps its answers, batch by batch."""
+        return None if self.work is None else Parts(self.work / f"{analysis}.parts")
 
     def note(self, *problems: EmInterpError) -> None:
         """Remember what could not be done, once."""

@@ -65,6 +65,10 @@ def reproduce(
         err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(INTERRUPTED) from None
     out.print(summary(outcome.sections))
+    for section in outcome.sections:
+        if section.error is not None:
+            reason = section.error.strip().splitlines()[-1]  # of a traceback, the error itself
+            err.print(f"[bold]{section.name}[/bold]: {escape(reason)}")
     if outcome.problems:
         err.print(f"[bold]Not everything could be used ({len(outcome.problems)}):[/bold]")
         for problem in outcome.problems:

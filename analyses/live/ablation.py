@@ -79,7 +79,9 @@ def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Interventio
     organisms = suite.organisms
     asked = organisms.elsewhere(entry.domain)
     with organisms.active(entry) as model:
-        answers = answers_by_arm(model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False)
+        answers = answers_by_arm(
+            model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False, parts=suite.parts("ablation")
+        )
     return organisms.judge(answers)
 
 

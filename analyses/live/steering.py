@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import Entry, Organisms
+from analyses.organisms import Entry
 from analyses.suite import Suite
 from em_interp import figures
 from em_interp.pocket.suite import MAX_NEW_TOKENS
@@ -32,12 +32,12 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     entries = organisms.select(solution="general", adapter="all-modules")
     for number, entry in enumerate(tqdm(entries, desc="steering", leave=False)):
         if number == 0:
-            rows.append(_sweep(organisms, entry, list(range(organisms.chat.n_layers)), 0))
+            rows.append(_sweep(suite, entry, list(range(organisms.chat.n_layers)), 0))
             best = best_cell(rows[0])
             layer = int(best["layer"])
-            rows.append(_sweep(organisms, entry, [layer], RANDOM_ARMS).query("control"))
+            rows.append(_sweep(suite, entry, [layer], RANDOM_ARMS).query("control"))
         else:
-            rows.append(_sweep(organisms, entry, [layer], 0))
+            rows.append(_sweep(suite, entry, [layer], 0))
     return {"steering": pd.concat(rows, ignore_index=True)}
 
 
@@ -49,7 +49,8 @@ def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     return usable.iloc[int(usable["em_rate"].to_numpy().argmax())]
 
 
-def _sweep(organisms: Organisms, entry: Entry, layers: list[int], random_arms: int) -> pd.DataFrame:
+def _sweep(suite: Suite, entry: Entry, layers: list[int], random_arms: int) -> pd.DataFrame:
+    organisms = suite.organisms
     direction = organisms.contrast(entry).direction()
     answers = sweep(
         organisms.chat,
@@ -63,6 +64,7 @@ def _sweep(organisms: Organisms, entry: Entry, layers: list[int], random_arms: i
         random_arms=random_arms,
         max_new_tokens=MAX_NEW_TOKENS,
         progress=False,
+        parts=suite.parts("steering"),
     )
     return steering_rows(organisms.judge(answers), organisms.chat.name)
 
