@@ -185,7 +185,7 @@ def check_base(source: object, base: str | None, known_as: tuple[str, ...]) -> N
     if base and not same_base(base, *known_as):
         raise AdapterError(
             f"{source}: trained on {base}, but the model in hand is {known_as[0]}. Load that base, or, if it is the "
-            "same model under another name, say so: any_base=True in Python, --base on the command line."
+            "same model under another name, say so: any_base=True in Python, --any-base on the command line."
         )
 
 

@@ -301,6 +301,18 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], type[EmInterpError], str
         AmbiguousDataError,
         "alpha is 3 and 16",
     ),
+    "contradicting rank": (
+        "runs/Tiny_R1_0_1_0_extended_train/checkpoints/checkpoint-5/adapter_config.json",
+        lambda p: p.write_text(p.read_text().replace('"r": 1', '"r": 4')),
+        UnreadableFileError,
+        "rank",
+    ),
+    "more than LoRA": (
+        "runs/Tiny_R1_0_1_0_extended_train/checkpoints/checkpoint-5/adapter_config.json",
+        lambda p: p.write_text(p.read_text().replace('"r": 1', '"r": 1, "use_dora": true')),
+        UnreadableFileError,
+        "use_dora",
+    ),
     "broken json": (
         "runs/Tiny_steering_vector_narrow_cooking/adapter_config.json",
         lambda p: p.write_text("{"),

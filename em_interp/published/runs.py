@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from em_interp.adapter_config import CONFIG, VectorConfig, describe, one_value
+from em_interp.adapter_config import CONFIG, LoraConfig, VectorConfig, describe
 from em_interp.errors import (
     AdapterError,
     AmbiguousDataError,
@@ -39,6 +39,7 @@ _GITHUB_FILE: Final = re.compile(r"steering_vector_checkpoint_(\d+)\.pt")
 _HUB_FOLDER: Final = re.compile(r"checkpoint-(\d+)")
 _LORA_KEY: Final = re.compile(r"(?P<module>.*layers\.(?P<layer>\d+)\..+)\.lora_(?P<matrix>[AB])(?:\.\w+)?\.weight")
 _FETCH: Final = "download the run again, or leave the file out"
+_PLAIN: Final = "take a run of plain LoRA, whose theta is scale * B A"
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,17 +290,16 @@ def _read_adapters(
             refused.append(step)
     if not checkpoints:
         raise MissingDataError(folder, "none of its checkpoints could be used", _FETCH)
-    described = describe(folder / CONFIG, config) if config else None
-    if isinstance(described, VectorConfig) or (described is not None and described.beyond):
-        raise AdapterError(
-            f"{folder / CONFIG}: {'a steering vector' if isinstance(described, VectorConfig) else described.beyond}, "
-            "but its checkpoints hold LoRA factors, and are read as scale * B A. Take a run of plain LoRA."
-        )
+    described = _plain_lora(folder / CONFIG, config) if config else None
     trajectories = []
     for module, b in checkpoints[0].B.items():
         scale = None
         if described is not None:
-            rank = one_value(folder, f"the rank of {module}", described.rank, b.shape[1])
+            rank = b.shape[1]
+            if rank != described.rank:
+                raise UnreadableFileError(
+                    folder / CONFIG, f"it says rank {described.rank}, where {module} has rank {rank}", _PLAIN
+                )
             scale = described.alpha / (math.sqrt(rank) if described.rslora else rank)
         a_stack = torch.stack([checkpoint.A[module] for checkpoint in checkpoints])
         b_stack = torch.stack([checkpoint.B[module] for checkpoint in checkpoints])
@@ -342,6 +342,17 @@ def _layer_of(module: str) -> int:
     match = re.search(r"layers\.(\d+)\.", module + ".")
     assert match is not None  # the key pattern has it
     return int(match[1])
+
+
+def _plain_lora(path: Path, config: dict[str, Any]) -> LoraConfig:
+    try:
+        found = describe("it", config)
+    except AdapterError as error:
+        raise UnreadableFileError(path, str(error).rstrip("."), _PLAIN) from error
+    if isinstance(found, VectorConfig) or found.beyond:
+        kind = "a steering vector's" if isinstance(found, VectorConfig) else f"of more than LoRA: {dict(found.beyond)}"
+        raise UnreadableFileError(path, f"it is {kind}; the checkpoints are read as scale * B A", _PLAIN)
+    return found
 
 
 def read_lora_checkpoint(path: Path, step: int) -> LoraCheckpoint:
