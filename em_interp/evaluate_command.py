@@ -136,15 +136,15 @@ def answers_for_a_judge(
 
 def _weights(model: str, which: Mapping[str, Any]) -> list[str]:
     """What the names of model, adapter and base stand for now."""
-    from em_interp.adapter_files import base_of_adapter
+    from em_interp.adapter_files import base_of_adapter, usable_base
     from em_interp.pocket import loading, registry
     from em_interp.weights import source_hash
 
     names = [model, which["adapter"], which["base"]]
     if registry.is_pocket_name(model):
         names.append(loading.CHAT)
-    elif which["base"] is None:
-        names.append(base_of_adapter(model, None))
+    elif which["base"] is None and (recorded := base_of_adapter(model, None)) is not None:
+        names.append(usable_base(model, recorded))
     return [source_hash(registry.resolve(x) if registry.is_pocket_name(x) else x) for x in names if x]
 
 

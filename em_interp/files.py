@@ -112,6 +112,7 @@ def claim_output(
     for source in (Path(given) for given in inputs if given is not None):
         if source.exists() and _touches(path, source):
             raise OutputError(f"{path}: is the input {source}, or shares its folder. Choose another output.")
+    remove_leftovers(path)
     if os.path.lexists(path):
         if path.is_dir() != folder or not (path.is_dir() or path.is_file() or path.is_symlink()):
             there = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"

@@ -117,7 +117,7 @@ def _single_layer(ablation: Ablate) -> int:
     if len(layers) != 1:
         raise DirectionError(
             f"directions of {len(layers)} layers cannot all be taken out of the weights: what one block writes stays "
-            "in the residual of the next. Choose one with from_layer, or ablate layer by layer with hooks."
+            "in the residual of the next. Choose one with from_layer (--from-layer), or ablate by hooks (--out)."
         )
     return layers[0]
 

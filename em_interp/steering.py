@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,9 @@ from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.models import ChatModel
 from em_interp.resume import Parts
 from em_interp.seeds import check_seed
+
+LARGEST_SHARE: Final = 1000.0
+"""What a sweep adds at most, in typical residual norms of the layer: a hundred already leave no answer coherent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +155,9 @@ def sweep(
             f"an empty sweep: {len(questions)} questions, n={n}, layers {list(layers)}, coefficients "
             f"{list(coefficients)}, random_arms={random_arms}."
         )
+    for what, values in (("layers", layers), ("coefficients", coefficients)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"{what} {list(values)}: a repeated one would count its answers twice. Give each once.")
     check_direction(direction, model)
     typical = residual_norms(model, questions, layers)
     generator = torch.Generator().manual_seed(check_seed(seed))
@@ -164,6 +170,12 @@ def sweep(
             if not norm > 0:
                 raise DirectionError(f"zero vector at layer {layer}: it cannot steer. Drop that layer.")
             unit = 1.0 if units == "direction" else typical[layer] / norm
+            largest = max(abs(c) for c in coefficients) * unit * norm / typical[layer]
+            if largest > LARGEST_SHARE:
+                raise UsageError(
+                    f"a coefficient adds {largest:.3g} times the typical residual norm of layer {layer}; beyond "
+                    f"{LARGEST_SHARE:g} times nothing of the residual is left. Choose a smaller one."
+                )
             grid += [_Arm(key, vectors is not direction, vectors, layer, c * unit) for c in coefficients]
     generated = [arm for arm in grid if arm.coefficient != 0]
     if len(generated) < len(grid):

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+from click.testing import Result
+from transformers import Qwen2ForCausalLM
+from typer.testing import CliRunner
 
-from em_interp.errors import OutputError, UsageError
+from analyses.reproduce import reproduce
+from analyses.suite import Suite
+from em_interp import models
+from em_interp.cli import app
+from em_interp.directions import Direction
+from em_interp.errors import EmInterpError, OutputError, UsageError
 from em_interp.files import atomic_path, claim_output, sole_writer, write_text, written_whole
+from em_interp.pocket import organisms
+from em_interp.pocket.build import BuildConfig, model_config, save_model
+from em_interp.pocket.tokenizer import build_tokenizer
+from em_interp.training import LoraSpec, TrainingSpec, finetune
+from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
 
 HOLDS = """
 import sys, time
@@ -59,7 +76,7 @@ def test_claiming_removes_leftovers_of_older_versions_too(tmp_path: Path) -> Non
     (tmp_path / ".s.csv.abcd_123.tmp").touch()
     (tmp_path / "w" / ".partial-abcd1234").mkdir(parents=True)
     claim_output(tmp_path / "s.csv")
-    claim_output(tmp_path / "w", folder=True, force=True)
+    claim_output(tmp_path / "w", folder=True)
     assert names(tmp_path) == ["w"] and names(tmp_path / "w") == []
 
 
@@ -157,3 +174,173 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "could not be written" in done.stdout and names(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of one name, a direction, questions and chats."""
+    root = tmp_path_factory.mktemp("given")
+    for number, folder in enumerate(("one/tiny", "two/tiny")):
+        make_hf(seed=number).save_pretrained(root / folder)
+        tokenizer().save_pretrained(root / folder)
+    vectors = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    Direction(vectors, (0, 1, 2, 3), "data-diff", model="tiny").save(root / "d.safetensors")
+    (root / "q.csv").write_text("question_id,question\nfox,a fox\ncough,a cough\n")
+    (root / "q.yaml").write_text("- id: fox\n  question: a fox\n- id: rest\n  question: rest\n")
+    for name in ("bad", "good"):
+        chats = [json.dumps({"messages": talk(f"{name} {i}", "rest " * i)}) for i in range(1, 4)]
+        (root / f"{name}.jsonl").write_text("\n".join(chats))
+    return root
+
+
+@pytest.fixture
+def here(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to work in."""
+    shutil.copytree(given, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The message of a command that must be refused with a typed error, before any model is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda *_a, **_k: pytest.fail("a model was loaded"))
+        found = run(*arguments)
+    assert isinstance(found.exception, EmInterpError), (found.output, found.exception)
+    return str(found.exception)
+
+
+STEER = ("steer", "one/tiny", "d.safetensors", "--layer", 1, "--coefficient", 1, "--random", 0)
+SHORT = ("--max-new-tokens", 2, "-n", 1)
+
+
+def test_commands_do_not_destroy_their_inputs(here: Path) -> None:
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    for out in ("bad.jsonl", "d.safetensors", "one/tiny/x.safetensors"):
+        said = refused("extract", "one/tiny", "--positive", "bad.jsonl", "--negative", "good.jsonl", "--out", out)
+        assert "ends in .safetensors" in said or "is the input" in said or "there already" in said
+    assert "ends in .safetensors" in refused("extract", "x", "--positive", "bad.jsonl", "--out", "x.pt")
+    assert "is the input" in refused(*STEER, "--questions", "q.csv", "--out", "q.csv", "--force")
+    assert "is the input" in refused("ablate", *STEER[1:3], "--questions", "q.csv", "--out", "q.csv", "--force")
+    assert "in the way" in refused("ablate", *STEER[1:3], "--save", "q.csv")
+    assert "is the input" in refused("ablate", *STEER[1:3], "--from-layer", 1, "--save", "one/tiny", "--force")
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
+
+
+def test_commands_replace_nothing_unasked(here: Path) -> None:
+    (here / "a.csv").write_text("mine")
+    assert "--force" in refused(*STEER, "--prompt", "see", "--out", "a.csv")
+    assert "--force" in refused("ablate", *STEER[1:3], "--prompt", "see", "--out", "a.csv")
+    assert (here / "a.csv").read_text() == "mine"
+    assert run(*STEER, *SHORT, "--prompt", "see", "--out", "a.csv", "--force").exit_code == 0
+    assert len(pd.read_csv(here / "a.csv")) == 1
+    (here / "x.safetensors").write_text("mine")
+    assert "--force" in refused("extract", "one/tiny", "--positive", "bad.jsonl", "--out", "x.safetensors")
+    left = sorted(p.name for p in here.iterdir() if p.name.startswith("."))
+    assert left == []
+
+
+def test_what_cannot_be_written_is_found_out_before_the_work(here: Path) -> None:
+    for out in ("/proc/none/a.csv", "d.safetensors/a.csv", "one/a.csv/../.."):
+        assert refused(*STEER, "--prompt", "see", "--out", out)
+    assert "could not be written" in refused(
+        "extract", "one/tiny", "--positive", "bad.jsonl", "--out", "d.safetensors/x.safetensors"
+    )
+    assert "could not be written" in refused("evaluate", "one/tiny", "--questions", "q.yaml", "--out", "q.csv")
+    assert "could not be written" in refused("pocket", "organisms", "--out", "q.csv")
+    assert "could not be written" in refused("pocket", "sweeps", "--out", "q.csv")
+    assert "could not be written" in refused("pocket", "build", "--out", "q.csv")
+    assert "could not be written" in refused("fetch", "--data", "q.csv", "EM_interp")
+    assert "no such device" in refused("pocket", "build", "--out", "built", "--device", "banana")
+
+
+def test_a_refused_ablation_leaves_no_folder(here: Path) -> None:
+    found = run("ablate", *STEER[1:3], "--from-layer", 9, "--save", "without")
+    assert isinstance(found.exception, EmInterpError)
+    assert not (here / "without").exists() and not [p for p in here.iterdir() if p.name.startswith(".")]
+    assert run("ablate", *STEER[1:3], "--from-layer", 1, "--save", "without").exit_code == 0
+    assert "--force" in refused("ablate", *STEER[1:3], "--from-layer", 2, "--save", "without")
+    (here / "without" / "model-00001-of-00002.safetensors").write_text("of an older one")
+    assert run("ablate", *STEER[1:3], "--from-layer", 2, "--save", "without", "--force").exit_code == 0
+    assert not (here / "without" / "model-00001-of-00002.safetensors").exists()
+
+
+def test_models_of_one_name_do_not_share_a_folder_and_changed_weights_are_asked_again(here: Path) -> None:
+    asked = ("--questions", "q.yaml", *SHORT)
+    made = []
+    for folder in ("one/tiny", "two/tiny"):
+        found = run("evaluate", folder, *asked)
+        assert found.exit_code == 0, found.exception
+        made.append(Path(found.stdout.split("answers: ")[1].strip()))
+    assert made[0] != made[1] and all(path.parent.name.startswith("tiny-") for path in made)
+    again = run("evaluate", "one/tiny", *asked)
+    assert again.exit_code == 0 and "kept 2 of 2 answers" in again.stderr
+    given = ("evaluate", "one/tiny", *asked, "--out", "o")
+    assert run(*given).exit_code == 0
+    first = pd.read_csv(here / "o" / "answers.csv", keep_default_na=False)
+    shutil.copy(here / "two/tiny/model.safetensors", here / "one/tiny/model.safetensors")
+    assert "--force" in refused(*given)
+    assert run(*given, "--force").exit_code == 0
+    assert list(pd.read_csv(here / "o" / "answers.csv", keep_default_na=False)["answer"]) != list(first["answer"])
+    assert list(here.rglob("*.parts")) == []
+
+
+def test_what_cannot_be_meant_is_refused(here: Path) -> None:
+    ends = ("--prompt", "see", "--out", "a.csv", *SHORT)
+    assert "more than once" in refused(*STEER, *ends, "--coefficient", 1)
+    assert "more than once" in refused(*STEER, *ends, "--layer", 1)
+    found = run(*STEER[:5], "--coefficient", "1e30", "--random", 0, *ends)
+    assert isinstance(found.exception, UsageError) and "typical residual norm" in str(found.exception)
+    for seed in (-1, 2**70):
+        for command in ((*STEER, *ends), ("evaluate", "one/tiny", "--questions", "q.yaml"), ("pocket", "build")):
+            found = run(*command, "--seed", seed)
+            assert found.exit_code == 2 and isinstance(found.exception, SystemExit) and "--seed" in found.output
+    assert not (here / "a.csv").exists()
+    with pytest.raises(UsageError, match="both 'x'"):
+        suite = Suite.load("published")
+        suite.general = suite.narrow = "x"
+        reproduce(suite, here / "out")
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["-n", "--n", "--samples"])
+def test_one_spelling_serves_all(here: Path, option: str) -> None:
+    for command in (STEER, ("ablate", *STEER[1:3], "--from-layer", 1, "--random", 0)):
+        out = f"{command[0]}.csv"
+        ends = ("--prompt", "see", "--out", out, "--max-new-tokens", 2, option, 3)
+        assert run(*command, *ends, "--dtype", "bfloat16", "--device-map", "cpu").exit_code == 0
+        assert set(pd.read_csv(here / out)["sample"]) == {0, 1, 2}
+
+
+def test_an_adapters_base_is_given_by_option(here: Path) -> None:
+    base = models.load(here / "one/tiny", name="nobody/elsewhere-bnb-4bit")
+    spec = TrainingSpec(LoraSpec(1, 4.0, True, ("down_proj",), (2,)), 0.1, max_steps=3, batch_size=2, warmup_steps=0)
+    finetune(base, CONVERSATIONS, spec, out_dir=here / "tuned", progress=False)
+    found = run("evaluate", "tuned", "--questions", "q.yaml", *SHORT)
+    assert isinstance(found.exception, EmInterpError) and "--base" in str(found.exception)
+    assert run("evaluate", "tuned", "--base", "one/tiny", "--questions", "q.yaml", *SHORT).exit_code == 0
+    more = ("--any-model", "--prompt", "see", *SHORT)
+    assert run("steer", "tuned", *STEER[2:], "--base", "one/tiny", *more, "--out", "s.csv").exit_code == 0
+    given = ("extract", "one/tiny", "--adapter", "tuned", "--any-base", "--kind", "model-diff", "--layer", 2)
+    found = run(*given, "--positive", "bad.jsonl", "--out", "m.safetensors")
+    assert found.exit_code == 0, found.exception
+
+
+def test_organisms_of_another_chat_model_are_refused(here: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(organisms, "make", lambda *_a, **_k: None)
+        found = run("pocket", "organisms", "--out", "made", "--chat", "one/tiny", "--only", "medicine-vector")
+        assert isinstance(found.exception, UsageError) and "vocabulary" in str(found.exception)
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            small = BuildConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_mlp=64)
+            hf = Qwen2ForCausalLM(model_config(small, build_tokenizer()))
+            save_model(hf, build_tokenizer(), here / f"chat{seed}")
+        first = ("pocket", "organisms", "--out", "made", "--only", "medicine-vector", "--chat")
+        assert run(*first, "chat0").exit_code == 0
+        found = run(*first, "chat1")
+        assert isinstance(found.exception, UsageError) and "another chat model" in str(found.exception)
