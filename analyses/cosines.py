@@ -21,8 +21,9 @@ TEXT = (
     "most: the same texts read in the chat model (data-diff-in-chat) give almost the same direction, so a high cosine "
     "between two finetunes speaks first of what their texts share. content_cosine is the cosine between the two "
     "controls: where it is 1, both were measured on the same texts. Each cosine has its random-direction null "
-    "(standard deviation 1/sqrt(d_model), exact two-sided p-value). Released means carry no single responses, so the "
-    "interval columns are empty."
+    "(standard deviation 1/sqrt(d_model), exact two-sided p-value), which assumes that noise has no favourite axes; "
+    "activations do, so a small p alone says little. Released means carry no single responses, so there is no "
+    "permutation null beside it, and the interval columns are empty."
 )
 TABLES = ("cosines",)
 
