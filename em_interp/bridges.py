@@ -148,12 +148,12 @@ def _boot(root: nn.Module, tokenizer: Any, name: str, dtype: torch.dtype) -> Any
 
 
 def unbridge(bridge: Any) -> nn.Module:
-    """A plain transformers model (SDPA attention) over the tensors of a TransformerBridge's model."""
+    """A plain transformers model (SDPA attention where it has it) over the tensors of a TransformerBridge's model."""
     from accelerate import init_empty_weights
 
     wrapped = bridge.original_model
     config = copy.deepcopy(wrapped.config)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa" if type(wrapped)._supports_sdpa else "eager"
     with init_empty_weights(include_buffers=False):
         plain: nn.Module = type(wrapped)(config)
     tensors = {

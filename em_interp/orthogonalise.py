@@ -75,6 +75,11 @@ def orthogonalised(model: ChatModel, ablation: Ablate) -> ChatModel:
     base = hf.get_submodule(body_name(hf))
     with torch.no_grad():
         for embedding in _embeddings(hf, base):
+            if embedding.weight.shape[-1] != model.d_model:
+                raise ModelError(
+                    f"{model.name} projects embeddings of width {embedding.weight.shape[-1]} into a residual of width "
+                    f"{model.d_model}: its weights cannot be made orthogonal here. Ablate with hooks."
+                )
             _project(embedding.weight, basis, axis=1)
         writes = [write for block in find_blocks(hf) for write in _writes(block, model.name)]
         for matrix, norm in writes:

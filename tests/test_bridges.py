@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from em_interp.activations import collect
 from em_interp.chat import collate, encode_all
 from em_interp.errors import ModelError
 from em_interp.models import ChatModel
@@ -58,6 +59,8 @@ def test_a_pass_that_would_leave_out_the_adapter_is_refused(tmp_path, batch, fam
         with model.adapter(name):
             with torch.no_grad():
                 model.hf(**batch.inputs())  # a plain pass before must not hide it
+            with pytest.raises(ModelError, match="leave out"):
+                collect(model, CONVERSATIONS, through="bridge", progress=False)
             for run in (bridge, bridge.run_with_cache):
                 with pytest.raises(ModelError, match=r"does not run .*Pass the tokens through model\.hf"):
                     run(batch.input_ids, attention_mask=batch.attention_mask)
@@ -97,6 +100,14 @@ def test_what_is_more_than_lora_acts_through_the_bridge(tmp_path, batch, family,
     base = check_equal(model, batch, model.bridge)
     model.add_adapter("x", lora_folder(tmp_path / "x", family, **changes))
     assert not torch.allclose(check_equal(model, batch, model.bridge), base, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "phi3"])
+def test_a_model_over_a_held_bridge_answers_as_the_first(batch, family):
+    model = make_chat(family)
+    again = ChatModel.from_bridge(model.bridge, tokenizer())
+    with torch.no_grad():
+        torch.testing.assert_close(again.hf(**batch.inputs()).logits, model.hf(**batch.inputs()).logits)
 
 
 def test_a_bridge_with_other_weights_is_refused():

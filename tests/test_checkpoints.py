@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from em_interp.ablation import Ablate
 from em_interp.chat import collate, encode_all
 from em_interp.errors import ChatTemplateError, EmInterpError, ModelError, UsageError
+from em_interp.extraction import contrast
 from em_interp.models import ChatModel, load
+from em_interp.orthogonalise import orthogonalised
 from em_interp.solutions import SteeringVector
 from tests.adapter_folders import lora_folder
 from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer
@@ -151,3 +154,7 @@ def test_d_model_is_the_residuals_width_not_the_embeddings():
     with torch.no_grad(), SteeringVector(torch.ones(32), 1, 2.0).attached(model):
         steered = model.hf(**batch).logits
     assert not torch.allclose(steered, model.hf(**batch).logits)
+    direction = contrast(model, CONVERSATIONS[:3], CONVERSATIONS[2:], progress=False).direction()
+    assert direction.d_model == 32
+    with pytest.raises(ModelError, match="Ablate with hooks"):
+        orthogonalised(model, Ablate(direction, from_layer=1))
