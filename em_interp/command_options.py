@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from em_interp.errors import UsageError
+from em_interp.seeds import MAX_SEED
 
 if TYPE_CHECKING:
     from em_interp.models import ChatModel
@@ -33,7 +34,7 @@ AnyBase = Annotated[bool, typer.Option("--any-base", help="the adapter's base is
 DeviceMap = Annotated[str | None, typer.Option(help="'auto' spreads the model over the GPUs; or cpu, cuda, ...")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="precision of the weights")]
 Samples = Annotated[int, typer.Option("-n", "--n", "--samples", help="answers to each question")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="decides whatever is drawn")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="decides whatever is drawn")]
 NewTokens = Annotated[int, typer.Option(min=1, help="length at which answers are cut, in tokens")]
 BatchTokens = Annotated[int, typer.Option("--tokens-per-batch", min=1, help="tokens in memory at once")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that is there already")]
