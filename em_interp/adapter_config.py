@@ -148,7 +148,7 @@ def _number(where: object, config: Mapping[str, Any], key: str, *, whole: bool) 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise AdapterError(f"{where}: {key} is {value!r}; it must be a number.")
+        raise AdapterError(f"{where}: {key} is {value!r}. Write a number there.")
     if whole and int(value) != value:
         raise AdapterError(f"{where}: {key} is {value!r}; it must be a whole number.")
     return float(value)

@@ -258,15 +258,11 @@ def _is_a_copy(hf: nn.Module, key: str, tensor: Tensor, folder: Path) -> bool:
 
     Raises AdapterError if it is not the base's in hand.
     """
-    module, copied, _ = key.removeprefix("base_model.model.").partition(".base_layer.")
-    if not copied:
+    module, _, kind = key.removeprefix("base_model.model.").partition(".base_layer.")
+    if kind not in ("weight", "bias"):  # LoRA on the several matrices of a module of experts is nested, and no copy
         return False
-    own: Any = dict(hf.named_modules()).get(module)
-    if (
-        own is None
-        or own.weight.shape != tensor.shape
-        or not torch.equal(own.weight.cpu(), tensor.to(own.weight.dtype))
-    ):
+    own = getattr(dict(hf.named_modules()).get(module), kind, None)
+    if own is None or own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype)):
         raise AdapterError(
             f"{folder}: brings its own {module}, which is not the base's: loaded, it would change the base too. Save "
             "it again with save_embedding_layers=False."

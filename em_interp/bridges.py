@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,20 @@ class Bridged:
 def make_bridge(hf: Any, tokenizer: Any, name: str, batch: Mapping[str, Tensor]) -> Bridged:
     """A bridge over the weights of `hf`, proved on `batch`: the same logits, and which modules it does not run.
 
-    Raises ModelError if its logits are others, or if it does not run the blocks.
+    Raises ModelError if TransformerLens does not know the architecture, its logits are others, or it does not run the
+    blocks.
     """
     shared = {id(x): x for x in (*hf.parameters(), *hf.buffers())}
     root = copy.deepcopy(hf, shared)
     blocks, modules = find_blocks(root), dict(root.named_modules())
-    bridge = _boot(root, tokenizer, name, next(hf.parameters()).dtype)
+    try:
+        bridge = _boot(root, tokenizer, name, next(hf.parameters()).dtype)
+        logits_of(bridge, batch)
+    except Exception as error:  # of many kinds: an architecture that it does not know, or cuts in the wrong places
+        raise ModelError(
+            f"{name}: TransformerLens makes no bridge over {type(hf).__name__} that runs ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}). Use model.hf: every function of this package works through it."
+        ) from error
     made = Bridged(bridge, root, blocks, modules, _dropped(hf, bridge, modules, batch, name))
     with made.refusing((n for n, module in modules.items() if module in blocks), name):
         logits_of(bridge, batch)
@@ -133,14 +142,17 @@ def _boot(root: nn.Module, tokenizer: Any, name: str, dtype: torch.dtype) -> Any
     """A TransformerBridge on `root`, which it rewires in place.
 
     TransformerLens reloads and edits the tokenizer (missing special tokens), so it gets one of its own. It picks its
-    adapter by the class that a checkpoint's config names; a model built in memory names none.
+    adapter by the class that a checkpoint's config names; a model built in memory names none. For a multimodal model it
+    would install torchvision with pip.
     """
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.transformers import helpers
     from transformers import AutoTokenizer
 
     config: Any = root.config
     config.architectures = config.architectures or [type(root).__name__]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    nothing_installed = patch.object(helpers, "_ensure_torchvision", return_value=False, create=True)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), nothing_installed:
         warnings.simplefilter("ignore")
         tokenizer.save_pretrained(folder)
         own = AutoTokenizer.from_pretrained(folder)

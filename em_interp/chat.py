@@ -103,7 +103,9 @@ def _response_span(
     stop = len(text) - len(rest)
     content, written = conversation[turn]["content"], text[len(opening) : stop]
     if not content or not (content.strip() or content in written):
-        raise ChatTemplateError(f"turn {turn}: the response is empty once the template is applied.")
+        raise ChatTemplateError(
+            f"turn {turn}: the response is empty once the template is applied. Drop it or end earlier."
+        )
     if "".join(content.split()) not in "".join(written.split()):
         raise ChatTemplateError(
             f"turn {turn}: the template leaves out or rewrites a part of the answer, {content[:60]!r}. Give the answer "

@@ -21,6 +21,7 @@ from em_interp.directions import Direction
 from em_interp.errors import DirectionError, HookError, UsageError
 from em_interp.evaluation.sampling import Questions, sample
 from em_interp.hooks import BlockFn, block_hooks, body_name, check_layer, firing, tagged
+from em_interp.limits import refuse_dropout
 from em_interp.manifest import fingerprint
 from em_interp.models import ChatModel
 from em_interp.resume import Parts
@@ -233,6 +234,7 @@ def intervening(
     Raises DirectionError for a direction of another width or model, HookError for an unknown layer, for a number of
     coefficients that is not the batch's, and at the end if no pass was run or a scope never held a token.
     """
+    refuse_dropout(model.hf)
     plan: dict[int, list[Edit]] = {}
     for intervention in interventions:
         for layer, edit in intervention.edits(model).items():

@@ -77,7 +77,7 @@ def check_weights(hf: nn.Module, name: str) -> None:
             raise ModelError(f"{name}: {key} holds NaN or infinite values. {remedy}")
     for layer, block in enumerate(find_blocks(hf)):
         for key, weight in block.named_parameters():
-            if not weight.is_meta and weight.ndim >= 2 and not bool(weight.any()):
+            if not weight.is_meta and weight.ndim >= 2 and "bias" not in key and not bool(weight.any()):
                 raise ModelError(f"{name}: {key} of block {layer} is zero throughout. {remedy}")
 
 
@@ -91,7 +91,13 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str, d_model: int
     alone = []
     for r in range(2):
         single = collate(rows, [r], pad=0).to(device).inputs()
-        out = model(**single, output_hidden_states=True, use_cache=False)
+        try:
+            out = model(**single, output_hidden_states=True, use_cache=False)
+        except RuntimeError as error:  # no kernel for this dtype: experts in float64, for one
+            raise ModelError(
+                f"{name}: no pass in {model.dtype} ({(str(error).splitlines() or [''])[0]}). Load with another dtype, "
+                "or set another attention or experts implementation."
+            ) from error
         if not torch.isfinite(out.logits).all():
             raise ModelError(f"{name}: logits are not finite in {out.logits.dtype}. Load with another dtype.")
         blocks = residuals(hf, single, range(len(find_blocks(hf))))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from em_interp import solution_files as files
 from em_interp.adapter_config import VectorConfig, describe, read_config
 from em_interp.errors import SolutionError
-from em_interp.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
+from em_interp.hooks import add_to_hidden, block_hooks, body_name, check_layer, firing, tagged
 from em_interp.limits import refuse_dropout
 from em_interp.manifest import fingerprint
 from em_interp.models import ChatModel
@@ -316,6 +316,7 @@ class LoraAdapter:
         Acts on `model.hf` and, where the bridge calls its linear modules, on the bridge.
         """
         refuse_dropout(model.hf)
+        self._refuse_unread(model)
         handles = []
         counts: dict[str, list[int]] = {}
         try:
@@ -335,6 +336,18 @@ class LoraAdapter:
             raise
         with firing(counts, handles), model.refusing_bridge(self.a):
             yield
+
+    def _refuse_unread(self, model: ChatModel) -> None:
+        """Raise SolutionError if theta sits where text never comes, such as an image tower."""
+        body = body_name(model.hf)
+        head, modules = model.hf.get_output_embeddings(), model.module_sets()[0]
+        unread = [n for n in self.a if n in modules and modules[n] is not head and not n.startswith(f"{body}.")]
+        if unread:
+            raise SolutionError(
+                f"{model.name}: the adapter touches {len(unread)} modules outside the text model, e.g. {unread[0]}: no "
+                "text is read by them, so that a part of theta could never act. Train on the text model alone (in "
+                f"PEFT, target_modules below {body}), or drop those tensors from the adapter."
+            )
 
     def check_fits(self, name: str, module: nn.Module, model: ChatModel) -> None:
         """Raise SolutionError unless scale * B A of module `name` has the shape of that module's weight."""

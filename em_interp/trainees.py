@@ -164,7 +164,7 @@ def _targets(model: ChatModel, spec: LoraSpec) -> list[str]:
         )
         raise TrainingError(
             f"{model.name}: LoRA does not fit it: no module of its blocks is called {', '.join(absent)}. "
-            f"They hold {', '.join(leaves)}."
+            f"Name some of those that they hold: {', '.join(leaves)}."
         )
     return [name for hits in found.values() for name in hits]
 
