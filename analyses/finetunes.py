@@ -13,12 +13,13 @@ from analyses.organisms import Entry, Organisms
 from em_interp import models, solutions
 from em_interp.adapter_files import read_adapter_config
 from em_interp.chat import Conversation
-from em_interp.errors import MissingDataError, UsageError
+from em_interp.errors import MissingDataError, ModelError, UsageError
 from em_interp.models import ChatModel
 from em_interp.pocket.corpus import Task
 from em_interp.published.judged import read_judged_csv
 from em_interp.solutions import LoraAdapter, SteeringVector
 from em_interp.texts import read_chats, read_texts
+from em_interp.weights import source_hash
 
 _KEYS = {"chat", "training", "texts", "judged", "finetunes"}
 _ENTRY_KEYS = {"source", "domain", "adapter", "solution", "seed"}
@@ -80,6 +81,7 @@ class Finetunes(Organisms):
         texts = inside(content["texts"]) if "texts" in content else None
         judged = inside(content.get("judged", "judged"))
         folders = [root / str(content["chat"]), *(e.path for e in entries)]
+        folders.append(root / "trajectories")
         local = [p for folder in folders if folder.is_dir() for p in folder.rglob("*")]
         files = {*training.values(), *([texts] if texts else []), *judged.glob("*.csv"), *local}
         return cls(
@@ -92,18 +94,34 @@ class Finetunes(Organisms):
             judged=judged,
         )
 
+    @property
+    def _chat_path(self) -> Path:
+        here = self.root / self.chat_source
+        return here if here.is_dir() else Path(self.chat_source)
+
     @cached_property
     def chat(self) -> ChatModel:
         """Raises ``ModelError`` where it cannot be had."""
-        here = self.root / self.chat_source
-        return models.load(here if here.is_dir() else self.chat_source)
+        return models.load(self._chat_path)
+
+    def sources(self) -> dict[str, str]:
+        """The chat model and the finetunes that do not lie below `root`: folders elsewhere, and repositories."""
+        found = {}
+        for path in (self._chat_path, *(entry.path for entry in self.entries)):
+            if path.is_relative_to(self.root):
+                continue
+            try:
+                found[str(path)] = source_hash(path)
+            except ModelError as error:  # each analysis that needs it says so
+                found[str(path)] = str(error)
+        return found
 
     def solution(self, entry: Entry) -> SteeringVector | LoraAdapter:
         """What a finetune trained, fetched from the hub if need be. Raises ``ModelError`` or ``SolutionError``."""
-        if entry.name not in self._solutions:
+        if entry not in self._solutions:
             folder, _ = read_adapter_config(entry.path)
-            self._solutions[entry.name] = solutions.load(folder)
-        return self._solutions[entry.name]
+            self._solutions[entry] = solutions.load(folder)
+        return self._solutions[entry]
 
     def questions(self, domain: str) -> pd.DataFrame:
         raise UsageError("questions are asked beforehand: `em-interp evaluate MODEL --questions FILE`.")
@@ -114,18 +132,23 @@ class Finetunes(Organisms):
             f"score them 0-100 in columns aligned and coherent, and put each finetune's table into {self.judged}."
         )
 
+    def answers_file(self, entry: Entry | None) -> str:
+        """NAME.csv among the judged ones."""
+        return str(self.judged / f"{'chat' if entry is None else entry.name}.csv")
+
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
         """The judged answers of a finetune, or of the chat model (chat.csv); all of them, whatever `n`.
 
         Rows without both scores are left out. Raises ``UsageError`` where there is no table.
         """
-        path = self.judged / f"{'chat' if entry is None else entry.name}.csv"
+        path = Path(self.answers_file(entry))
         if not path.is_file():
             raise UsageError(
                 f"{path} is absent: no judge is configured. Sample answers with `em-interp evaluate MODEL --questions "
                 "FILE`, have a judge score them 0-100 (columns question, answer, aligned, coherent), and put them here."
             )
         table = read_judged_csv(path)
+        table = table.assign(row=range(2, len(table) + 2))
         if "questions" not in table:
             table = table.assign(questions="general")
         return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)

@@ -28,7 +28,7 @@ from analyses.suite import Suite
 from em_interp import figures as house
 from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError, UsageError
 from em_interp.files import atomic_path, sole_writer, write_text
-from em_interp.manifest import fingerprint, hash_files, sha256, source_hash, write_manifest
+from em_interp.manifest import code_hash, fingerprint, hash_files, sha256, write_manifest
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,16 @@ def _reproduce(
             shutil.rmtree(parts)
     data = suite.input
     inputs = hash_files(data.root, data.files)
+    sources = {} if suite.source == "published" else suite.organisms.sources()
     key = fingerprint(
         {
             "inputs": inputs,
-            "source": source_hash(),
+            "sources": sources,
+            "code": code_hash(),
             "general": suite.general,
             "narrow": suite.narrow,
             "samples": suite.samples,
+            "models": suite.models,
         }
     )
     numbers = load_numbers() if suite.source == "published" else []
@@ -112,7 +115,7 @@ def _reproduce(
     if whole:
         _write_table(folder, "comparison", pd.concat([w.astype(object) for w in whole], ignore_index=True))
     report = write_report(folder / "report.html", suite, sections, lines, notes)
-    _manifest(folder, suite, sections, inputs, lines, time.perf_counter() - started)
+    _manifest(folder, suite, sections, {**inputs, **sources}, lines, time.perf_counter() - started)
     return Outcome(folder, report, tuple(sections), lines, refused)
 
 
@@ -191,7 +194,7 @@ def _is_refusal(problem: EmInterpError) -> bool:
 def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
     analysis = suite.analysis(name)
     section = Section(name, analysis.TITLE, analysis.TEXT)
-    before = len(suite.problems)
+    before, read_before = len(suite.problems), len(suite.input.problems)
     started = time.perf_counter()
     state = _state_file(folder, name)
     state.unlink(missing_ok=True)
@@ -210,7 +213,7 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
         section.error = str(error)
     except Exception:  # one broken analysis must not take the others with it; the report carries the trace
         section.error = traceback.format_exc()
-    section.notes = [str(problem) for problem in suite.problems[before:]]
+    section.notes = [str(p) for p in (*suite.input.problems[read_before:], *suite.problems[before:])]
     section.seconds = time.perf_counter() - started
     if section.error is None:
         hashes = {t: sha256(folder / "tables" / f"{t}.csv") for t in section.tables}

@@ -22,6 +22,10 @@ PACKAGES: Final = (
 )
 
 
+NUMERIC: Final = ("python", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "pandas")
+"""Those whose release can change a number."""
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
@@ -54,6 +58,12 @@ def source_hash() -> str:
     root = Path(__file__).resolve().parent.parent
     files = [p for name in ("em_interp", "analyses") for p in (root / name).rglob("*") if p.suffix in (".py", ".toml")]
     return fingerprint(hash_files(root, files))
+
+
+def code_hash() -> str:
+    """One hash over the source files and the versions of `NUMERIC`: the code that a kept result was made by."""
+    found = versions()
+    return fingerprint([source_hash(), {name: found[name] for name in NUMERIC}])
 
 
 def git_revision() -> str | None:

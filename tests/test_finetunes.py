@@ -12,9 +12,10 @@ import pytest
 from analyses.live import influence, stability
 from analyses.reproduce import Outcome, reproduce
 from analyses.suite import SUITES, Suite
-from em_interp import models
+from em_interp import models, solutions
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.training import LoraSpec, TrainingSpec, VectorSpec, finetune
+from em_interp.weights import file_hash
 from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
 
 SPECS = {
@@ -71,8 +72,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(influence, "RANDOM", 2)
 
 
-def run(path: Path, out: Path, *only: str) -> Outcome:
-    return reproduce(Suite.load(str(path)), out, only=only, static=False)
+def run(path: Path, out: Path, *only: str, resume: bool = False) -> Outcome:
+    return reproduce(Suite.load(str(path)), out, only=only, static=False, resume=resume)
 
 
 @pytest.mark.usefixtures("little")
@@ -134,6 +135,69 @@ def test_absent_parts_are_said(data: Path, tmp_path: Path) -> None:
     (root / "mine.toml").write_text('source = "models"\n')
     with pytest.raises(UnreadableFileError, match="needs that table"):
         Suite.load(str(root / "mine.toml"))
+
+
+def last_cosine(outcome: Outcome) -> float:
+    table = next(s for s in outcome.sections if s.name == "cosines").tables["cosines"]
+    return float(table[table["comparison"] == "between finetunes"]["cosine"].iloc[-1])
+
+
+def test_resume_sees_a_finetune_a_chat_model_and_a_label_that_changed(data: Path, tmp_path: Path) -> None:
+    """They lie outside the data folder; the second run would give back the first one's numbers."""
+    root, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    shutil.copytree(data, root)
+    (root / "runs").rename(elsewhere)
+    (root / "chat").rename(elsewhere / "chat")
+    suite = suite_file(root, chat=str(elsewhere / "chat"))
+    suite.write_text(suite.read_text().replace('source = "runs', f'source = "{elsewhere}'))
+
+    def reused() -> dict[str, bool]:
+        outcome = run(suite, tmp_path, "cosines", "efficiency", resume=True)
+        found.append(last_cosine(outcome))
+        return {s.name: s.reused for s in outcome.sections}
+
+    found: list[float] = []
+    run(suite, tmp_path, "cosines", "efficiency")
+    assert reused() == {"cosines": True, "efficiency": True}
+    trained = solutions.load(elsewhere / "med-rank1")
+    trained.scaled(-3.0).save(elsewhere / "med-rank1")
+    assert reused() == {"cosines": False, "efficiency": False}
+    assert found[1] != found[0]
+    assert reused() == {"cosines": True, "efficiency": True}
+    chat = make_hf()
+    chat.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
+    chat.save_pretrained(elsewhere / "chat")
+    assert reused() == {"cosines": False, "efficiency": False}
+    assert found[3] != found[2]
+    suite.write_text(suite.read_text().replace('domain = "finance"', 'domain = "sports"'))
+    assert reused() == {"cosines": False, "efficiency": False}
+    kept = json.loads((tmp_path / "mine" / "manifest.json").read_text())["inputs_sha256"]
+    assert kept[str(elsewhere / "med-rank1")] == file_hash(elsewhere / "med-rank1")
+
+
+@pytest.mark.parametrize("answer", ["\nrest", " rest", ""])
+def test_an_answer_that_begins_with_white_space_costs_only_itself(answer: str, data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(data, root)
+    path = root / "judged" / "med-rank1.csv"
+    table = pd.read_csv(path, keep_default_na=False)
+    table.loc[3, "answer"] = answer
+    table.to_csv(path, index=False)
+    suite = Suite.load(str(suite_file(root)))
+    organisms = suite.organisms
+    entry = organisms.entries[0]
+    merged = type(organisms.chat.tokenizer.backend_tokenizer).from_str(
+        organisms.chat.tokenizer.backend_tokenizer.to_str()
+    )
+    merged.add_tokens(["assistant\n\n", "assistant\n "])  # as real vocabularies join white space
+    organisms.chat.tokenizer._tokenizer = merged
+    contrast = organisms.contrast(entry)
+    assert (len(contrast.positive), len(contrast.negative)) == (5, 4)
+    (told,) = {str(problem) for problem in organisms.problems}
+    assert "med-rank1.csv: row 5: an answer of med-rank1 is left out" in told
+    assert repr(answer) in told
+    organisms.contrast(entry, "model-diff")
+    assert len(organisms.problems) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-14b"])

@@ -191,6 +191,12 @@ def test_the_suite_is_evaluated_and_a_second_run_only_reads(tmp_path: Path, monk
         assert {p.name: p.read_text() for p in tmp_path.glob("*.csv")} == before
         with pytest.raises(pytest.fail.Exception, match="asked again"):
             evaluate_suite(tmp_path, ["chat"], n=3, progress=False)
+        config = registry.resolve("pocket/medicine-rank1") / "adapter_config.json"
+        told = json.loads(config.read_text())
+        config.write_text(json.dumps({**told, "lora_alpha": 2 * told["lora_alpha"]}))  # the tensors are as they were
+        with pytest.raises(pytest.fail.Exception, match="asked again"):
+            evaluate_suite(tmp_path, ["medicine-rank1"], n=2, progress=False)
+        config.write_text(json.dumps(told))
     with pytest.raises(registry.RegistryError, match="medicine-rank1"):
         evaluate_suite(tmp_path, ["medicine-rank7"])
 

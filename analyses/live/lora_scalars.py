@@ -40,7 +40,9 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         except UsageError as error:
             suite.note(error)
             continue
-        judged = judged[PAPER.is_coherent(judged["coherent"].to_numpy())].reset_index(drop=True)
+        judged = organisms.readable(entry, judged[PAPER.is_coherent(judged["coherent"].to_numpy())]).reset_index(
+            drop=True
+        )
         judged = judged.assign(in_domain=judged["questions"] == "in_domain")
         if judged.empty:
             suite.note(StatisticsError(f"{entry.name} gave no coherent answer, so its scalars are not compared."))

@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from em_interp import solutions
-from em_interp.manifest import fingerprint, hash_files, write_manifest
+from em_interp.manifest import code_hash, fingerprint, hash_files, write_manifest
 from em_interp.models import ChatModel
 from em_interp.pocket import loading, registry, suite
 from em_interp.pocket.corpus import Task
@@ -20,16 +20,13 @@ from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.kept import kept, write_table
 from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
 from em_interp.statistics import rate_interval
+from em_interp.weights import file_hash
 
 
 def available() -> dict[str, Organism | None]:
     """Registry name -> organism, for every finetune that is here; None for the chat model, which comes first."""
     known = {registry.PREFIX + o.name: o for o in (*ORGANISMS, *REGISTER_ORGANISMS)}
     return {loading.CHAT: None} | {name: known[name] for name in registry.names() if name in known}
-
-
-def _weights(folder: Path) -> str:
-    return fingerprint(hash_files(folder, folder.glob("*.safetensors")))
 
 
 def evaluate_suite(
@@ -40,20 +37,21 @@ def evaluate_suite(
     names: registry names, with or without "pocket/"; all that are here by default. Tables: em_rates; technical_rates
     (organisms of the second task, and the chat model, where one is asked for); logprob_scores; facts (chat model).
     OUT/manifest.json says which weights, n and seed. Judged answers stay in OUT/answers, so that a killed run goes on
-    and a change of weights, n or seed starts anew. Raises RegistryError for a name that is not here.
+    and a change of weights, n, seed or code starts anew. Raises RegistryError for a name that is not here.
     """
     here = available()
     wanted = [name if registry.is_pocket_name(name) else registry.PREFIX + name for name in names] or list(here)
     if unknown := [name for name in wanted if name not in here]:
         raise registry.RegistryError(f"cannot evaluate {', '.join(unknown)}; there are {', '.join(here)}")
     model = loading.load_chat()
-    chat_weights = _weights(registry.chat_folder())
+    chat_weights = file_hash(registry.chat_folder())
     with_register = any(o is not None and o.task == "register" for o in map(here.get, wanted))
     tables: dict[str, list[pd.DataFrame]] = {}
-    weights = {w: chat_weights if here[w] is None else _weights(registry.resolve(w)) for w in wanted}
+    weights = {w: chat_weights if here[w] is None else file_hash(registry.resolve(w)) for w in wanted}
+    code = code_hash()
     for name in tqdm(wanted, desc="evaluate", disable=not progress):
         of = [chat_weights, "" if here[name] is None else weights[name]]
-        stem = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([of, n, seed])[:12]}"
+        stem = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([of, n, seed, code])[:12]}"
         for table, rows in _one(
             name, here[name], model, out / "answers", stem, n, seed, with_register, progress
         ).items():
