@@ -214,6 +214,7 @@ def _prove(tokenizer: Tokenizer) -> Turns:
 
 def _refused(tokenizer: Tokenizer) -> dict[str, str]:
     found = {}
+    likes = {"system": ("user", "assistant"), "tool": ("system", "user", "assistant")}
     for role, before, after in (("system", [], _talk()), ("tool", _talk(_OTHER), [])):
 
         def written(role: str, text: str, before: Any = before, after: Any = after) -> str | None:
@@ -224,7 +225,7 @@ def _refused(tokenizer: Tokenizer) -> dict[str, str]:
             continue  # the template itself refuses it
         if text == written(role, _OTHER):
             found[role] = "leaves it out"
-        elif same := [other for other in ROLES if other != role and written(other, _ONE) == text]:
+        elif same := [other for other in likes[role] if written(other, _ONE) == text]:
             found[role] = f"writes it as {same[0]}"
     return found
 

@@ -148,6 +148,10 @@ def test_roles_that_the_template_does_not_know(template, complaint):
         encode(own, [*system, *talk("a", "b")])
     with pytest.raises(ChatTemplateError, match="does not know the role 'system'"):
         prompt_ids(own, [*system, *talk("a")])
+    r1 = shaped("r1")  # writes any role but the user's and the assistant's as the system's
+    assert "be quick" in r1.decode(encode(r1, [*system, *talk("a", "b")]).ids)
+    with pytest.raises(ChatTemplateError, match=r"role 'tool'.*writes it as system"):
+        prompt_ids(r1, [*talk("a", "b"), {"role": "tool", "content": "quick"}])
     assert "be quick" in tokenizer().decode(encode(tokenizer(), [*system, *talk("a", "b")]).ids)
 
 
