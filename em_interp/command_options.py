@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from em_interp.errors import UsageError
 from em_interp.seeds import MAX_SEED
-
-if TYPE_CHECKING:
-    from em_interp.models import ChatModel
 
 
 class Dtype(StrEnum):
@@ -48,7 +45,7 @@ def load_model(
     any_base: bool = False,
     device_map: str | None = None,
     dtype: Dtype = Dtype.auto,
-) -> ChatModel:
+) -> Any:
     """A ChatModel from a folder, the hub, or the pocket registry (`pocket/...`), with an adapter active if given."""
     from em_interp import models
     from em_interp.pocket import loading, registry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +12,6 @@ from em_interp import command_options as options
 from em_interp.errors import UsageError
 from em_interp.files import claim_output
 from em_interp.texts import Question, read_questions
-
-if TYPE_CHECKING:
-    from em_interp.directions import Direction
-    from em_interp.models import ChatModel
 
 DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
 QuestionFile = Annotated[
@@ -135,7 +131,7 @@ def ablate(
     options.once("--layer", layer or ())
     inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
 
-    def load() -> tuple[ChatModel, Direction]:
+    def load() -> tuple[Any, Any]:
         vectors = Direction.load(direction)
         chat = options.load_model(
             model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype

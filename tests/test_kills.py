@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from em_interp.ablation import arms
+from em_interp.cli import app
 from em_interp.directions import Direction
 from em_interp.evaluation.sampling import sample
 from em_interp.interventions import answers_by_arm
@@ -107,3 +110,23 @@ def test_extraction_keeps_its_totals(
     assert total[0] > 5 and count[0] == total[0] - stop
     assert torch.equal(again.vectors, whole.vectors)
     assert "of 6 conversations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["steer", "extract"])
+def test_a_killed_command_goes_on(name: str, tmp_path: Path) -> None:
+    """SIGKILL as soon as something was kept; the command line again; the same file, and nothing beside it."""
+    from tests import kill_sweep
+
+    kill_sweep.prepare_texts(tmp_path)
+    (case,) = (case for case in kill_sweep.cases(long=False) if case.name == name)
+    process = kill_sweep.start(case, "out", tmp_path)
+    while process.poll() is None and not [p for p in (tmp_path / "out").glob(".*.parts/*.*") if p.name[0] != "."]:
+        time.sleep(0.01)
+    assert kill_sweep.kill(process)
+    rerun = kill_sweep.start(case, "out", tmp_path)
+    _, said = rerun.communicate()
+    assert rerun.returncode == 0 and "kept" in said, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert CliRunner().invoke(app, case.run("whole")[3:]).exit_code == 0
+    assert kill_sweep.wrong(case, tmp_path / "whole", tmp_path / "out") == []

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from em_interp import command_options as options
-
-if TYPE_CHECKING:
-    from em_interp.models import ChatModel
 
 app = typer.Typer(help="Train the pocket chat model and its organisms.", no_args_is_help=True)
 
@@ -87,7 +84,7 @@ def organisms(
         typer.echo(f"made {run.name}")
 
 
-def _chat_of(out: Path, chat: Path | None) -> ChatModel:
+def _chat_of(out: Path, chat: Path | None) -> Any:
     """The chat model that finetunes in `out` are made from: a pocket model, and the same for all of them."""
     from em_interp.errors import MissingDataError, UsageError
     from em_interp.files import write_text
