@@ -60,6 +60,16 @@ class Bridged:
             if handle is not None:
                 handle.remove()
 
+    def retire(self, model_name: str) -> None:
+        """From now on every pass through this bridge raises ModelError: its modules lack a newer adapter."""
+
+        def refuse(*_: object) -> None:
+            raise ModelError(
+                f"an adapter was added to {model_name} after this bridge was made. Read model.bridge again."
+            )
+
+        self.blocks[0].register_forward_pre_hook(refuse)
+
 
 def make_bridge(hf: Any, tokenizer: Any, name: str, batch: Mapping[str, Tensor]) -> Bridged:
     """A bridge over the weights of `hf`, proved on `batch`: the same logits, and which modules it does not run.

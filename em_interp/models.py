@@ -99,16 +99,19 @@ class ChatModel:
                 f"{self.name}: PEFT layers are in it already. Hand over the PeftModel itself, or the base, and add the "
                 "adapter with add_adapter."
             )
-        held = _active_in(self.peft) if self.peft is not None else None
         self.hf.eval()
+        if self.peft is None:
+            if check:
+                check_behaviour(self.hf, tokenizer, self.name, self.d_model)
+            return
+        held = _active_in(self.peft)
         probe = probe_batch(self.hf, tokenizer, self.name).inputs()
-        before = logits_of(hf, probe) if held is not None else None
+        before = logits_of(self.peft, probe)
         if check:
             with self.no_adapter():
                 check_behaviour(self.hf, tokenizer, self.name, self.d_model)
-        if before is not None:
-            self._activate(held)
-            self._refuse_difference(logits_of(self.hf, probe), before, f"{held}: other logits than the PeftModel's")
+        self._activate(held)
+        self._refuse_difference(logits_of(self.hf, probe), before, f"{held}: other logits than the PeftModel's")
 
     def __repr__(self) -> str:
         adapters = f", adapters {sorted(self.adapters)}, active {self.active!r}" if self.adapters else ""
@@ -227,7 +230,7 @@ class ChatModel:
             self._attachables[name] = source
             try:
                 self._activate(name if activate else before)
-            except Exception:
+            except BaseException:
                 del self._attachables[name]
                 self._activate(before)
                 raise
@@ -241,17 +244,19 @@ class ChatModel:
             also = description.tokens if isinstance(description, LoraConfig) else ()
             probe = probe_batch(self.hf, self.tokenizer, self.name, also=also).inputs()
             own = logits_of(self.hf, probe)
-        peft = self.peft
+        peft, bridge = self.peft, self._bridge
         try:
             with unchanged_on_error(self.hf if peft is None else peft):
                 self._add_folder(name, folder, description)
                 self._prove(name, folder, probe, own)
                 self._activate(name if activate else before)
-        except Exception:
-            self.peft = peft
+        except BaseException:
+            self.peft, self._bridge = peft, bridge
             self._attachables.pop(name, None)
             self._activate(before)
             raise
+        if bridge is not None and self._bridge is not bridge:
+            bridge.retire(self.name)
 
     def _add_folder(self, name: str, folder: Path, description: VectorConfig | LoraConfig) -> None:
         from em_interp.solutions import SteeringVector  # solutions build on models

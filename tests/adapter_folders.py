@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from em_interp.adapter_files import quiet_peft
@@ -56,6 +57,13 @@ def peft_folder(folder: Path, config: Any, family: str = "qwen2", seed: int = 0,
         for one in peft.peft_config.values():
             one.base_model_name_or_path = base or f"tiny-{family}"
         peft.save_pretrained(str(folder))
+    return folder
+
+
+def untrained(folder: Path) -> Path:
+    """The same adapter with LoRA's B at zero, as before training."""
+    path = folder / "adapter_model.safetensors"
+    save_file({key: x * ("lora_B" not in key) for key, x in load_file(path).items()}, path)
     return folder
 
 

@@ -15,7 +15,7 @@ from em_interp.adapter_files import quiet_peft
 from em_interp.chat import collate, encode_all
 from em_interp.errors import EmInterpError, ModelError, SolutionError
 from em_interp.models import ChatModel
-from tests.adapter_folders import lora_folder, peft_folder, peft_logits
+from tests.adapter_folders import lora_folder, peft_folder, peft_logits, untrained
 from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer
 
 
@@ -177,9 +177,7 @@ def test_a_failed_second_adapter_leaves_the_first(tmp_path, batch):
     before = logits(model, batch)
     parts = [name for name, _ in model.hf.named_modules()]
     wide = lora_folder(tmp_path / "wide", "gpt_neox", base_model_name_or_path="tiny-qwen2")
-    zero = lora_folder(tmp_path / "zero")
-    tensors = load_file(zero / "adapter_model.safetensors")
-    save_file({k: x * ("lora_A" in k) for k, x in tensors.items()}, zero / "adapter_model.safetensors")
+    zero = untrained(lora_folder(tmp_path / "zero"))
     part = lora_folder(tmp_path / "part", target_modules=["o_proj", "k_proj"])
     tensors = load_file(part / "adapter_model.safetensors")
     save_file({k: x for k, x in tensors.items() if "layers.3" not in k}, part / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ from em_interp.chat import collate, encode_all
 from em_interp.errors import ModelError
 from em_interp.models import ChatModel
 from em_interp.solutions import SteeringVector
-from tests.adapter_folders import lora_folder
+from tests.adapter_folders import lora_folder, untrained
 from tests.theta import make_theta
 from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer
 
@@ -77,8 +77,14 @@ def test_a_pass_that_would_leave_out_the_adapter_is_refused(tmp_path, batch, fam
 @pytest.mark.parametrize("family", APART)
 def test_adapters_on_modules_that_the_bridge_runs_act_through_it(tmp_path, batch, family):
     model = make_chat(family)
-    base = check_equal(model, batch, model.bridge)
+    before = model.bridge
+    base = check_equal(model, batch, before)
+    with pytest.raises(ModelError, match="changes no logit"):
+        model.add_adapter("zero", untrained(lora_folder(tmp_path / "zero", family)))
+    check_equal(model, batch, before)
     model.add_adapter("peft", lora_folder(tmp_path / "x", family, target_modules=APART[family]))
+    with pytest.raises(ModelError, match=r"Read model\.bridge again"):
+        before(batch.input_ids)
     assert not torch.allclose(check_equal(model, batch, model.bridge), base, atol=1e-2)
     with model.no_adapter():
         torch.testing.assert_close(check_equal(model, batch, model.bridge), base, atol=1e-5, rtol=1e-5)
