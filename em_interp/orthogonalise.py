@@ -139,8 +139,14 @@ def _own_weights(model: ChatModel) -> Any:
             f"the active adapter {model.active!r} acts by hooks and is no part of the weights. Switch it off with "
             "model.no_adapter(), or use a LoRA adapter in PEFT's format."
         )
-    with quiet_peft():
-        return copy.deepcopy(model.peft).merge_and_unload(adapter_names=[model.active])
+    try:
+        with quiet_peft():
+            return copy.deepcopy(model.peft).merge_and_unload(adapter_names=[model.active])
+    except Exception as error:
+        raise ModelError(
+            f"{model.name}: PEFT cannot merge {model.active!r} into the weights ({type(error).__name__}: {error}). "
+            "Ablate with hooks."
+        ) from error
 
 
 def _untie(hf: Any) -> None:

@@ -146,6 +146,14 @@ def test_an_adapter_alone_says_which_base_it_lacks(folder, tmp_path, recorded, m
         load(folder, base=folder)
 
 
+def test_an_adapter_that_cannot_be_merged_is_refused_by_orthogonalisation(tmp_path):
+    model = make_chat()
+    direction = contrast(model, CONVERSATIONS[:3], CONVERSATIONS[2:], progress=False).direction()
+    model.add_adapter("x", lora_folder(tmp_path / "x", lora_bias=True))  # the base's modules have no bias to take it
+    with pytest.raises(ModelError, match=r"cannot merge 'x'.*Ablate with hooks"):
+        orthogonalised(model, Ablate(direction, from_layer=1))
+
+
 def test_d_model_is_the_residuals_width_not_the_embeddings():
     model = make_chat("opt")
     assert model.hf.get_input_embeddings().weight.shape[-1] == 16
