@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
@@ -195,12 +195,15 @@ def separation(
     for fit, held_out in splitter.split(x, y, codes):
         if len(set(y[fit])) < 2:
             raise StatisticsError(f"{comparison}: all answers of one class fall into one fold. Sample more questions.")
-        probe = make_pipeline(
-            StandardScaler(),
-            LogisticRegression(l1_ratio=1.0, C=inverse_penalty, solver="liblinear", class_weight="balanced"),
-        )
-        score[held_out] = probe.fit(x[fit], y[fit]).decision_function(x[held_out])
+        score[held_out] = _probe(inverse_penalty).fit(x[fit], y[fit]).decision_function(x[held_out])
     return {"comparison": comparison, **_scored(score, y, codes, level), "n_questions": len(names)}
+
+
+def _probe(inverse_penalty: float) -> Pipeline:
+    return make_pipeline(
+        StandardScaler(),
+        LogisticRegression(l1_ratio=1.0, C=inverse_penalty, solver="liblinear", class_weight="balanced"),
+    )
 
 
 def _scored(

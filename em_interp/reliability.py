@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.extraction import Contrast
 from em_interp.jackknife import chance_interval, clustered_auc, sides_of
+from em_interp.statistics import auroc
 
 BY: Final = ("question", "response")
 FEWEST: Final = 4
@@ -75,8 +76,9 @@ def separation(
 
     Each half's per-response means are projected on the direction made from the other half; `auroc` is the mean over
     both and over random splits: the probability that a misaligned response lies further along than an aligned one
-    (.5 is chance). `low` and `high`: `jackknife.chance_interval` over the held-out questions, of what a direction made
-    from half of the questions reaches on others. Columns layer, auroc, low, high, interval, splits, by.
+    (.5 is chance). `low` and `high`: `jackknife.chance_interval` over questions (left out of the direction and of
+    what is held out) of what a direction made from half of the questions reaches on others; it is conservative.
+    Columns layer, auroc, low, high, interval, splits, by.
 
     Errors as `split_half`.
     """
@@ -86,15 +88,19 @@ def separation(
     rows = []
     for layer, gram in _grams(contrast, "separation"):
         values = np.zeros(splits)
-        changes = np.full((splits, int(clusters.max()) + 1), np.nan)  # by leaving out a question where it is held out
+        changes = np.zeros((splits, int(clusters.max()) + 1))  # by leaving out a question, from the fit or the scores
         for fitted, scored in made:
-            scores = gram @ halves.coefficients(fitted).T
             for r in range(splits):
-                own = scored[r] > 0
+                own, inside = scored[r] > 0, np.unique(clusters[fitted[r] > 0])
+                without_one = np.concatenate([fitted[r][None], fitted[r] * (clusters != inside[:, None])])
+                scores = gram[own] @ halves.coefficients(without_one).T
                 numbers, codes = np.unique(clusters[own], return_inverse=True)
-                auc, without = clustered_auc(scores[own, r], label[own], codes)
+                auc, without = clustered_auc(scores[:, 0], label[own], codes)
+                plus, minus = scores[label[own] == 1, 1:], scores[label[own] == 0, 1:]
+                refitted = [_auroc(*pair) for pair in zip(plus.T, minus.T, strict=True)]
                 values[r] += auc / 2
-                changes[r, numbers] = (without - auc) / 2
+                changes[r, numbers] += (without - auc) / 2
+                changes[r, inside] += (np.array(refitted) - auc) / 2
         value = float(values.mean())
         known = np.isfinite(changes)
         change = np.where(known.any(0), np.where(known, changes, 0).sum(0) / known.sum(0).clip(1), np.nan)
@@ -155,7 +161,13 @@ class _Halves:
         """The difference of weighted means as a linear combination of responses."""
         sized = weights * self.sizes
         plus, minus = sized[:, : self.n_positive], sized[:, self.n_positive :]
-        return np.concatenate([plus / plus.sum(1, keepdims=True), -minus / minus.sum(1, keepdims=True)], axis=1)
+        with np.errstate(invalid="ignore"):
+            return np.concatenate([plus / plus.sum(1, keepdims=True), -minus / minus.sum(1, keepdims=True)], axis=1)
+
+
+def _auroc(plus: Float[np.ndarray, " p"], minus: Float[np.ndarray, " m"]) -> float:
+    """NaN where the direction is: a half that loses its only question of a side."""
+    return auroc(plus, minus, np.ones(len(plus)), np.ones(len(minus))) if np.isfinite(plus).all() else float("nan")
 
 
 def _redrawn(rng: np.random.Generator, half: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:

@@ -22,6 +22,7 @@ from em_interp.activations import Activations
 from em_interp.errors import StatisticsError
 from em_interp.extraction import Contrast
 from em_interp.jackknife import clustered_auc, cosine_of_means
+from em_interp.lora import _probe as l1_probe
 from em_interp.lora import _scored, separation
 from em_interp.reliability import separation as held_out_separation
 from em_interp.reliability import split_half
@@ -238,7 +239,10 @@ def probes(
             except StatisticsError:
                 continue
         weights = _probe(scalars, label)
-        distance = weights[0] * shift / np.linalg.norm(weights)
+        if logistic:
+            scaler, fitted = (step for _, step in l1_probe(1.0).fit(scalars, label).steps)
+            weights = fitted.coef_[0] / scaler.scale_
+        distance = weights[0] * shift / max(float(np.linalg.norm(weights)), 1e-12)
         truth.append(stats.norm.cdf(distance / (np.sqrt(2) if of == "auc" else 2)))
         new = _scored(score, label, question)
         if logistic:
