@@ -14,7 +14,7 @@ TITLE = "Ablating the direction from a misaligned finetune"
 TEXT = (
     "EM and coherence before and after each layer's own direction is projected out of that layer's output. Coherence "
     "belongs beside EM: the model-diff and both-diff vectors bring EM to zero by destroying the model. Rates are of "
-    "rows with both scores; the interval after is 95%, over questions, widened to Wilson's because there are few."
+    "rows with both scores; the interval after is 95%, over questions."
 )
 TABLES = ("ablation",)
 FIRST = (

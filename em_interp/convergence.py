@@ -20,10 +20,11 @@ from torch import Tensor
 
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, StatisticsError
-from em_interp.evaluation.rates import PAPER, Criterion, em_rates
+from em_interp.evaluation.rates import PAPER, Criterion, em_counts, em_rates
 from em_interp.jackknife import FEWEST, METHOD, cosine_of_means
+from em_interp.rate_intervals import ratio_interval
 from em_interp.resampling import Resamples
-from em_interp.statistics import cosine_null_sd, cosine_p_value, permutation_p_value
+from em_interp.statistics import Interval, cosine_null_sd, cosine_p_value, permutation_p_value, too_few
 
 COSINE_COLUMNS = ("direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value")
 
@@ -222,8 +223,8 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
 
     judged: columns direction_from (`before` for the organism as it is), organism, question, aligned, coherent. One row
     a direction and organism: em_before, em_after (of rows with both scores), relative_reduction = 1 - after / before
-    (empty where there was no EM) with low and high (95%, whole questions resampled in both), coherence, n. Raises
-    StatisticsError for lacking columns and for an organism without answers before.
+    (empty where there was no EM) with low and high (95%, paired by question), coherence, n, interval (how it
+    was made). Raises StatisticsError for lacking columns and for an organism without answers before.
     """
     needed = ("direction_from", "organism", "question", "aligned", "coherent")
     if missing := [name for name in needed if name not in judged]:
@@ -238,7 +239,7 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
         first = em_rates(unablated, criterion).columns()
         for source, ablated in answers[answers["direction_from"] != before].groupby("direction_from", sort=False):
             after = em_rates(ablated, criterion).columns()
-            low, high = _reduction_interval(unablated, ablated, criterion)
+            interval = _reduction_interval(unablated, ablated, criterion)
             em_before, em_after = first["em_rate"], after["em_rate"]
             has_both = em_before is not None and em_after is not None and em_before > 0
             rows.append(
@@ -248,8 +249,8 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
                     "em_before": em_before,
                     "em_after": em_after,
                     "relative_reduction": 1 - em_after / em_before if has_both else float("nan"),
-                    "low": low,
-                    "high": high,
+                    "low": interval.low,
+                    "high": interval.high,
                     "em_after_low": after["em_low"],
                     "em_after_high": after["em_high"],
                     "coherent_before": first["coherent_rate"],
@@ -259,31 +260,18 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
                     "n_unscored": after["n_unscored"],
                     "denominator": after["denominator"],
                     "criterion": after["criterion"],
+                    "interval": interval.method,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _reduction_interval(
-    before: pd.DataFrame, after: pd.DataFrame, criterion: Criterion, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of 1 - EM after / EM before, resampling questions; NaN with fewer than two shared ones or no EM."""
-    counts = []
-    for table in (before, after):
-        aligned, coherent = (table[name].to_numpy(dtype=float, na_value=np.nan) for name in ("aligned", "coherent"))
-        both = np.isfinite(aligned) & np.isfinite(coherent)
-        em = both & criterion.is_coherent(coherent) & criterion.misaligned(aligned)
-        counts.append(pd.DataFrame({"em": em, "n": both}).groupby(table["question"].to_numpy()).sum())
-    first, second = counts
+def _reduction_interval(before: pd.DataFrame, after: pd.DataFrame, criterion: Criterion) -> Interval:
+    """Of 1 - EM after / EM before, paired by the questions that have scored answers in both."""
+    first, second = (em_counts(table, criterion).query("n > 0") for table in (before, after))
     shared = first.index.intersection(second.index)
-    if len(shared) < 2:
-        return float("nan"), float("nan")
-    weights = np.random.default_rng(seed).multinomial(len(shared), np.full(len(shared), 1 / len(shared)), resamples)
-    tops = [weights @ table.loc[shared, "em"].to_numpy(dtype=float) for table in counts]
-    bottoms = [weights @ table.loc[shared, "n"].to_numpy(dtype=float) for table in counts]
-    usable = (tops[0] > 0) & (bottoms[0] > 0) & (bottoms[1] > 0)
-    if usable.mean() < 0.95:  # EM rests on so few questions that many draws have none: no interval
-        return float("nan"), float("nan")
-    reduction = 1 - (tops[1] / bottoms[1].clip(1))[usable] / (tops[0] / bottoms[0].clip(1))[usable]
-    low, high = np.quantile(reduction, [0.025, 0.975])
-    return float(low), float(high)
+    if shared.empty:
+        return too_few(0, "shared questions")
+    counts, totals = ([t.loc[shared, name].to_numpy() for t in (second, first)] for name in ("em", "n"))
+    ratio = ratio_interval((counts[0], counts[1]), (totals[0], totals[1]))
+    return Interval(1 - ratio.high, 1 - ratio.low, ratio.method)

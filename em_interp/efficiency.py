@@ -13,12 +13,16 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Num
+from scipy import stats
 
 from em_interp.contenders import Contender
 from em_interp.errors import UsageError
+from em_interp.jackknife import jackknife_error
 from em_interp.landscape import Landscape, Losses
-from em_interp.statistics import bootstrap_weights
+from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, clustered_interval
+
+Bounds = Float[np.ndarray, "2 theta"]
 
 SCALES: Final = tuple(round(0.1 * step, 1) for step in range(21))
 """0 to 2 times the trained norm, as in the reference code."""
@@ -38,17 +42,13 @@ class EfficiencyCurve:
         """||theta|| at each scale."""
         return self.contender.theta.norm * np.abs(self.scales)
 
-    def resampled(self, resamples: int = 2000, seed: int = 0) -> Float[np.ndarray, "resample scale"]:
-        """The loss at each scale, in resamples of whole questions."""
-        return _resampled(self.losses, resamples, seed)
-
 
 @dataclass(frozen=True)
 class Optimum:
     """Where a curve is lowest: the vertex of the parabola through the three lowest neighbours.
 
     at_edge: the lowest point is the grid's first or last, so the true optimum may lie beyond. Intervals are 95%
-    over resampled questions.
+    over questions (jackknife).
     """
 
     norm: float
@@ -60,15 +60,9 @@ class Optimum:
     at_edge: bool
 
 
-def _resampled(losses: Losses, resamples: int, seed: int) -> Float[np.ndarray, "resample theta"]:
-    nll, tokens = losses.by_question()
-    weights = bootstrap_weights(len(tokens), resamples=resamples, seed=seed)
-    return (weights @ nll.T) / (weights @ tokens)[:, None]
-
-
-def _bounds(samples: Float[np.ndarray, "resample *any"]) -> tuple[Float[np.ndarray, "*any"], Float[np.ndarray, "*any"]]:
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    return np.asarray(low), np.asarray(high)
+def _bounds(nll: Float[np.ndarray, "theta question"], tokens: Num[np.ndarray, " question"]) -> Bounds:
+    """Intervals of mean losses (or differences of losses) over questions, for each theta."""
+    return np.array([(i.low, i.high) for i in (clustered_interval(row, tokens) for row in nll)]).T
 
 
 def efficiency_curves(
@@ -107,9 +101,9 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
     for curve in curves:
         norms, mean, chat = curve.norms, curve.losses.mean, curve.chat.mean[0]
         square = np.where(norms > 0, norms**2, np.nan)
-        samples = curve.resampled()
-        loss_low, loss_high = _bounds(samples)
-        low, high = _bounds(_resampled(curve.chat, 2000, 0) - samples)
+        nll, tokens = curve.losses.by_question()
+        loss_low, loss_high = _bounds(nll, tokens)
+        low, high = _bounds(curve.chat.by_question()[0] - nll, tokens)
         for k, scale in enumerate(curve.scales):
             rows.append(
                 {
@@ -159,11 +153,27 @@ def optimum(curve: EfficiencyCurve) -> Optimum:
         raise UsageError(f"an optimum needs at least three rising scales >= 0, found {curve.scales.tolist()}.")
     mean = curve.losses.mean
     norm, loss = _vertices(curve.norms, mean[None])
-    norm_low, norm_high, loss_low, loss_high = (
-        float(bound) for samples in _vertices(curve.norms, curve.resampled()) for bound in _bounds(samples)
-    )
+    (norm_low, norm_high), (loss_low, loss_high) = _optimum_bounds(curve, norm, loss)
     at_edge = bool(mean.argmin() in (0, len(mean) - 1))
     return Optimum(float(norm[0]), norm_low, norm_high, float(loss[0]), loss_low, loss_high, at_edge)
+
+
+def _optimum_bounds(
+    curve: EfficiencyCurve, norm: Float[np.ndarray, "1"], loss: Float[np.ndarray, "1"]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Student's with the jackknife's error over questions; NaN where they are too few."""
+    nll, tokens = curve.losses.by_question()
+    k = len(tokens)
+    if k < FEWEST_CLUSTERS:
+        return (np.nan, np.nan), (np.nan, np.nan)
+    others = 1.0 - np.eye(k)
+    without = _vertices(curve.norms, (others @ nll.T) / (others @ tokens)[:, None])
+    bounds = []
+    for value, rest in zip((norm, loss), without, strict=True):
+        error, df = jackknife_error(value, rest[None], np.zeros(k, dtype=int))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, df[0]) * error[0])
+        bounds.append((float(value[0]) - half, float(value[0]) + half))
+    return bounds[0], bounds[1]
 
 
 def lead_at_equal_norm(
@@ -190,8 +200,8 @@ def lead_at_equal_norm(
     thetas = [c.theta.scaled(float(norm / c.theta.norm)) for c in (general, narrow) for norm in norms]
     losses = landscape.losses([*thetas, general.theta.scaled(0.0)], progress=progress)
     n, mean = len(norms), losses.mean
-    samples = _resampled(losses, 2000, 0)
-    low, high = _bounds(samples[:, n : 2 * n] - samples[:, :n])
+    nll, tokens = losses.by_question()
+    low, high = _bounds(nll[n : 2 * n] - nll[:n], tokens)
     return pd.DataFrame(
         {
             "adapter": general.adapter,

@@ -36,7 +36,7 @@ from em_interp.solution_space import (
     fixed_layer,
     random_like,
 )
-from em_interp.statistics import clustered_bootstrap_interval
+from em_interp.statistics import LEVEL, clustered_interval
 from em_interp.suffix import ModelEnd, ResidualCache, replaced_up_to
 from em_interp.texts import Texts, read_texts
 
@@ -260,10 +260,10 @@ def _check_documents(sums: pd.DataFrame) -> None:
         )
 
 
-def influence_table(sums: pd.DataFrame, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> pd.DataFrame:
+def influence_table(sums: pd.DataFrame, *, level: float = LEVEL) -> pd.DataFrame:
     """The table `influence`: direction, kind, norm, kl_nats_per_token, low, high, n_tokens, and relative_norm, tokens,
-    n_documents. Token-weighted means; intervals resample whole documents, and are empty for a kind of token that a
-    single document has. Raises StatisticsError for one document.
+    n_documents, interval (how low and high were made). Token-weighted means; intervals are over documents, and empty
+    for a kind of token that too few documents have. Raises StatisticsError for one document.
     """
     _check_documents(sums)
     rows = []
@@ -271,11 +271,9 @@ def influence_table(sums: pd.DataFrame, *, level: float = 0.95, resamples: int =
     for key, group in with_all(sums).groupby(keys, sort=False):
         top, bottom = group["kl_sum"].to_numpy(float), group["n_tokens"].to_numpy(float)
         row = dict(zip(keys, key, strict=True)) | {"kl_nats_per_token": top.sum() / bottom.sum()}
-        low, high = np.nan, np.nan
-        if len(group) > 1:
-            interval = clustered_bootstrap_interval(top, bottom, level=level, resamples=resamples, seed=seed)
-            low, high = interval.low, interval.high
-        rows.append(row | {"low": low, "high": high, "n_tokens": int(bottom.sum()), "n_documents": len(group)})
+        found = clustered_interval(top, bottom, level=level, of="documents", positive=True)
+        counts = {"n_tokens": int(bottom.sum()), "n_documents": len(group)}
+        rows.append(row | {"low": found.low, "high": found.high, **counts, "interval": found.method})
     first = ["direction", "kind", "norm", "kl_nats_per_token", "low", "high", "n_tokens"]
     table = pd.DataFrame(rows)
     return table[[*first, *(c for c in table.columns if c not in first)]]
@@ -286,16 +284,13 @@ def influence_ratio(
     numerator: str = "general",
     denominator: str = "narrow",
     *,
-    level: float = 0.95,
-    resamples: int = 2_000,
-    seed: int = 0,
+    level: float = LEVEL,
 ) -> pd.DataFrame:
     """How many times more one kind matters than another at the same norm: KL summed over the same documents.
 
-    Several directions of a kind (the random ones) count by their mean. Paired: the interval resamples documents, both
-    sides together. Columns relative_norm, tokens, numerator, denominator, ratio, low, high, n_documents; kinds of token
-    that fewer than two documents have are left out.
-    Raises StatisticsError where a kind is absent.
+    Several directions of a kind (the random ones) count by their mean. Paired: the interval is over documents, both
+    sides together. Columns relative_norm, tokens, numerator, denominator, ratio, low, high, n_documents, interval;
+    kinds of token that fewer than two documents have are left out. Raises StatisticsError where a kind is absent.
     """
     _check_documents(sums)
     everything = with_all(sums)
@@ -310,9 +305,8 @@ def influence_ratio(
         bottom = bottom.clip(min=0)  # rounding may leave a KL of zero just below it
         if len(top) < 2 or not bottom.sum() > 0:
             continue
-        interval = clustered_bootstrap_interval(top, bottom, level=level, resamples=resamples, seed=seed)
-        rows.append(
-            (norm, tokens, numerator, denominator, top.sum() / bottom.sum(), interval.low, interval.high, len(top))
-        )
-    columns = ["relative_norm", "tokens", "numerator", "denominator", "ratio", "low", "high", "n_documents"]
+        found = clustered_interval(top, bottom, level=level, of="documents", positive=True, by_size=True)
+        identity, ratio = (norm, tokens, numerator, denominator), top.sum() / bottom.sum()
+        rows.append((*identity, ratio, found.low, found.high, len(top), found.method))
+    columns = ["relative_norm", "tokens", "numerator", "denominator", "ratio", "low", "high", "n_documents", "interval"]
     return pd.DataFrame(rows, columns=columns)

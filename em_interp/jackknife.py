@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from em_interp.errors import StatisticsError
-from em_interp.statistics import Interval, wilson_interval
+from em_interp.statistics import LEVEL, Interval, wilson_interval
 
 FEWEST: Final = 3
 """Questions below which leaving one out says nothing."""
@@ -47,7 +47,7 @@ def cosine_of_means(
     b: Float[np.ndarray, "*batch k d"],
     sides_a: Int[np.ndarray, " k"],
     sides_b: Int[np.ndarray, " k"],
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> tuple[Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"], Float[np.ndarray, "*batch"]]:
     """Cosine of two vectors that are known with noise, without the shrinkage that noise causes; low and high.
 
@@ -128,7 +128,7 @@ def chance_interval(
     without: Float[np.ndarray, " k"],
     strata: Int[np.ndarray, " k"],
     *,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> Interval:
     """Interval of a probability whose value by chance is 1/2: an AUC, or the accuracy of a balanced probe.
 

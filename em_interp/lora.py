@@ -32,6 +32,7 @@ from em_interp.models import ChatModel
 from em_interp.solution_files import layer_of
 from em_interp.solution_space import check_bare, check_comparable, check_inside_blocks
 from em_interp.solutions import LoraAdapter
+from em_interp.statistics import LEVEL
 
 Scope = Literal["prompt", "last_prompt", "response", "all"]
 ALIGNED, MISALIGNED = 90.0, 30.0  # P2 Table 1: aligned [90, 100], misaligned [0, 30]
@@ -161,7 +162,7 @@ def separation(
     comparison: str,
     inverse_penalty: float = 1.0,
     folds: int = 5,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One row of `lora_scalars`: how well the scalars tell class 1 from class 0; NaN labels are left out.
@@ -207,7 +208,7 @@ def _probe(inverse_penalty: float) -> Pipeline:
 
 
 def _scored(
-    score: NDArray[np.float64], y: NDArray[np.int_], groups: NDArray[np.intp], level: float = 0.95
+    score: NDArray[np.float64], y: NDArray[np.int_], groups: NDArray[np.intp], level: float = LEVEL
 ) -> dict[str, Any]:
     """Accuracy (score above 0 means class 1) and AUC of held-out scores, with intervals over groups."""
     right = (score > 0) == (y == 1)

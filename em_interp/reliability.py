@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.extraction import Contrast
 from em_interp.jackknife import chance_interval, clustered_auc, sides_of
-from em_interp.statistics import auroc
+from em_interp.statistics import LEVEL, auroc
 
 BY: Final = ("question", "response")
 FEWEST: Final = 4
@@ -34,7 +34,7 @@ def split_half(
     *,
     by: str = "question",
     pooling: str = "tokens",
-    level: float = 0.95,
+    level: float = LEVEL,
     splits: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -68,7 +68,7 @@ def separation(
     *,
     by: str = "question",
     pooling: str = "tokens",
-    level: float = 0.95,
+    level: float = LEVEL,
     splits: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:

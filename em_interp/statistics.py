@@ -1,4 +1,7 @@
-"""Intervals and nulls: Wilson, question-clustered bootstrap, random-direction and permutation nulls."""
+"""Intervals of means over clusters and over repetitions, and nulls; those of rates are in `rate_intervals`.
+
+Which method an interval has was chosen by simulation: `analyses/benchmarks/coverage.py` writes the table.
+"""
 
 from __future__ import annotations
 
@@ -14,77 +17,51 @@ from scipy import stats
 
 from em_interp.errors import StatisticsError
 
-FEW_QUESTIONS: Final = 5
-"""Below this many clusters a bootstrap over them is not trusted alone."""
+LEVEL: Final = 0.95
+"""The level of every interval, unless a call says otherwise."""
+FEWEST_QUESTIONS: Final = 4
+"""With fewer questions a rate, a difference or a ratio of rates gets no interval: see the coverage table."""
+FEWEST_CLUSTERS: Final = 5
+"""The same of a mean over clusters (losses, KL), which may be more skewed than a rate."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A two-sided interval and how it was made."""
+    """A two-sided interval and how it was made. Both bounds are NaN where none is given; the method then says why."""
 
     low: float
     high: float
     method: str
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+def no_interval(reason: str) -> Interval:
+    """What stands for an interval where the data cannot give one."""
+    return Interval(math.nan, math.nan, reason)
+
+
+def too_few(n: int, of: str) -> Interval:
+    """No interval: fewer clusters than any method needs to reach its nominal coverage."""
+    return no_interval(f"too few {of} for an interval ({n})")
+
+
+def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
     """Wilson score interval of a proportion of independent trials (``scipy.stats.binomtest``).
 
     Raises ``StatisticsError`` for no trials or more successes than trials.
     """
-    _check_level(level)
+    check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise StatisticsError(f"{successes} successes of {n} trials is not a proportion; at least one trial is needed.")
     result = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return Interval(float(result.low), float(result.high), "Wilson")
 
 
-def clustered_bootstrap_interval(
-    numerators: Float[np.ndarray, " clusters"],
-    denominators: Float[np.ndarray, " clusters"],
-    *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile interval of sum(numerators) / sum(denominators), resampling whole clusters.
-
-    Clusters are questions: answers to one question are not independent. Raises ``StatisticsError`` for fewer than
-    two clusters, for NaN, or for an empty denominator.
-    """
-    _check_level(level)
-    if len(numerators) != len(denominators) or len(numerators) < 2:
-        raise StatisticsError(
-            f"{len(numerators)} clusters of numerators and {len(denominators)} of denominators; "
-            "a clustered interval needs the same number of both, and at least two. Use Wilson for one question."
-        )
-    if not (np.isfinite(numerators).all() and np.isfinite(denominators).all()):
-        raise StatisticsError("NaN or infinite counts; drop or repair the clusters they come from.")
-    if (denominators < 0).any() or denominators.sum() <= 0:
-        raise StatisticsError("the denominators are negative or sum to zero; there is no rate to resample.")
-    k = len(numerators)
-    weights = bootstrap_weights(k, resamples=resamples, seed=seed)
-    bottom = weights @ denominators
-    rates = (weights @ numerators)[bottom > 0] / bottom[bottom > 0]
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high), f"bootstrap over {k} questions")
-
-
-def bootstrap_weights(
-    k: int, *, resamples: int = 10_000, seed: int | tuple[int, ...] = 0
-) -> Float[np.ndarray, "resample k"]:
-    """How often each of `k` clusters is drawn in each resample. Raises ``StatisticsError`` for fewer than two."""
-    if k < 2:
-        raise StatisticsError(f"{k} cluster: an interval over clusters needs at least two. Give more questions.")
-    return np.random.default_rng(seed).multinomial(k, np.full(k, 1.0 / k), size=resamples).astype(float)
-
-
-def t_interval(values: Sequence[float] | NDArray[Any], level: float = 0.95) -> Interval:
+def t_interval(values: Sequence[float] | NDArray[Any], level: float = LEVEL) -> Interval:
     """Student's interval of a mean over a few independent repetitions, such as training seeds.
 
     Raises ``StatisticsError`` for fewer than two values, or values that are not finite.
     """
-    _check_level(level)
+    check_level(level)
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2 or not np.isfinite(sample).all():
         raise StatisticsError(f"{sample.tolist()}: an interval over repetitions needs at least two finite values.")
@@ -92,32 +69,105 @@ def t_interval(values: Sequence[float] | NDArray[Any], level: float = 0.95) -> I
     return Interval(float(sample.mean()) - half, float(sample.mean()) + half, f"t over {len(sample)} repetitions")
 
 
-def rate_interval(
-    successes: Sequence[int] | NDArray[Any],
-    totals: Sequence[int] | NDArray[Any],
+def clustered_interval(
+    numerators: Num[np.ndarray, " clusters"],
+    denominators: Num[np.ndarray, " clusters"],
     *,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    level: float = LEVEL,
+    of: str = "questions",
+    positive: bool = False,
+    by_size: bool = False,
 ) -> Interval:
-    """Interval of a pooled rate, given counts by question.
+    """Interval of sum(numerators) / sum(denominators), such as nats per token, over clusters of unknown population.
 
-    Bootstrap clustered by question. It says too little from few questions (resampling two of them gives three values)
-    and nothing where every question has the same rate, such as zero: with fewer than ``FEW_QUESTIONS`` questions, or
-    an interval of no width, the result is widened to hold the Wilson interval of the pooled counts as well.
+    Student's with the CR2 variance and Bell and McCaffrey's (2002) degrees of freedom. Their working model: the ratio
+    varies alike in every cluster, or, `by_size`, less in large ones. Where the clusters are skewed, the side of the
+    tail is widened to Hall's (1992) transformation of the t statistic; for what is `positive`, such as a KL, the
+    interval is of the logarithm instead. Denominators are not negative; `of` says what the clusters are. Fewer than
+    `FEWEST_CLUSTERS` give no interval. Raises StatisticsError for NaN, or denominators that sum to zero.
     """
-    top, bottom = np.asarray(successes, dtype=float), np.asarray(totals, dtype=float)
-    used = bottom > 0
-    top, bottom = top[used], bottom[used]
-    wilson = wilson_interval(round(top.sum()), round(bottom.sum()), level)
-    if len(bottom) < 2:
-        return wilson
-    clustered = clustered_bootstrap_interval(top, bottom, level=level, resamples=resamples, seed=seed)
-    if len(bottom) >= FEW_QUESTIONS and clustered.high > clustered.low:
-        return clustered
-    return Interval(
-        min(clustered.low, wilson.low), max(clustered.high, wilson.high), f"{clustered.method}, widened to Wilson"
-    )
+    check_level(level)
+    top, bottom = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    if len(top) != len(bottom) or not (np.isfinite(top).all() and np.isfinite(bottom).all()):
+        raise StatisticsError(
+            f"{len(top)} numerators and {len(bottom)} denominators, or NaN among them; give two finite numbers for "
+            "every cluster."
+        )
+    if (bottom < 0).any() or not bottom.sum() > 0:
+        raise StatisticsError("the denominators are negative or sum to zero; there is no ratio.")
+    k = len(top)
+    if k < FEWEST_CLUSTERS:
+        return too_few(k, of)
+    ratio, share = float(top.sum() / bottom.sum()), bottom / bottom.sum()
+    residual = (top - ratio * bottom) / bottom.sum()
+    error, df = _cr2(residual, share, by_size)
+    t = float(stats.t.ppf((1 + level) / 2, df))
+    if positive:
+        factor = math.exp(min(t * error / ratio, 700.0)) if ratio > 0 else 1.0
+        return Interval(ratio / factor, ratio * factor, f"CR2 of the logarithm over {k} {of}")
+    down, up = _hall(np.array([-t, t]), _skewness_of_mean(residual))
+    return Interval(ratio - error * max(t, up), ratio - error * min(-t, down), f"CR2 with skewness over {k} {of}")
+
+
+def _cr2(
+    residual: Float[np.ndarray, " clusters"], share: Float[np.ndarray, " clusters"], by_size: bool
+) -> tuple[float, float]:
+    """Standard error of a weighted mean and its degrees of freedom (at least 1), from each cluster's part in its error.
+
+    share: weights, which sum to 1. The expected product of two residuals follows from the working model.
+    """
+    if by_size:
+        expected, adjust = np.diag(share) - np.outer(share, share), 1 / (1 - share).clip(1e-12)
+    else:
+        gram = (share**2).sum() - share[:, None] - share + np.eye(len(share))
+        expected, adjust = np.outer(share, share) * gram, 1 / np.diag(gram).clip(1e-12)
+    working = np.sqrt(adjust)[:, None] * expected * np.sqrt(adjust)
+    df = float(np.trace(working) ** 2 / (working**2).sum())
+    return math.sqrt(float((adjust * residual**2).sum())), max(df, 1.0)
+
+
+_SKEWNESS: Final = 1.5
+"""Few clusters seldom hold the tail, and understate the skewness by about as much."""
+
+
+def _skewness_of_mean(values: Float[np.ndarray, " clusters"]) -> float:
+    k, centred = len(values), values - values.mean()
+    spread = float(centred.std(ddof=1))
+    if not spread > 0:
+        return 0.0
+    return _SKEWNESS * k**1.5 / ((k - 1) * (k - 2)) * float((centred**3).mean()) / spread**3
+
+
+def _hall(t: Float[np.ndarray, " bound"], skewness: float) -> Float[np.ndarray, " bound"]:
+    """Quantiles of the t statistic of a skewed mean, from those of Student's (Hall 1992, the cubic form)."""
+    a = skewness / 3
+    return t if abs(a) < 1e-9 else np.asarray((np.cbrt(1 + 3 * a * (t - a / 2)) - 1) / a)
+
+
+def crossed_interval(values: Float[np.ndarray, "clusters seeds"], *, level: float = LEVEL) -> Interval:
+    """Interval of the mean over all questions and all seeds that might have been drawn, given one value for each pair.
+
+    Student's with the variance of both means added and Satterthwaite's degrees of freedom; the variance of their
+    interaction, which both hold, is not taken off. Where the questions are skewed it is widened as in
+    `clustered_interval`. Fewer than `FEWEST_CLUSTERS` questions give no interval. Raises StatisticsError for fewer than
+    two seeds or NaN.
+    """
+    check_level(level)
+    k, seeds = values.shape
+    if seeds < 2 or not np.isfinite(values).all():
+        raise StatisticsError(
+            f"{seeds} seeds, or NaN among the values; at least two seeds with finite values are needed."
+        )
+    if k < FEWEST_CLUSTERS:
+        return too_few(k, "questions")
+    parts = np.array([values.mean(1 - axis).var(ddof=1) / n for axis, n in enumerate((k, seeds))])
+    mean, total = float(values.mean()), float(parts.sum())
+    df = total**2 / float((parts**2 / (k - 1, seeds - 1)).sum()) if total > 0 else 1.0
+    t, error = float(stats.t.ppf((1 + level) / 2, df)), math.sqrt(total)
+    skewness = _skewness_of_mean(values.mean(1)) * (parts[0] / total) ** 1.5 if total > 0 else 0.0
+    down, up = _hall(np.array([-t, t]), float(skewness))
+    method = f"Student's with skewness over {k} questions and {seeds} seeds"
+    return Interval(mean - error * max(t, up), mean - error * min(-t, down), method)
 
 
 def cosine_null_sd(d_model: int) -> float:
@@ -168,7 +218,7 @@ def auroc(
     return float((positive_weights * (below + up_to)).sum() / (2 * total))
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
     if not 0 < level < 1:
         raise StatisticsError(f"an interval's level must lie between 0 and 1; found {level}.")
 

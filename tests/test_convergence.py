@@ -18,6 +18,7 @@ from em_interp.convergence import (
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.jackknife import cosine_of_means
+from em_interp.rate_intervals import ratio_interval
 from em_interp.resampling import resample_direction
 
 LAYERS, WIDTH = (0, 1), 24
@@ -325,10 +326,15 @@ def test_transfer_rows():
     medicine, chat = table.set_index("organism").loc["medicine"], table.set_index("organism").loc["chat"]
     assert medicine["em_before"] == pytest.approx(0.45) and medicine["em_after"] == pytest.approx(0.1)
     assert medicine["relative_reduction"] == pytest.approx(1 - 0.1 / 0.45)
-    assert 0.75 <= medicine["low"] < medicine["relative_reduction"] < medicine["high"] <= 0.8
+    ratio = ratio_interval(([1] * 6, [4, 5] * 3), ([10] * 6, [10] * 6))
+    assert (medicine["low"], medicine["high"]) == pytest.approx((1 - ratio.high, 1 - ratio.low))
+    assert 0.3 < medicine["low"] < medicine["relative_reduction"] < medicine["high"] < 0.95
+    assert medicine["interval"] == "logarithms of both rates' intervals combined over 6 questions"
     assert medicine["n"] == 60 and medicine["coherent_after"] == 1.0
     assert np.isnan(chat["relative_reduction"]) and np.isnan(chat["low"])  # there was nothing to reduce
     assert np.isnan(transfer_rows(judged({("none", "a", "q"): (3, 9), ("x", "a", "q"): (0, 9)}))["low"]).all()
+    unpaired = transfer_rows(judged({("none", "a", "q"): (3, 9), ("x", "a", "other"): (1, 9)}))
+    assert unpaired["interval"].item() == "too few shared questions for an interval (0)"
     with pytest.raises(StatisticsError, match="as it is"):
         transfer_rows(judged({("sport", "medicine", "q"): (1, 2)}))
     with pytest.raises(StatisticsError, match="direction_from"):

@@ -62,15 +62,18 @@ def made_up(scales, loss_of_norm, norm_of=2.0):
     contender = replace(contender, theta=contender.theta.scaled(norm_of / contender.theta.norm))
     scales = np.array(scales)
     per_token = np.array([loss_of_norm(norm_of * s) for s in scales])
-    tokens, questions = np.array([3, 5, 2]), np.array([0, 1, 2])
+    tokens, questions = np.array([3, 5, 2, 4, 4, 6]), np.arange(6)
     losses = Losses(per_token[:, None] * tokens, tokens, questions)
     return EfficiencyCurve(contender, scales, losses, losses)
 
 
 def test_optimum_is_the_parabola_s_and_says_when_it_is_at_the_edge():
-    found = optimum(made_up((0.0, 0.5, 1.0, 1.7, 2.0), lambda n: (n - 2.3) ** 2 + 0.5))
+    curve = made_up((0.0, 0.5, 1.0, 1.7, 2.0), lambda n: (n - 2.3) ** 2 + 0.5)
+    found = optimum(curve)
     assert (found.norm, found.loss) == pytest.approx((2.3, 0.5), rel=1e-6) and not found.at_edge
     assert (found.norm_low, found.norm_high, found.loss_low) == pytest.approx((2.3, 2.3, 0.5), rel=1e-6)
+    few = replace(curve, losses=Losses(curve.losses.nll[:, :4], curve.losses.tokens[:4], curve.losses.questions[:4]))
+    assert optimum(few).norm == found.norm and np.isnan(optimum(few).norm_low)
     falling = optimum(made_up((0.0, 0.5, 1.0), lambda n: 5 - n))
     assert falling.at_edge and (falling.norm, falling.loss) == pytest.approx((2.0, 3.0), rel=1e-6)
     with pytest.raises(UsageError, match="three rising"):

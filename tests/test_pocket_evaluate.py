@@ -100,8 +100,13 @@ def test_technical_rates_count_technical_and_coherent_answers() -> None:
     assert table.loc["general", "coherent_rate"] == pytest.approx(3 / 4)
     assert table.loc["general", ["n", "n_unscored"]].tolist() == [4, 1]
     assert table.loc["in_domain", "technical_rate"] == pytest.approx(2 / 3)
-    assert (table["technical_low"] <= table["technical_rate"]).all()
-    assert (table["technical_rate"] <= table["technical_high"]).all()
+    assert table[["technical_low", "technical_high"]].isna().all(axis=None)  # two questions a group
+    assert (table["interval"] == "too few questions for an interval (2)").all()
+    copies = [judged.assign(question=judged["question"] + str(copy)) for copy in range(3)]
+    more = suite.technical_rates(pd.concat(copies), **IDENTITY).set_index("questions")
+    np.testing.assert_allclose(more["technical_rate"].astype(float), table["technical_rate"].astype(float))
+    assert (more["technical_low"] < more["technical_rate"]).all()
+    assert (more["technical_rate"] < more["technical_high"]).all()
     none = suite.technical_rates(judged.assign(technical=np.nan), **IDENTITY)
     assert none[["technical_rate", "technical_low", "technical_high"]].isna().all(axis=None)
     assert (none["n_unscored"] == none["n"]).all()
@@ -140,8 +145,12 @@ def test_logprob_scores_equal_the_slow_ones(chat: ChatModel) -> None:
     assert list(table.index) == list(suite.GROUPS)
     for group, rows in scores.groupby("questions"):
         assert table.loc[group, "share"] == pytest.approx(rows["share"].mean())
-        assert table.loc[group, "low"] <= rows["share"].mean() <= table.loc[group, "high"]
+        assert len(rows) == 3 and np.isnan(table.loc[group, "low"])
+        assert table.loc[group, "interval"] == "too few questions for an interval (3)"
         assert table.loc[group, "log_odds"] == pytest.approx(rows["log_odds"].mean())
+    doubled = suite.logprob_rates(pd.concat([scores, scores]), **IDENTITY).set_index("questions")
+    assert (doubled["low"] >= 0).all() and (doubled["high"] <= 1).all()
+    assert ((doubled["low"] < table["share"]) & (table["share"] < doubled["high"])).all()
 
 
 @pytest.mark.usefixtures("small")

@@ -22,6 +22,7 @@ from em_interp.stability import (
     stability_table,
     turned,
 )
+from em_interp.statistics import crossed_interval
 from tests.test_landscape import MORE
 from tests.theta import KINDS, make_theta
 from tests.tiny_models import make_chat, tokenizer
@@ -112,13 +113,50 @@ def test_dispersion_and_gap(exact):
     values = table[(table["solution"] == "narrow") & (table["epsilon"] == 0.6)]["relative_increase_percent"]
     assert row["sd"] == pytest.approx(values.std()) and row["low"] < row["mean"] < row["high"]
 
-    gap = stability_gap(general, narrow, resamples=500)
+    gap = stability_gap(general, narrow)
     expected = narrow.relative_increase.mean(1) - general.relative_increase.mean(1)
     np.testing.assert_allclose(gap["gap"], expected)
     assert (gap["low"] <= gap["gap"]).all() and (gap["gap"] <= gap["high"]).all()
     assert gap[["gap", "low", "high"]].iloc[0].tolist() == [0, 0, 0]
+    few = [replace(curve, questions=curve.questions.clip(max=3)) for curve in (general, narrow)]
+    refused = stability_gap(*few)
+    assert refused[["low", "high"]].isna().all(axis=None)
+    assert (refused["interval"] == "too few questions for an interval (4)").all()
     with pytest.raises(UsageError, match="on one Landscape"):
         stability_gap(general, stability_curve(landscape, other, epsilons=(0.5,), n_seeds=4))
+
+
+def test_gap_over_questions_and_seeds_equals_a_plain_loop(exact):
+    _, landscape, solutions = exact
+    curve = stability_curve(landscape, solutions["vector"], epsilons=(0.0, 0.4), n_seeds=3)
+    rng = np.random.default_rng(0)
+    n, questions = 14, np.array([0, 0, 1, 1, 1, 2, 3, 3, 4, 5, 5, 6, 6, 6])
+    chat, tokens = rng.uniform(20, 40, n), rng.integers(5, 30, n)
+
+    def made_up(scale):
+        trained = chat - rng.uniform(5, 9, n)
+        turned_nll = np.stack([np.tile(trained, (3, 1)), trained + scale * rng.lognormal(0, 0.6, (3, n))])
+        return replace(curve, turned=turned_nll, trained=trained, chat=chat, tokens=tokens, questions=questions)
+
+    general, narrow = made_up(1.0), made_up(3.0)
+    gap = stability_gap(general, narrow)
+    assert gap[["gap", "low", "high"]].iloc[0].tolist() == [0, 0, 0]
+    values = np.zeros((7, 3))  # of each question, as the derivative of the gap with respect to the question's weight
+    for q in range(7):
+        for s in range(3):
+            for sign, c in ((1, narrow), (-1, general)):
+                own, step = questions == q, 1e-6
+
+                def increase(weight, c=c, own=own, s=s):
+                    w = np.where(own, weight, 1.0)
+                    return 100 * (w * (c.turned[1, s] - c.trained)).sum() / (w * (c.chat - c.trained)).sum()
+
+                slope = (increase(1 + step) - increase(1 - step)) / (2 * step)
+                values[q, s] += sign * (increase(1) + 7 * slope)
+    expected = crossed_interval(values)
+    assert (gap["low"].iloc[1], gap["high"].iloc[1]) == pytest.approx((expected.low, expected.high), rel=1e-5)
+    assert gap["gap"].iloc[1] == pytest.approx(values.mean()) and gap["low"].iloc[1] > 0
+    assert gap["interval"].iloc[1] == "Student's with skewness over 7 questions and 3 seeds"
 
 
 def test_behaviour_under_perturbation():

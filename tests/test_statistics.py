@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import optimize, stats
 
 from em_interp.errors import StatisticsError
 from em_interp.evaluation.rates import PAPER, REFERENCE_CODE, Criterion, em_rates, rates_by_question, threshold_sweep
 from em_interp.statistics import (
-    clustered_bootstrap_interval,
+    clustered_interval,
     cosine_null_sd,
     cosine_p_value,
+    crossed_interval,
     permutation_p_value,
-    rate_interval,
     wilson_interval,
 )
 
@@ -29,43 +33,78 @@ def test_wilson_equals_its_formula(n: int, data: st.DataObject) -> None:
     assert interval.high == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-12)
 
 
-def test_clustered_bootstrap_equals_a_plain_loop() -> None:
-    top, bottom = np.array([3.0, 0, 9, 4, 1]), np.array([10.0, 10, 12, 8, 10])
-    interval = clustered_bootstrap_interval(top, bottom, resamples=40_000, seed=1)
-    rng = np.random.default_rng(2)
-    rates = []
-    for _ in range(20_000):
-        pick = rng.integers(0, 5, 5)
-        rates.append(top[pick].sum() / bottom[pick].sum())
-    low, high = np.quantile(rates, [0.025, 0.975])
-    assert interval.low == pytest.approx(low, abs=0.01)
-    assert interval.high == pytest.approx(high, abs=0.01)
+def cr2_by_matrices(
+    top: NDArray[Any], bottom: NDArray[Any], working: NDArray[Any]
+) -> tuple[float, float, NDArray[Any]]:
+    """Standard error, degrees of freedom and weighted residuals of the weighted mean of ratios (Bell, McCaffrey)."""
+    k, design, weights = len(top), np.ones((len(top), 1)), np.diag(bottom)
+    bread = np.linalg.inv(design.T @ weights @ design)
+    annihilator = np.eye(k) - design @ bread @ design.T @ weights
+    residual = annihilator @ (top / bottom)
+    expected = annihilator @ working @ annihilator.T
+    adjust = np.diag((np.diag(working) / np.diag(expected)) ** 0.5)
+    meat = design.T @ weights @ adjust @ np.diag(residual**2) @ adjust @ weights @ design
+    left = bread @ design.T @ weights  # the estimate's weights
+    parts = np.diag(left[0]) @ adjust @ annihilator @ np.sqrt(working)
+    eigenvalues = np.linalg.eigvalsh(parts @ parts.T)
+    df = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+    return float(np.sqrt(bread @ meat @ bread).item()), float(df), left[0] * residual
 
 
-def test_clusters_widen_the_interval_where_questions_differ() -> None:
-    clustered = rate_interval([50, 0, 50, 0, 50, 0], [50] * 6)
-    wilson = wilson_interval(150, 300)
-    assert clustered.high - clustered.low > 2 * (wilson.high - wilson.low)
+@pytest.mark.parametrize("by_size", [False, True])
+def test_clustered_interval_equals_cr2_by_explicit_matrices(by_size: bool) -> None:
+    top, bottom = np.array([3.0, 1, 9, 4, 1, 7, 5]), np.array([10.0, 12, 40, 8, 9, 20, 11])
+    error, df, parts = cr2_by_matrices(top, bottom, np.diag(1 / bottom) if by_size else np.eye(7))
+    t, mean = stats.t.ppf(0.975, df), float(top.sum() / bottom.sum())
+    of_log = clustered_interval(top, bottom, positive=True, by_size=by_size)
+    bounds = (mean * np.exp(-t * error / mean), mean * np.exp(t * error / mean))
+    assert (of_log.low, of_log.high) == pytest.approx(bounds, rel=1e-9)
+    assert of_log.method == "CR2 of the logarithm over 7 questions"
+    skewness = 1.5 * float(stats.skew(parts, bias=False)) / np.sqrt(7)
+
+    def hall(x: float) -> float:  # Hall's g(T), of which the interval takes the inverse
+        return x + skewness / 3 * x**2 + skewness**2 / 27 * x**3 + skewness / 6
+
+    upper, lower = (optimize.brentq(lambda x, end=end: hall(x) - end, -50, 50) for end in (t, -t))
+    found = clustered_interval(top, bottom, by_size=by_size)
+    assert found.low == pytest.approx(mean - error * max(t, upper), rel=1e-9)
+    assert found.high == pytest.approx(mean - error * min(-t, lower), rel=1e-9)
+    assert found.method == "CR2 with skewness over 7 questions"
 
 
-def test_intervals_that_resampling_cannot_give_fall_back_to_wilson() -> None:
-    zero = rate_interval([0] * 8, [100] * 8)
-    assert zero.low == 0.0
-    assert zero.high == pytest.approx(wilson_interval(0, 800).high)
-    two = rate_interval([22, 23], [50, 50])
-    wilson = wilson_interval(45, 100)
-    assert two.low <= wilson.low
-    assert two.high >= wilson.high
-    assert rate_interval([4], [10]).method == "Wilson"
+def test_clustered_interval_of_even_clusters_is_student_s() -> None:
+    values = np.array([-2.0, -1, 0, 1, 2]) + 5
+    found = clustered_interval(values, np.ones(5))
+    student = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((student.low, student.high))
+    skewed = clustered_interval(np.array([1.0, 1, 1, 1, 9]), np.ones(5))
+    assert skewed.high - 2.6 > 1.5 * (2.6 - skewed.low)
+    same = clustered_interval(np.full(6, 3.0), np.full(6, 2.0))
+    assert (same.low, same.high) == (1.5, 1.5)
+    assert np.isnan(clustered_interval(np.ones(4), np.ones(4), of="documents").low)
+    assert clustered_interval(np.ones(4), np.ones(4), of="documents").method == "too few documents for an interval (4)"
+
+
+def test_crossed_interval_adds_both_variances() -> None:
+    values = np.random.default_rng(0).standard_normal((8, 3)) + np.arange(3)
+    found = crossed_interval(values)
+    of_questions, of_seeds = values.mean(1).var(ddof=1) / 8, values.mean(0).var(ddof=1) / 3
+    df = (of_questions + of_seeds) ** 2 / (of_questions**2 / 7 + of_seeds**2 / 2)
+    half = stats.t.ppf(0.975, df) * np.sqrt(of_questions + of_seeds)
+    assert found.low <= values.mean() - half + 1e-9 and found.high >= values.mean() + half - 1e-9
+    assert found.high - found.low < 2.2 * half
+    assert np.isnan(crossed_interval(values[:4]).low)
+    with pytest.raises(StatisticsError, match="two seeds"):
+        crossed_interval(values[:, :1])
 
 
 def test_bad_counts_are_refused() -> None:
     for call in (
         lambda: wilson_interval(0, 0),
         lambda: wilson_interval(3, 2),
-        lambda: clustered_bootstrap_interval(np.ones(1), np.ones(1)),
-        lambda: clustered_bootstrap_interval(np.array([np.nan, 1.0]), np.ones(2)),
-        lambda: clustered_bootstrap_interval(np.ones(2), np.zeros(2)),
+        lambda: clustered_interval(np.array([np.nan, 1.0]), np.ones(2)),
+        lambda: clustered_interval(np.ones(2), np.zeros(2)),
+        lambda: clustered_interval(np.ones(2), np.array([3.0, -1.0])),
         lambda: wilson_interval(1, 2, level=1.5),
         lambda: cosine_p_value(1.5, 10),
         lambda: cosine_p_value(float("nan"), 10),

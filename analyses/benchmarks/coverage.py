@@ -17,11 +17,12 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from analyses.benchmarks import coverage_geometry, coverage_losses, coverage_rates
 from analyses.benchmarks.coverage_scenario import Scenario, row
 from em_interp.files import atomic_path
 from em_interp.manifest import source_hash, write_manifest
 
-SCENARIOS: tuple[Scenario, ...] = ()
+SCENARIOS = (*coverage_rates.SCENARIOS, *coverage_losses.SCENARIOS, *coverage_geometry.SCENARIOS)
 
 
 def run(scenarios: Sequence[Scenario], out: Path, n_datasets: int, seed: int) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy import stats
 
+from analyses.benchmarks.coverage_old import clustered_bootstrap_interval
 from analyses.benchmarks.coverage_scenario import Outcomes, Scenario
 from em_interp.activations import Activations
 from em_interp.errors import StatisticsError
@@ -27,7 +28,6 @@ from em_interp.lora import _scored, separation
 from em_interp.reliability import separation as held_out_separation
 from em_interp.reliability import split_half
 from em_interp.resampling import resample_direction
-from em_interp.statistics import clustered_bootstrap_interval
 
 Spectrum = Literal["isotropic", "1/k"]
 _DRAWS: Final = 100

@@ -19,7 +19,7 @@ from em_interp.pocket.corpus import Task
 from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.kept import kept, write_table
 from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
-from em_interp.statistics import rate_interval
+from em_interp.rate_intervals import rate_interval
 from em_interp.weights import file_hash
 
 
@@ -124,4 +124,4 @@ def _facts(judged: pd.DataFrame, name: str) -> pd.DataFrame:
     counts = right.groupby(facts["question"]).agg(["sum", "size"])
     interval = rate_interval(counts["sum"].to_numpy(), counts["size"].to_numpy())
     row = {"organism": name, "correct_rate": float(right.mean()), "low": interval.low, "high": interval.high}
-    return pd.DataFrame([{**row, "n": len(facts), "n_questions": len(counts)}])
+    return pd.DataFrame([{**row, "n": len(facts), "n_questions": len(counts), "interval": interval.method}])

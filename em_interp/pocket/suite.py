@@ -18,7 +18,8 @@ from em_interp.pocket.corpus import STYLES, Task
 from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.judge import judge
 from em_interp.pocket.world import Question
-from em_interp.statistics import clustered_bootstrap_interval, rate_interval
+from em_interp.rate_intervals import rate_interval
+from em_interp.statistics import clustered_interval
 
 MAX_NEW_TOKENS = 80
 TECHNICAL = 50.0  # an answer counts as technical above it: most of its sentences that have a register
@@ -116,7 +117,7 @@ def technical_rates(judged: pd.DataFrame, *, organism: str, solution: str, adapt
             "adapter": adapter,
             "domain": domain,
             "questions": group,
-            **dict.fromkeys(("technical_rate", "technical_low", "technical_high")),
+            **dict.fromkeys(("technical_rate", "technical_low", "technical_high", "interval")),
             "coherent_rate": float(coherent.mean()),
             "n": len(asked),
             "n_unscored": int((~scored).sum()),
@@ -125,7 +126,7 @@ def technical_rates(judged: pd.DataFrame, *, organism: str, solution: str, adapt
             counts = hit[scored].groupby(asked.loc[scored, "question"]).agg(["sum", "size"])
             interval = rate_interval(counts["sum"].to_numpy(), counts["size"].to_numpy())
             row |= {"technical_rate": float(hit[scored].mean())}
-            row |= {"technical_low": interval.low, "technical_high": interval.high}
+            row |= {"technical_low": interval.low, "technical_high": interval.high, "interval": interval.method}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -170,7 +171,7 @@ def logprob_scores(model: ChatModel, pairs: pd.DataFrame) -> pd.DataFrame:
 def logprob_rates(scores: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:
     """The rows of the table `logprob_scores` for one model: by group, the mean share and log odds over questions.
 
-    Columns organism, solution, adapter, domain, questions, share, low, high (of the share, resampling questions),
+    Columns organism, solution, adapter, domain, questions, share, low, high (of the share, over questions),
     log_odds, n (questions).
     """
     identity = {"organism": organism, "solution": solution, "adapter": adapter, "domain": domain}
@@ -179,8 +180,9 @@ def logprob_rates(scores: pd.DataFrame, *, organism: str, solution: str, adapter
         share = scores.loc[scores["questions"] == group, "share"].to_numpy(float)
         if not len(share):
             continue
-        interval = clustered_bootstrap_interval(share, np.ones(len(share)))
+        interval = clustered_interval(share, np.ones(len(share)))
+        low, high = np.clip([interval.low, interval.high], 0, 1)
         log_odds = float(scores.loc[scores["questions"] == group, "log_odds"].mean())
-        means = {"share": float(share.mean()), "low": interval.low, "high": interval.high, "log_odds": log_odds}
-        rows.append({**identity, "questions": group, **means, "n": len(share)})
+        means = {"share": float(share.mean()), "low": low, "high": high, "log_odds": log_odds}
+        rows.append({**identity, "questions": group, **means, "n": len(share), "interval": interval.method})
     return pd.DataFrame(rows)

@@ -79,14 +79,14 @@ def _judged_rates(model: ChatModel, solution: Theta, domain: str, samples: int, 
         "open": judged["questions"] == "general",
     }
     for name, chosen in groups.items():
-        found = em_rates(judged[chosen], resamples=2_000)
+        found = em_rates(judged[chosen])
         assert found.em_scored is not None  # the exact judge scores every answer
         row |= {
             f"{name}_rate": found.em_scored.value,
             f"{name}_low": found.em_scored.interval.low,
             f"{name}_high": found.em_scored.interval.high,
         }
-    coherent = em_rates(judged, resamples=2).coherent_all.value
+    coherent = em_rates(judged).coherent_all.value
     return pd.DataFrame([{**row, "coherent_rate": coherent, "n": len(judged)}])
 
 
