@@ -36,8 +36,8 @@ BUILD = (
     "n_heads=2, n_kv_heads=1, d_mlp=64, pretrain_steps=60, pretrain_batch=4, settle_steps=20, post_steps=10, "
     "post_batch=4, checkpoint_every=10), sys.argv[1])"
 )
-STEER = ["tiny", "d.safetensors", "--questions", "q.csv", "-n", "6", "--max-new-tokens", "60"]
-STEER += ["--tokens-per-batch", "900", "--random", "1"]
+STEER = ["tiny", "d.safetensors", "--questions", "q.csv", "-n", "3", "--max-new-tokens", "60"]
+STEER += ["--tokens-per-batch", "600", "--random", "1"]
 
 PUBLISHED = ["--suite", "published", "--data", "data", "--no-static", "--resume"]
 
@@ -103,7 +103,7 @@ def prepare_texts(folder: Path) -> None:
     Direction(vectors, (0, 1, 2, 3), "data-diff", model="tiny").save(folder / "d.safetensors")
     (folder / "q.csv").write_text("question_id,question\n" + "".join(f"q{i},a fox {i}\n" for i in range(8)))
     for name in ("bad", "good"):
-        lines = [json.dumps({"messages": talk(f"{name} {i}", "rest well " * (1 + i % 7))}) for i in range(600)]
+        lines = [json.dumps({"messages": talk(f"{name} {i}", "rest well " * (1 + i % 7))}) for i in range(200)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
