@@ -171,9 +171,10 @@ def separation(
     (questions) that it was not fitted on. P2 has inverse_penalty = .01, which below some hundred answers leaves no
     scalar in. low and high belong to the AUC, accuracy_low and accuracy_high to the accuracy: intervals over groups
     (`jackknife.chance_interval`) of what such a probe reaches on questions that it has not seen; `interval` says how
-    they were made. Pooled over folds, the AUC of scalars that know nothing lies below .5 on average: its interval is
-    mirrored there. Raises StatisticsError where a class has fewer than two groups, and UsageError for other labels than
-    0, 1 and NaN.
+    they were made. Of several scalars the probes are fitted anew without each group, since which scalars they take
+    varies; of one they only have a sign. Pooled over folds, the AUC of scalars that know nothing lies below .5 on
+    average: its interval is mirrored there. Raises StatisticsError where a class has fewer than two groups, and
+    UsageError for other labels than 0, 1 and NaN.
     """
     if not len(scalars) == len(labels) == len(groups) or not np.isin(labels[~np.isnan(labels)], (0, 1)).all():
         raise UsageError(
@@ -191,13 +192,35 @@ def separation(
             f"{comparison}: class 0 has answers to {spread[0]} questions, class 1 to {spread[1]}; a probe that is "
             "scored on questions it has not seen needs at least two of each. Sample more answers."
         )
-    score = np.full(len(y), np.nan)
+    fold = np.empty(len(y), dtype=int)
     splitter = StratifiedGroupKFold(min(folds, *spread), shuffle=True, random_state=seed)
-    for fit, held_out in splitter.split(x, y, codes):
+    for number, (fit, held_out) in enumerate(splitter.split(x, y, codes)):
         if len(set(y[fit])) < 2:
             raise StatisticsError(f"{comparison}: all answers of one class fall into one fold. Sample more questions.")
-        score[held_out] = _probe(inverse_penalty).fit(x[fit], y[fit]).decision_function(x[held_out])
-    return {"comparison": comparison, **_scored(score, y, codes, level), "n_questions": len(names)}
+        fold[held_out] = number
+    score = _held_out_scores(x, y, fold, inverse_penalty)
+    refitted = None
+    if x.shape[1] > 1:
+        refitted = np.full((len(names), 2), np.nan)
+        for group in range(len(names)):
+            kept = codes != group
+            own = _held_out_scores(x[kept], y[kept], fold[kept], inverse_penalty)
+            if np.isfinite(own).all():
+                auc = clustered_auc(own, y[kept], np.zeros(len(own), dtype=int))[0]
+                refitted[group] = auc, ((own > 0) == (y[kept] == 1)).mean()
+    return {"comparison": comparison, **_scored(score, y, codes, level, refitted), "n_questions": len(names)}
+
+
+def _held_out_scores(
+    x: NDArray[np.float64], y: NDArray[np.int_], fold: NDArray[np.int_], inverse_penalty: float
+) -> NDArray[np.float64]:
+    """Each fold scored by a probe fitted on the others; NaN where these have one class only."""
+    score = np.full(len(y), np.nan)
+    for own in np.unique(fold):
+        fit = fold != own
+        if len(set(y[fit])) == 2:
+            score[~fit] = _probe(inverse_penalty).fit(x[fit], y[fit]).decision_function(x[~fit])
+    return score
 
 
 def _probe(inverse_penalty: float) -> Pipeline:
@@ -208,17 +231,25 @@ def _probe(inverse_penalty: float) -> Pipeline:
 
 
 def _scored(
-    score: NDArray[np.float64], y: NDArray[np.int_], groups: NDArray[np.intp], level: float = LEVEL
+    score: NDArray[np.float64],
+    y: NDArray[np.int_],
+    groups: NDArray[np.intp],
+    level: float = LEVEL,
+    refitted: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy (score above 0 means class 1) and AUC of held-out scores, with intervals over groups."""
+    """Accuracy (score above 0 means class 1) and AUC of held-out scores, with intervals over groups.
+
+    refitted: AUC and accuracy without each group, of probes that were fitted without it; by default the probes stay.
+    """
     right = (score > 0) == (y == 1)
     hits, counts = np.bincount(groups, weights=right), np.bincount(groups).astype(float)
     auc, without = clustered_auc(score, y, groups)
+    accuracy_without = (hits.sum() - hits) / (counts.sum() - counts)
+    if refitted is not None:
+        without, accuracy_without = refitted.T
     sides = sides_of(y, groups)
     of_auc = chance_interval(auc, without, sides, level=level)
-    of_accuracy = chance_interval(
-        float(right.mean()), (hits.sum() - hits) / (counts.sum() - counts), sides, level=level
-    )
+    of_accuracy = chance_interval(float(right.mean()), accuracy_without, sides, level=level)
     return {
         "accuracy": float(right.mean()),
         "auc": auc,
