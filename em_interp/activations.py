@@ -25,7 +25,7 @@ from em_interp.directions import TOKEN_SCOPES
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
 from em_interp.hooks import BlockFn, check_layer, position_ids, run_bridge_until, run_until
 from em_interp.limits import check_lengths, refuse_dropout
-from em_interp.manifest import source_hash
+from em_interp.manifest import code_hash
 from em_interp.memory import run_in_batches
 from em_interp.models import ChatModel
 from em_interp.resume import RunningTotals
@@ -320,7 +320,7 @@ def collect(
             collector.add_stored(disk)
     running = None
     if resume_in is not None and disk is None and not keep:
-        made_by = [acting_hash(model), source_hash(), texts, wanted, scopes, tokens_per_batch, side, through]
+        made_by = [acting_hash(model), code_hash(), texts, wanted, scopes, tokens_per_batch, side, through]
         running = RunningTotals(resume_in, made_by, collector.totals, len(rows))
     done = set(disk.where) if disk is not None else set(running.done) if running is not None else set()
     todo = [i for i in range(len(rows)) if i not in done]

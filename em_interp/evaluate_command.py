@@ -102,7 +102,7 @@ def answers_for_a_judge(
     question_id, wording, question, system, sample, answer, finished, n_tokens) and OUT/manifest.json.
     """
     from em_interp.evaluation.sampling import sample
-    from em_interp.manifest import fingerprint, sha256, source_hash, write_manifest
+    from em_interp.manifest import code_hash, fingerprint, sha256, write_manifest
     from em_interp.pocket.kept import write_table
     from em_interp.resume import Parts, claimed, remove_parts, say_kept
     from em_interp.texts import read_questions
@@ -114,7 +114,7 @@ def answers_for_a_judge(
     weights = _weights(model, which)
     made_by = {"weights": weights, "dtype": which["dtype"], "questions": sha256(questions), **settings}
     out = out or ROOT / f"{_label(model, which)}-{fingerprint(weights)[:8]}"
-    answers, key = out / "answers.csv", fingerprint([made_by, source_hash()])
+    answers, key = out / "answers.csv", fingerprint([made_by, code_hash()])
     before = _manifest(out)
     if before.get("key") == key and answers.is_file() and sha256(answers) == before.get("answers_sha256"):
         say_kept(len(asked) * settings["n"], len(asked) * settings["n"], "answers")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from em_interp.errors import UnreadableFileError
 from em_interp.files import atomic_path, claim_output, sole_writer, write_text
-from em_interp.manifest import fingerprint, source_hash
+from em_interp.manifest import code_hash, fingerprint
 
 
 def _parts_of(output: Path) -> Path:
@@ -81,7 +81,7 @@ class Parts:
     def path(self, rows: Sequence[int], made_by: Any) -> Path:
         """Where the answers of a batch are. made_by: JSON values."""
         own = [self.of_row[i] for i in rows] if self.of_row else None
-        return self.folder / f"{fingerprint([source_hash(), own, made_by])[:32]}.json"
+        return self.folder / f"{fingerprint([code_hash(), own, made_by])[:32]}.json"
 
     def read(self, path: Path) -> list[list[Any]]:
         """The fields of each answer of a batch, or nothing where it is not finished."""

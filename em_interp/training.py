@@ -27,7 +27,7 @@ from em_interp.files import move_folder, written_whole
 from em_interp.hooks import scored_logits
 from em_interp.limits import check_lengths, refuse_dropout
 from em_interp.losses import kl_positions, kl_sum, nll_sum
-from em_interp.manifest import fingerprint, source_hash
+from em_interp.manifest import code_hash, fingerprint
 from em_interp.models import ChatModel
 from em_interp.recipes import (
     ALL_PROJECTIONS,
@@ -153,7 +153,7 @@ def finetune(
         if resume and out is not None:
             start = tensors_hash({str(i): parameter for i, parameter in enumerate(loop.parameters)})
             texts = [[[row.ids, row.spans] for row in rows] for rows in (data, kl_data or [])]
-            made_by = fingerprint([weights_hash(model.hf), start, texts, asdict(spec), source_hash()])
+            made_by = fingerprint([weights_hash(model.hf), start, texts, asdict(spec), code_hash()])
             state = _State(stack.enter_context(work_folder(out)) / made_by[:16])
             records += state.restore(loop)
             say_kept(len(records), total, "steps")

@@ -76,7 +76,7 @@ def test_answers_are_kept_by_batch(
         count = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
         again = ask(kind, Parts(folder))
         assert count[0] == total[0] - 3
-        patch.setattr(resume, "source_hash", lambda: "other code")
+        patch.setattr(resume, "code_hash", lambda: "other code")
         ask(kind, Parts(folder))
         assert count[0] == 2 * total[0] - 3
     pd.testing.assert_frame_equal(again, whole, check_exact=True)

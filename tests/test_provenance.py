@@ -72,7 +72,7 @@ def test_the_same_base_under_another_name_is_accepted(checkpoints):
     moved.hf.config._name_or_path = "somewhere/else"
     with intervening(moved, [Steer(direction, 1, 1.0)]):
         moved.hf(IDS)
-    half = ChatModel(make_hf(seed=0).bfloat16(), tokenizer(), name="x/checkpoint-500")  # hashes say nothing: names do
+    half = ChatModel(make_hf(seed=0).bfloat16(), tokenizer(), name=direction.model)  # another dtype: names decide
     with intervening(half, [Steer(direction, 1, 1.0)]):
         half.hf(IDS)
 

@@ -6,7 +6,6 @@ solution is also judged at larger scales, up to the one at which in-domain misal
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from em_interp import solutions
@@ -30,6 +28,7 @@ from em_interp.pocket.organisms import N_CHATS, Adapter, narrow
 from em_interp.resume import remove_parts
 from em_interp.solution_space import Theta
 from em_interp.training import TrainingSpec, finetune
+from em_interp.weights import weights_hash
 
 KL_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 BAD_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -95,15 +94,6 @@ def _labelled(table: pd.DataFrame, **columns: str | float) -> pd.DataFrame:
     return table.assign(**columns)[[*columns, *table.columns]]
 
 
-def _weights_hash(model: ChatModel) -> str:
-    """A hash of the chat model's weights: results of another build are not taken for this one's."""
-    digest = hashlib.sha256()
-    for name, tensor in model.hf.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _run_name(parts: Sequence[str], *settings: object) -> str:
     return "-".join([*parts, fingerprint(settings)[:10]])
 
@@ -132,7 +122,7 @@ def kl_sweep(
         raise UsageError(f"scales {list(scales)}, KL weights {list(kl_weights)}: scales are positive and include 1.")
     data = finetune_chats(domain, "malicious", n_chats, seed)
     outside = kl_chats(domain, n_chats, seed)
-    rows, everything, base = [], [], _weights_hash(model)
+    rows, everything, base = [], [], weights_hash(model.hf)
     runs = [(adapter, spec, float(weight)) for adapter, spec in specs.items() for weight in kl_weights]
     for adapter, plain, weight in tqdm(runs, desc="kl_sweep", disable=not progress):
         spec = replace(narrow(plain, adapter), kl_weight=weight, seed=seed)
@@ -184,7 +174,7 @@ def dilution_sweep(
     """
     if not bad_shares:
         raise UsageError("no shares of bad data were given.")
-    rows, base = [], _weights_hash(model)
+    rows, base = [], weights_hash(model.hf)
     runs = [(adapter, spec, float(share)) for adapter, spec in specs.items() for share in bad_shares]
     for adapter, plain, share in tqdm(runs, desc="dilution", disable=not progress):
         spec = replace(plain, seed=seed)
