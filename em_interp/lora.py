@@ -194,10 +194,10 @@ def separation(
         )
     fold = np.empty(len(y), dtype=int)
     splitter = StratifiedGroupKFold(min(folds, *spread), shuffle=True, random_state=seed)
-    for number, (fit, held_out) in enumerate(splitter.split(x, y, codes)):
+    for index, (fit, held_out) in enumerate(splitter.split(x, y, codes)):
         if len(set(y[fit])) < 2:
             raise StatisticsError(f"{comparison}: all answers of one class fall into one fold. Sample more questions.")
-        fold[held_out] = number
+        fold[held_out] = index
     score = _held_out_scores(x, y, fold, inverse_penalty)
     refitted = None
     if x.shape[1] > 1:
@@ -226,7 +226,15 @@ def _held_out_scores(
 def _probe(inverse_penalty: float) -> Pipeline:
     return make_pipeline(
         StandardScaler(),
-        LogisticRegression(l1_ratio=1.0, C=inverse_penalty, solver="liblinear", class_weight="balanced"),
+        LogisticRegression(
+            l1_ratio=1.0,
+            C=inverse_penalty,
+            solver="liblinear",
+            class_weight="balanced",
+            tol=1e-6,
+            max_iter=10_000,
+            random_state=0,
+        ),
     )
 
 
