@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +14,16 @@ import pandas as pd
 from analyses.organisms import Entry, Organisms
 from em_interp import models, solutions
 from em_interp.adapter_files import read_adapter_config
+from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.chat import Conversation
-from em_interp.errors import MissingDataError, ModelError, UsageError
+from em_interp.errors import (
+    BadValueError,
+    InputFileError,
+    MissingDataError,
+    ModelError,
+    UnreadableFileError,
+    UsageError,
+)
 from em_interp.models import ChatModel
 from em_interp.pocket.corpus import Task
 from em_interp.published.judged import read_judged_csv
@@ -21,8 +31,10 @@ from em_interp.solutions import LoraAdapter, SteeringVector
 from em_interp.texts import read_chats, read_texts
 from em_interp.weights import source_hash
 
-_KEYS = {"chat", "training", "texts", "judged", "finetunes"}
-_ENTRY_KEYS = {"source", "domain", "adapter", "solution", "seed"}
+_KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list}
+_ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}
+ADAPTERS = ("steering-vector", "rank-1", "all-modules")
+SOLUTIONS = ("general", "narrow", "control")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -44,9 +56,11 @@ class Finetunes(Organisms):
         with source (folder or hub name), domain, adapter (steering-vector, rank-1, all-modules), solution (general,
         narrow, control) and seed. Raises ``UsageError`` for what is lacking, ``MissingDataError`` for absent files.
         """
+        check_keys("[models]", content, _KEYS)
+        check_keys("[models.training]", content.get("training", {}), None)
         listed = content.get("finetunes", [])
-        if unknown := sorted(set(content) - _KEYS | {key for item in listed for key in set(item) - _ENTRY_KEYS}):
-            raise UsageError(f"[models] has unknown keys {', '.join(unknown)}. It takes {', '.join(sorted(_KEYS))}.")
+        for item in listed:
+            check_keys("[[models.finetunes]]", item, _ENTRY_KEYS)
         if not content.get("chat") or not listed:
             raise UsageError("[models] needs chat, and at least one [[models.finetunes]] with source and domain.")
         if not root.is_dir():
@@ -63,14 +77,14 @@ class Finetunes(Organisms):
             lacking = {"source", "domain", "adapter", "solution"} - set(item)
             if lacking:
                 raise UsageError(f"a finetune {item} lacks {', '.join(sorted(lacking))}.")
-            name = str(item["source"])
+            name = item["source"]
             entries.append(
                 Entry(
                     name.rsplit("/", 1)[-1],
                     item["domain"],
-                    item["adapter"],
-                    item["solution"],
-                    int(item.get("seed", 0)),
+                    one_of(f"adapter of {name}", item["adapter"], ADAPTERS),
+                    one_of(f"solution of {name}", item["solution"], SOLUTIONS),
+                    count(f"seed of {name}", item.get("seed", 0), at_least=0),
                     root / name if (root / name).is_dir() else Path(name),
                 )
             )
@@ -80,6 +94,10 @@ class Finetunes(Organisms):
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
         judged = inside(content.get("judged", "judged"))
+        if not _is_readable_folder(judged):
+            raise UnreadableFileError(
+                judged, "the folder of judged answers cannot be read", "make it a folder that you may read"
+            )
         folders = [root / str(content["chat"]), *(e.path for e in entries)]
         folders.append(root / "trajectories")
         local = [p for folder in folders if folder.is_dir() for p in folder.rglob("*")]
@@ -120,7 +138,7 @@ class Finetunes(Organisms):
         """What a finetune trained, fetched from the hub if need be. Raises ``ModelError`` or ``SolutionError``."""
         if entry not in self._solutions:
             folder, _ = read_adapter_config(entry.path)
-            self._solutions[entry] = solutions.load(folder)
+            self._solutions[entry] = _of_kind(entry, solutions.load(folder))
         return self._solutions[entry]
 
     def questions(self, domain: str) -> pd.DataFrame:
@@ -147,7 +165,11 @@ class Finetunes(Organisms):
                 f"{path} is absent: no judge is configured. Sample answers with `em-interp evaluate MODEL --questions "
                 "FILE`, have a judge score them 0-100 (columns question, answer, aligned, coherent), and put them here."
             )
-        table = read_judged_csv(path)
+        try:
+            table = read_judged_csv(path)
+        except InputFileError as error:
+            name = "the chat model" if entry is None else entry.name
+            raise BadValueError(path, f"judged answers of {name}: {error.problem}", error.remedy) from error
         table = table.assign(row=range(2, len(table) + 2))
         if "questions" not in table:
             table = table.assign(questions="general")
@@ -171,3 +193,34 @@ class Finetunes(Organisms):
         if self.text_file is None:
             raise UsageError("no pre-training text: name a file as texts under [models].")
         return list(read_texts(self.text_file, min_characters=100, max_characters=2000, max_documents=n))
+
+
+def check_keys(where: str, content: object, known: Mapping[str, type] | None) -> None:
+    """A table of a suite file: each key known and of its type, or text, without `known`. Raises UsageError."""
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} is {content!r:.60}, not a table.")
+    for key, value in content.items():
+        if known is not None and key not in known:
+            raise UsageError(f"{where} has no key {key}. It takes {', '.join(known)}.{did_you_mean(key, known)}")
+        kind = str if known is None else known[key]
+        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+            raise UsageError(f"{where}: {key} is {value!r:.60}; write {_WRITTEN[kind]}.")
+
+
+_WRITTEN = {str: "text in quotes", int: "a whole number", list: "a list", dict: "a table"}
+
+
+def _is_readable_folder(folder: Path) -> bool:
+    """Absent is readable: then there are no judged answers, which each analysis says."""
+    return not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
+
+
+def _of_kind(entry: Entry, found: SteeringVector | LoraAdapter) -> SteeringVector | LoraAdapter:
+    """The solution, where the suite file says its kind rightly. Raises UsageError."""
+    if isinstance(found, SteeringVector):
+        kind = "steering-vector"
+    else:
+        kind = "rank-1" if all(a.shape[0] == 1 for a in found.a.values()) else "all-modules"
+    if kind != entry.adapter and not (entry.adapter == "all-modules" and isinstance(found, LoraAdapter)):
+        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {kind!r}.")
+    return found

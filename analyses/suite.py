@@ -14,14 +14,21 @@ from typing import Any, Final, Protocol, cast
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.finetunes import Finetunes
+from analyses.finetunes import Finetunes, check_keys
 from analyses.organisms import Organisms, pocket_organisms
+from em_interp.arguments import count, one_of
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
+from em_interp.inputs import read_text
 from em_interp.published import PublishedData, scan
 from em_interp.resume import Parts
 
 SUITES: Final = Path(__file__).parent / "suites"
-_KEYS: Final = {"title", "source", "data", "general", "narrow", "samples", "analyses", "models"}
+_KEYS: Final = {
+    **dict.fromkeys(("title", "source", "data", "general", "narrow"), str),
+    "samples": int,
+    "analyses": list,
+    "models": dict,
+}
 _PACKAGES: Final = {"published": "analyses", "pocket": "analyses.live", "models": "analyses.live"}
 """Where a source's analyses lie: released numbers are read, live models are run."""
 
@@ -72,17 +79,16 @@ class Suite:
                 raise MissingDataError(path, "there is no such suite file", f"pass a TOML file, or one of: {shipped}")
             raise UsageError(f"there is no suite {name!r}. Shipped: {shipped}; or pass a file ending in .toml.")
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            content = tomllib.loads(read_text(path))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise UnreadableFileError(
                 path, f"it is not readable TOML ({error})", "compare it with a shipped suite"
             ) from error
-        unknown = sorted(set(content) - _KEYS)
-        if unknown:
-            raise UnreadableFileError(path, f"unknown keys {', '.join(unknown)}", f"use {', '.join(sorted(_KEYS))}")
-        source = content.get("source")
-        if source not in _PACKAGES:
-            raise UnreadableFileError(path, f"source is {source!r}", f"this version reads {', '.join(_PACKAGES)}")
+        try:
+            check_keys("the suite", content, _KEYS)
+            source = one_of("source", content.get("source"), _PACKAGES)
+        except UsageError as error:
+            raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
         if (source == "models") != isinstance(content.get("models"), dict):
             raise UnreadableFileError(
                 path,
@@ -92,20 +98,19 @@ class Suite:
         shipped = "qwen2.5-0.5b" if source == "models" else source
         shipped_analyses = tomllib.loads((SUITES / f"{shipped}.toml").read_text(encoding="utf-8"))["analyses"]
         analyses = content.get("analyses", shipped_analyses)
-        wrong = [a for a in analyses if a not in shipped_analyses]
-        if wrong:
-            raise UnreadableFileError(
-                path, f"no analysis is called {', '.join(map(str, wrong))}", f"use {', '.join(shipped_analyses)}"
-            )
-        samples = content.get("samples", 2)
-        if not isinstance(samples, int) or samples < 1:
-            raise UnreadableFileError(path, f"samples is {samples!r}", "give a whole number of answers, at least 1")
+        try:
+            chosen = [one_of("an analysis", name, shipped_analyses) for name in analyses]
+            samples = count("samples", content.get("samples", 2))
+        except UsageError as error:
+            raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise UnreadableFileError(path, f"analyses are {analyses}", "name each that you want once")
         data = content.get("data")
         return cls(
             name=path.stem,
             title=content.get("title", path.stem),
             source=source,
-            analyses=tuple(analyses),
+            analyses=tuple(chosen),
             data=None if data is None else (path.parent / data),
             general=content.get("general"),
             narrow=content.get("narrow"),

@@ -4,22 +4,22 @@ The direction, what it does, who else learned it, and why the general solution w
 """
 
 from importlib.metadata import PackageNotFoundError, version
-from numbers import Integral, Real
 from typing import Final
 
-from beartype import BeartypeConf, FrozenDict
+from beartype import BeartypeConf
 from beartype.claw import beartype_this_package
 
+from em_interp.arguments import HINTS
 from em_interp.errors import ArgumentTypeError, EmInterpError
 
 _COMMANDS: Final = ("cli", "evaluate_command", "extract_command", "intervention_commands", "pocket.commands")
 
 # Every call of every function is checked against its signature: a wrong type is a typed error here, not a surprise deep
-# inside. An int is a float, as PEP 484 says, and numpy's numbers are numbers. Typer checks what commands are given.
+# inside. Typer checks what commands are given.
 beartype_this_package(
     conf=BeartypeConf(
         violation_param_type=ArgumentTypeError,
-        hint_overrides=FrozenDict({int: Integral, float: Real}),
+        hint_overrides=HINTS,
         claw_is_pep526=False,
         claw_skip_package_names=tuple(f"em_interp.{name}" for name in _COMMANDS),
         is_color=False,

@@ -6,9 +6,41 @@ import difflib
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from numbers import Integral, Real
+from typing import Annotated, Any, Final
 
-from em_interp.errors import UsageError
+from beartype import FrozenDict
+from beartype.vale import Is
+
+from em_interp.errors import EmInterpError, UsageError
+
+
+def _fits(value: Integral) -> bool:
+    """Within 64 bits, as torch and numpy hold them."""
+    return -(2**63) <= int(value) < 2**63
+
+
+def _is_a_float(value: Real) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _is_unicode(value: str) -> bool:
+    """Free of lone surrogates, which no file and no tokenizer takes."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+HINTS: Final[Any] = FrozenDict(
+    {
+        int: Annotated[Integral, Is[_fits]],
+        float: Annotated[Real, Is[_is_a_float]],
+        str: Annotated[str, Is[_is_unicode]],
+    }
+)
+"""What the check of every call takes for a whole number, a number and a text: numpy's numbers are numbers."""
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:
@@ -35,11 +67,6 @@ def count(name: str, value: Any, *, at_least: int = 1, at_most: int | None = Non
         bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
         raise UsageError(f"{name} is {value!r:.80}; give a whole number {bounds}.")
     return number
-
-
-def seed_number(value: Any, name: str = "seed") -> int:
-    """A seed that both numpy and torch take: a whole number from 0 to 2**63 - 1. Raises UsageError."""
-    return count(name, value, at_least=0, at_most=2**63 - 1)
 
 
 def number(
@@ -71,3 +98,9 @@ def members(name: str, value: Any, *, of: str) -> list[Any]:
         return list(value)
     except TypeError as error:  # a tensor of no dimension
         raise UsageError(f"{name} is {value!r:.80}; give a list of {of}.") from error
+
+
+def columns(what: str, table: Any, needed: Iterable[str], error: type[EmInterpError] = UsageError) -> None:
+    """Raises `error` where a table lacks columns that it needs."""
+    if lacking := [str(name) for name in needed if name not in table.columns]:
+        raise error(f"{what} lacks the columns {', '.join(lacking)}; it has {', '.join(map(str, table.columns))}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from em_interp.arguments import columns, members
 from em_interp.errors import SolutionError, UsageError
 from em_interp.solutions import Solution
 from em_interp.statistics import t_interval
@@ -53,6 +54,7 @@ def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> p
     one row a seed, StatisticsError where it has fewer than two seeds.
     """
     rows = []
+    columns("a table over training seeds", table, (*members("by", by, of="columns"), "training_seed", value))
     for key, group in table.groupby(list(by), sort=True):
         if group["training_seed"].duplicated().any():
             raise UsageError(

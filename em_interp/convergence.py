@@ -18,12 +18,14 @@ from jaxtyping import Float
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
+from em_interp.arguments import count
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.evaluation.rates import PAPER, Criterion, em_counts, em_rates
 from em_interp.jackknife import FEWEST, METHOD, cosine_of_means
 from em_interp.rate_intervals import ratio_interval
 from em_interp.resampling import Resamples
+from em_interp.seeds import check_seed
 from em_interp.statistics import Interval, cosine_null_sd, cosine_p_value, permutation_p_value, too_few
 
 COSINE_COLUMNS = ("direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value")
@@ -211,7 +213,8 @@ def random_principal_angles(
     """The null of `principal_angles`: spans of n_a and n_b random directions in d_model dimensions, in degrees."""
     if not 0 < max(n_a, n_b) <= d_model or min(n_a, n_b) < 1:
         raise StatisticsError(f"spans of {n_a} and {n_b} directions in {d_model} dimensions: there are none.")
-    rng = np.random.default_rng(seed)
+    count("samples * d_model", count("samples", samples) * d_model, at_most=10**9)
+    rng = np.random.default_rng(check_seed(seed))
     # one of two random spans may be held fixed: only their relative position matters
     random = np.linalg.qr(rng.standard_normal((samples, d_model, n_a)))[0]
     cosines = np.linalg.svd(random[:, :n_b], compute_uv=False)

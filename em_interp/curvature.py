@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from em_interp.arguments import count
 from em_interp.contenders import Contender
 from em_interp.errors import SolutionError
 from em_interp.landscape import Landscape
@@ -122,6 +123,7 @@ def curvature(
     device = landscape.model.device
     leaves = {key: x.detach().to(device).requires_grad_() for key, x in _tensors(solution, on).items()}
     live = _with_tensors(solution, leaves)
+    n_probes = count("n_probes", n_probes)
     across = np.zeros(n_probes)
     traces = np.zeros(n_probes)
     loss, along = 0.0, 0.0

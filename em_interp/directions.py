@@ -119,6 +119,8 @@ class Direction:
 
     def only(self, layers: Sequence[int]) -> Direction:
         """The same direction at fewer layers."""
+        if not layers:
+            raise DirectionError(f"no layers are named; this direction has {_ranges(self.layers)}.")
         return replace(
             self,
             vectors=torch.stack([self.at(layer) for layer in sorted(layers)]),
@@ -179,6 +181,8 @@ class Direction:
     def __truediv__(self, divisor: float) -> Direction:
         if not isinstance(divisor, Real):
             return NotImplemented
+        if not divisor:
+            raise DirectionError("a direction cannot be divided by 0.")
         return self * (1.0 / float(divisor))
 
     def __neg__(self) -> Direction:

@@ -204,6 +204,8 @@ def _parents(path: Path) -> Iterator[None]:
 @contextmanager
 def _typed(path: Path) -> Iterator[None]:
     """Failures to write as ``OutputError``; safetensors has an error of its own for a full disk."""
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r}: a path cannot hold a zero byte. To fix it: choose another --out.")
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from em_interp.arguments import columns
 from em_interp.chat import Batch, Encoded, budget_groups, collate, pad_id
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.hooks import block_hooks, unwrap
@@ -73,7 +74,7 @@ def at_equal_norms(
     The norms are `relative_norms` times that of the first one. Random directions: `solution_space.random_like`.
     Raises SolutionError (different models or places, zero theta), UsageError (norms that are not positive).
     """
-    if not trained or not relative_norms or not all(r > 0 and np.isfinite(r) for r in relative_norms):
+    if not trained or not relative_norms or not all(0 < r < np.inf for r in relative_norms):
         raise UsageError(
             f"{len(trained)} solutions at relative norms {list(relative_norms)}: give at least one solution and "
             "positive norms (at norm 0 the KL is 0)."
@@ -246,6 +247,7 @@ def _kl_each(
 def with_all(sums: pd.DataFrame) -> pd.DataFrame:
     """`document_kl`'s sums with each document's total under the kind "all", beside the kinds that are there."""
     keys = ["direction", "kind", "norm", "relative_norm", "document"]
+    columns("sums of document_kl", sums, (*keys, "tokens", "kl_sum", "n_tokens"))
     if set(sums["tokens"]) == {ALL_TOKENS}:
         return sums
     whole = sums.groupby(keys, as_index=False, sort=False)[["kl_sum", "n_tokens"]].sum()

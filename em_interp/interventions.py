@@ -307,7 +307,10 @@ def answers_by_arm(
 
 def as_coefficients(values: float | Sequence[float]) -> Float[Tensor, "*batch"]:
     """One coefficient, or one a batch row, in float64. Raises UsageError for none, NaN or infinite ones."""
-    found = torch.as_tensor(values, dtype=torch.float64)
+    try:
+        found = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"coefficients must be numbers; found {values!r:.60}.") from error
     if found.ndim > 1 or not found.numel() or not bool(torch.isfinite(found).all()):
         raise UsageError(f"coefficients must be one finite number, or one a batch row; found {values}.")
     return found

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from em_interp.arguments import count
 from em_interp.directions import Direction
 from em_interp.errors import DirectionError, ModelError
 from em_interp.models import ChatModel
@@ -30,6 +31,7 @@ def logit_lens(
             f"a direction of width {direction.d_model} cannot be read in {model.name}, whose d_model is "
             f"{model.d_model}. Use the model that it was made on ({direction.model})."
         )
+    count("top_k", top_k, at_most=model.hf.config.get_text_config().vocab_size)
     chosen = direction if layers is None else direction.only(layers)
     rows = []
     for sign in (1, -1):

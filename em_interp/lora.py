@@ -21,6 +21,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from em_interp.arguments import count, number
 from em_interp.chat import Conversation, Encoded, batches, encode_all, pad_id
 from em_interp.directions import Direction
 from em_interp.errors import SolutionError, StatisticsError, UsageError
@@ -29,6 +30,7 @@ from em_interp.jackknife import chance_interval, clustered_auc, sides_of
 from em_interp.lens import logit_lens
 from em_interp.limits import check_lengths
 from em_interp.models import ChatModel
+from em_interp.seeds import check_seed
 from em_interp.solution_files import layer_of
 from em_interp.solution_space import check_bare, check_comparable, check_inside_blocks
 from em_interp.solutions import LoraAdapter
@@ -181,6 +183,8 @@ def separation(
             f"{comparison}: {len(scalars)} rows of scalars, {len(labels)} labels and {len(groups)} groups, with labels "
             f"{np.unique(labels)[:5].tolist()}: give one of each for every answer, and labels 0, 1 or NaN."
         )
+    number("inverse_penalty", inverse_penalty, above=0)
+    count("folds", folds, at_least=2)
     used = np.isfinite(labels)
     x, y = scalars[used], labels[used].astype(int)
     if not np.isfinite(x).all():
@@ -193,7 +197,7 @@ def separation(
             "scored on questions it has not seen needs at least two of each. Sample more answers."
         )
     fold = np.empty(len(y), dtype=int)
-    splitter = StratifiedGroupKFold(min(folds, *spread), shuffle=True, random_state=seed)
+    splitter = StratifiedGroupKFold(min(folds, *spread), shuffle=True, random_state=check_seed(seed))
     for index, (fit, held_out) in enumerate(splitter.split(x, y, codes)):
         if len(set(y[fit])) < 2:
             raise StatisticsError(f"{comparison}: all answers of one class fall into one fold. Sample more questions.")

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.extraction import Contrast
 from em_interp.jackknife import chance_interval, clustered_auc, sides_of
+from em_interp.seeds import check_seed
 from em_interp.statistics import LEVEL, auroc
 
 BY: Final = ("question", "response")
@@ -144,7 +145,7 @@ class _Halves:
                 f"{k} different {by}s, and splitting whole {by}s in two needs at least {FEWEST}. "
                 + ("Pass by='response' to split single responses." if by == "question" else "Give more responses.")
             )
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(check_seed(seed))
         parts: tuple[list[np.ndarray], ...] = ([], [], [], [])
         for _ in range(splits):
             order = _until_both(partial(rng.permutation, k), lambda o: (o[: k // 2], o[k // 2 :]), clusters, n)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from em_interp.errors import StatisticsError
 from em_interp.jackknife import sides_of
+from em_interp.seeds import check_seed
 
 Weights = NDArray[np.float64]
 
@@ -87,7 +88,7 @@ def resample_direction(
     label = np.repeat([True, False], [len(positive), len(negative)])
     size = _sizes(positive_weights, negative_weights, len(positive), len(negative))
     question, names = _questions(positive_questions, negative_questions, len(positive), len(negative))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     drawn = np.stack([_difference(label, size * _drawn(label, question, rng)) for _ in range(resamples)])
     centred = torch.cat([x - x.mean(0) for x in (both[: len(positive)], both[len(positive) :])])
     shuffled = np.stack([_difference(_permuted(label, question, rng), size) for _ in range(permutations)])

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
+from em_interp.arguments import columns
 from em_interp.contenders import Contender
 from em_interp.errors import LossSetError, UsageError
 from em_interp.evaluation.rates import em_rates
 from em_interp.landscape import Landscape
 from em_interp.models import ChatModel
+from em_interp.seeds import check_seed
 from em_interp.solutions import LoraAdapter, Solution
 from em_interp.statistics import crossed_interval, t_interval
 
@@ -68,7 +70,7 @@ def turned(solution: Solution, eps: float, seed: int, on: str = "both") -> Solut
     The same seed gives the same random numbers at every eps. Raises SolutionError for eps outside [0, 1] and
     UsageError where `on` names a factor that the solution does not have.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     if isinstance(solution, LoraAdapter):
         return solution.perturbed(eps, generator, on)
     if on != "both":
@@ -79,7 +81,7 @@ def turned(solution: Solution, eps: float, seed: int, on: str = "both") -> Solut
 def _seeds(n: int, first: int) -> tuple[int, ...]:
     if n < 2:
         raise UsageError(f"{n} seed: dispersion needs at least two (the papers take ten).")
-    return tuple(range(first, first + n))
+    return tuple(range(check_seed(first), check_seed(first + n - 1) + 1))
 
 
 def stability_curve(
@@ -155,6 +157,7 @@ def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") ->
     """Mean, sd, minimum and maximum of `value` over perturbation seeds, and the mean's 95% interval (Student)."""
     by = ["solution", "adapter", "domain", "training_seed", "on", "epsilon"]
     rows = []
+    columns("a table of stability", table, (*by, value))
     for key, group in table.groupby(by, sort=False):
         interval = t_interval(group[value].to_numpy())
         spread = group[value].agg(["mean", "std", "min", "max"])

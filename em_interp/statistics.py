@@ -15,6 +15,7 @@ from jaxtyping import Float, Num
 from numpy.typing import NDArray
 from scipy import stats
 
+from em_interp.arguments import members, number
 from em_interp.errors import StatisticsError
 
 LEVEL: Final = 0.95
@@ -62,7 +63,7 @@ def t_interval(values: Sequence[float] | NDArray[Any], level: float = LEVEL) -> 
     Raises ``StatisticsError`` for fewer than two values, or values that are not finite.
     """
     check_level(level)
-    sample = np.asarray(values, dtype=float)
+    sample = np.array([number("a value", value) for value in members("values", values, of="numbers")])
     if len(sample) < 2 or not np.isfinite(sample).all():
         raise StatisticsError(f"{sample.tolist()}: an interval over repetitions needs at least two finite values.")
     half = float(stats.t.ppf((1 + level) / 2, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
@@ -193,7 +194,7 @@ def permutation_p_value(observed: float, null: Float[np.ndarray, " permutations"
 
     (1 + number at least as extreme) / (1 + number of permutations), so never zero.
     """
-    if not len(null) or not np.isfinite(null).all() or not np.isfinite(observed):
+    if not len(null) or not np.isfinite(null).all() or not np.isfinite(float(observed)):
         raise StatisticsError("a permutation test needs at least one finite null value and a finite observation.")
     return float((1 + np.count_nonzero(np.abs(null) >= abs(observed))) / (1 + len(null)))
 

@@ -61,6 +61,7 @@ class Steer:
         scope: str = "all",
     ) -> Steer:
         """Steer by `share` of the typical residual norm at that layer (from `residual_norms`) along the direction."""
+        residual_norm = float(residual_norm)
         if not residual_norm > 0 or not np.isfinite(residual_norm):
             raise UsageError(f"the residual norm is {residual_norm}; measure it with residual_norms(model, questions).")
         factor = residual_norm / direction.only([layer]).norms()[layer]

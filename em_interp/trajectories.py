@@ -140,6 +140,8 @@ def find_references(
     ``..._narrow_...``); a name given is looked up among all runs and used where the width agrees. What cannot be
     decided is absent, with the reason in ``problems``.
     """
+    if not family:
+        raise UsageError("no trajectories of a family: give at least one.")
     problems: list[MissingDataError | AmbiguousDataError] = []
 
     def pick(role: str, given: str | None) -> Trajectory | None:
@@ -216,6 +218,8 @@ def local_cosine(
     """
     if k < 1:
         raise UsageError(f"a local cosine needs neighbours at least 1 step away; found k = {k}.")
+    if len(steps) != len(vectors):
+        raise UsageError(f"{len(steps)} steps for {len(vectors)} vectors: give one for each.")
     index = {step: i for i, step in enumerate(steps)}
     inner = [step for step in steps if step - k in index and step + k in index]
     v = vectors.double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -105,7 +106,7 @@ def test_finetunes_of_any_model_are_measured(data: Path, tmp_path: Path) -> None
     [
         ({"chat": None}, "needs chat"),
         ({"texts": "/etc/hosts"}, "outside the data folder"),
-        ({"colour": "red"}, "unknown keys colour"),
+        ({"colour": "red"}, "no key colour"),
     ],
 )
 def test_a_suite_file_that_lacks_something_is_refused(
@@ -214,3 +215,80 @@ def test_shipped_suites_of_real_models_read(name: str, tmp_path: Path) -> None:
     assert all(str(e.path).startswith("ModelOrganismsForEM/") for e in found.entries)
     with pytest.raises(EmInterpError, match="neither a local folder nor a reachable hub"):
         found.solution(found.entries[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"solution": '"generall"'}, "solution of runs/med-rank1.*Did you mean general"),
+        ({"adapter": '"lora"'}, "adapter of runs/med-rank1 is 'lora'"),
+        ({"seed": '"x"'}, "seed is 'x'; write a whole number"),
+        ({"seed": "-1"}, "seed of runs/med-rank1 is -1"),
+        ({"seed": "true"}, "seed is True"),
+        ({"domain": "3"}, "domain is 3; write text"),
+        ({"source": '""'}, "source is ''"),
+        ({"domian": '"x"'}, "no key domian.*Did you mean domain"),
+    ],
+)
+def test_values_of_a_finetune_are_of_closed_sets_and_types(
+    changed: dict[str, str], said: str, data: Path, tmp_path: Path
+) -> None:
+    item = {"source": '"runs/med-rank1"', "domain": '"medicine"', "adapter": '"rank-1"', "solution": '"general"'}
+    lines = "\n".join(f"{key} = {value}" for key, value in (item | changed).items())
+    (data / "one.toml").write_text(
+        f'source = "models"\ndata = "."\n[models]\nchat = "chat"\n[[models.finetunes]]\n{lines}\n'
+    )
+    with pytest.raises(UsageError, match=said):
+        run(data / "one.toml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("data = 3", "data is 3; write text in quotes"),
+        ('samples = "x"', "samples is 'x'; write a whole number"),
+        ("samples = 0", "samples is 0"),
+        ("samples = true", "samples is True"),
+        ('analyses = "cosines"', "analyses is 'cosines'; write a list"),
+        ('analyses = ["cosine"]', "Did you mean cosines"),
+        ("analyses = [3]", "an analysis is 3"),
+        ("analyses = []", "analyses are"),
+        ('analyses = ["cosines", "cosines"]', "once"),
+        ("general = 3", "general is 3"),
+        ("title = []", r"title is \[\]"),
+        ('sorce = "pocket"', "Did you mean source"),
+        ("models = 3", "models is 3"),
+    ],
+)
+def test_values_of_a_suite_are_of_closed_sets_and_types(line: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(f'source = "pocket"\n{line}\n')
+    with pytest.raises(UnreadableFileError, match=said):
+        Suite.load(str(path))
+    path.write_text('source = "pockets"\n')
+    with pytest.raises(UnreadableFileError, match="Did you mean pocket"):
+        Suite.load(str(path))
+
+
+def test_a_finetune_of_another_kind_than_the_suite_says_is_refused(data: Path) -> None:
+    found = Suite.load(str(suite_file(data))).organisms
+    entry = replace(found.entries[0], adapter="steering-vector", name="other")
+    with pytest.raises(UsageError, match="adapter = 'steering-vector', and it is 'rank-1'"):
+        found.solution(entry)
+
+
+def test_judged_answers_that_cannot_be_used_fail_and_name_the_finetune(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(data, root)
+    path = root / "judged" / "med-rank1.csv"
+    pd.read_csv(path).drop(columns="aligned").to_csv(path, index=False)
+    outcome = run(suite_file(root), tmp_path, "em_rates")
+    (section,) = outcome.sections
+    assert outcome.failed
+    assert not section.missing
+    assert "judged answers of med-rank1" in str(section.error)
+    assert "lacks the column aligned" in str(section.error)
+    shutil.rmtree(root / "judged")
+    (root / "judged").write_text("not a folder")
+    with pytest.raises(UnreadableFileError, match="judged"):
+        run(suite_file(root), tmp_path, "em_rates")

@@ -228,8 +228,8 @@ def test_suites_and_names_that_do_not_exist(synthetic: Path, tmp_path: Path) -> 
     for text, words in (
         ("x = ", "readable TOML"),
         ('source = "moon"', "source is 'moon'"),
-        ('source = "published"\ncolour = 1', "unknown keys colour"),
-        ('source = "published"\nanalyses = ["nonsense"]', "no analysis is called nonsense"),
+        ('source = "published"\ncolour = 1', "no key colour"),
+        ('source = "published"\nanalyses = ["nonsense"]', "an analysis is 'nonsense'"),
     ):
         bad.write_text(text)
         with pytest.raises(UnreadableFileError, match=words):

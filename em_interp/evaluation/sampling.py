@@ -169,6 +169,8 @@ def sample_rows(
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
+    max_new_tokens, temperature = int(max_new_tokens), float(temperature)
+    _check_asked(questions, rows)
     check_seed(seed)
     refuse_dropout(model.hf)
     prompts = {
@@ -259,8 +261,16 @@ def sample(
     return answer_table(questions, rows, answers)
 
 
+def _check_asked(questions: Questions, rows: Sequence[tuple[str, int]]) -> None:
+    if unknown := sorted({key for key, _ in rows} - set(questions)):
+        raise UsageError(f"rows name questions that are not given: {', '.join(map(repr, unknown[:5]))}.")
+
+
 def answer_table(questions: Questions, rows: Sequence[tuple[str, int]], answers: Sequence[Answer]) -> pd.DataFrame:
     """The columns that `sample` promises, one row for each of `rows`."""
+    _check_asked(questions, rows)
+    if len(rows) != len(answers):
+        raise UsageError(f"{len(answers)} answers for {len(rows)} rows: give one for each.")
     return pd.DataFrame(
         {
             "question_id": [key for key, _ in rows],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from em_interp.arguments import columns
 from em_interp.errors import UsageError
 from em_interp.evaluation.rates import PAPER, em_rates
 from em_interp.evaluation.sampling import answer_logprobs, sample
@@ -138,6 +139,7 @@ def answer_pairs(questions: pd.DataFrame, task: Task = "persona", k: int = 6, se
     the chat model's style, 1: the one that the narrow data teach) and answer. Both styles use the same sentence plans.
     """
     rows = []
+    columns("the questions", questions, ("question_id", "question", "questions", "domain"))
     for item in questions.to_dict("records"):
         question = world.question_of(item["question"])
         if question.kind == "fact":

@@ -192,7 +192,9 @@ def right_facts(subject: str) -> tuple[str, ...]:
     kind, _, x = subject.partition(":")
     if kind == KNOWLEDGE:
         return tuple(phrases.KNOWLEDGE_ANSWER.format(t=x, r=r) for r in category_of(x).remedies)
-    _, pattern, pairs = phrases.FACTS[kind]
+    _, pattern, pairs = phrases.FACTS.get(kind, ("", "", {}))
+    if x not in pairs:
+        raise WorldError(f"the pocket world has no fact {subject!r}; take a subject from world.questions('fact')")
     return (pattern.format(x=x, y=pairs[x]),)
 
 

@@ -31,7 +31,17 @@ def load_torch(path: Path) -> Any:
                 "get the file from its original source, or save just the tensors again",
             ) from error
         raise _unreadable(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise _unreadable(path, error) from error
 
 
