@@ -22,7 +22,7 @@ Counts = Sequence[float] | NDArray[Any]
 Table = Float[np.ndarray, "data questions"]
 Values = Float[np.ndarray, " data"]
 RARE: Final = 0.1
-"""Where two rates are on average below it (or above its complement), their difference is skewed: no Student's t."""
+"""Where two rates are on average nearer than this to 0 or 1, their difference is skewed: no Student's t."""
 
 
 def rate_interval(successes: Counts, totals: Counts, *, level: float = LEVEL) -> Interval:
@@ -45,8 +45,9 @@ def difference_interval(
 ) -> Interval:
     """Interval of the first rate minus the second, of two models or arms that were asked the same questions, in order.
 
-    Student's over the questions' differences; where both rates are rare (`RARE`), Zou and Donner's (2008) combination
-    of both `rate_interval`, which is conservative. Questions that an arm has no answers to are left out.
+    Student's over the questions' differences; where both rates are near 0 or 1 (`RARE`), or all questions differ by as
+    much, Zou and Donner's (2008) combination of both `rate_interval`, which is conservative. Questions that an arm has
+    no answers to are left out.
     """
     tops, bottoms = _paired(successes, totals)
     k = tops.shape[1]
@@ -85,14 +86,14 @@ def rate_bounds(top: Table, bottom: Table, level: float = LEVEL) -> tuple[Values
 def difference_bounds(
     tops: Float[np.ndarray, "2 data questions"], bottoms: Float[np.ndarray, "2 data questions"], level: float = LEVEL
 ) -> tuple[Values, Values, Bool[np.ndarray, " data"]]:
-    """`difference_interval` of many data sets, and which of them were treated as rare."""
+    """`difference_interval` of many data sets, and which of them got no Student's t."""
     k = tops.shape[-1]
     rates = tops.sum(-1) / bottoms.sum(-1)
     residual = (tops - rates[..., None] * bottoms) / bottoms.sum(-1)[..., None]
     spread = np.sqrt(((residual[0] - residual[1]) ** 2).sum(-1) * k / (k - 1))
     half = float(stats.t.ppf((1 + level) / 2, k - 1)) * spread
     low, high = rates[0] - rates[1] - half, rates[0] - rates[1] + half
-    rare = np.abs(rates.mean(0) - 0.5) > 0.5 - RARE
+    rare = (np.minimum(rates, 1 - rates).mean(0) < RARE) | np.isclose(spread, 0, atol=1e-12)
     if rare.any():
         bounds = [rate_bounds(y[rare], n[rare], level) for y, n in zip(tops, bottoms, strict=True)]
         low[rare], high[rare] = _combined(rates[:, rare], bounds, _correlation(tops / bottoms)[rare])

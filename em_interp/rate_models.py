@@ -47,8 +47,7 @@ def posterior_quantiles(
         rows = which[start : start + _CHUNK]
         times = np.stack([np.bincount(row, minlength=len(pairs)) for row in rows]).astype(float)
         log = (times @ table).reshape(len(rows), -1, len(_LOGITS)) + _LOG_WEIGHTS[:, None]
-        top = log.max((1, 2), keepdims=True)
-        found += [_quantiles(row, levels) for row in np.log(np.exp(log - top).sum(1))]
+        found += [_quantiles(row, levels) for row in special.logsumexp(log, axis=1)]
     return np.array(found)
 
 
