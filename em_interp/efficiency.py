@@ -20,9 +20,7 @@ from em_interp.contenders import Contender
 from em_interp.errors import UsageError
 from em_interp.jackknife import jackknife_error
 from em_interp.landscape import Landscape, Losses
-from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, clustered_interval
-
-Bounds = Float[np.ndarray, "2 theta"]
+from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, Interval, clustered_interval
 
 SCALES: Final = tuple(round(0.1 * step, 1) for step in range(21))
 """0 to 2 times the trained norm, as in the reference code."""
@@ -60,9 +58,9 @@ class Optimum:
     at_edge: bool
 
 
-def _bounds(nll: Float[np.ndarray, "theta question"], tokens: Num[np.ndarray, " question"]) -> Bounds:
-    """Intervals of mean losses (or differences of losses) over questions, for each theta."""
-    return np.array([(i.low, i.high) for i in (clustered_interval(row, tokens) for row in nll)]).T
+def _intervals(nll: Float[np.ndarray, "theta question"], tokens: Num[np.ndarray, " question"]) -> list[Interval]:
+    """Of mean losses (or differences of losses) over questions, for each theta."""
+    return [clustered_interval(row, tokens) for row in nll]
 
 
 def efficiency_curves(
@@ -94,7 +92,8 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
     """The table `efficiency`: one row a solution and scale.
 
     Beyond the contract: training_seed, loss_low and loss_high, loss_reduction (of the chat model's loss, nats per
-    token) with low and high (95% over questions, paired), n_tokens, n_questions, and the papers' norms, scaled too.
+    token) with low and high (95% over questions, paired), interval (how these were made), n_tokens, n_questions, and
+    the papers' norms, scaled too.
     The two ratios are NaN at norm 0.
     """
     rows = []
@@ -102,8 +101,7 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
         norms, mean, chat = curve.norms, curve.losses.mean, curve.chat.mean[0]
         square = np.where(norms > 0, norms**2, np.nan)
         nll, tokens = curve.losses.by_question()
-        loss_low, loss_high = _bounds(nll, tokens)
-        low, high = _bounds(curve.chat.by_question()[0] - nll, tokens)
+        of_loss, of_reduction = _intervals(nll, tokens), _intervals(curve.chat.by_question()[0] - nll, tokens)
         for k, scale in enumerate(curve.scales):
             rows.append(
                 {
@@ -111,11 +109,12 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
                     "norm": norms[k],
                     "scale": scale,
                     "loss": mean[k],
-                    "loss_low": loss_low[k],
-                    "loss_high": loss_high[k],
+                    "loss_low": of_loss[k].low,
+                    "loss_high": of_loss[k].high,
                     "loss_reduction": chat - mean[k],
-                    "low": low[k],
-                    "high": high[k],
+                    "low": of_reduction[k].low,
+                    "high": of_reduction[k].high,
+                    "interval": of_reduction[k].method,
                     "loss_reduction_per_norm2": (chat - mean[k]) / square[k],
                     "loss_over_norm2": mean[k] / square[k],
                     "n_tokens": int(curve.losses.tokens.sum()),
@@ -188,8 +187,8 @@ def lead_at_equal_norm(
 
     relative_norms: multiples of the mean of the two trained norms (0.2 to 2, as in the reference code). Columns:
     adapter, domain, training_seed, relative_norm, norm, loss_general, loss_narrow, loss_chat, lead (narrow minus
-    general: positive where the general one is ahead), low, high (95% over questions, paired). Raises UsageError for
-    two different adapters or domains, or a relative norm that is not positive.
+    general: positive where the general one is ahead), low, high (95% over questions, paired), interval (how they were
+    made). Raises UsageError for two different adapters or domains, or a relative norm that is not positive.
     """
     if (general.adapter, general.domain) != (narrow.adapter, narrow.domain) or min(relative_norms, default=0) <= 0:
         raise UsageError(
@@ -201,7 +200,7 @@ def lead_at_equal_norm(
     losses = landscape.losses([*thetas, general.theta.scaled(0.0)], progress=progress)
     n, mean = len(norms), losses.mean
     nll, tokens = losses.by_question()
-    low, high = _bounds(nll[n : 2 * n] - nll[:n], tokens)
+    of_lead = _intervals(nll[n : 2 * n] - nll[:n], tokens)
     return pd.DataFrame(
         {
             "adapter": general.adapter,
@@ -213,7 +212,8 @@ def lead_at_equal_norm(
             "loss_narrow": mean[n : 2 * n],
             "loss_chat": mean[-1],
             "lead": mean[n : 2 * n] - mean[:n],
-            "low": low,
-            "high": high,
+            "low": [i.low for i in of_lead],
+            "high": [i.high for i in of_lead],
+            "interval": [i.method for i in of_lead],
         }
     )
