@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from em_interp.errors import OutputError, UsageError
@@ -150,17 +149,41 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     Raises ``OutputError`` where one writes there now.
     """
+    lock = folder / ".lock"
     with ExitStack() as stack:
-        lock = FileLock(folder / ".lock")
         with _typed(folder):
-            stack.enter_context(_parents(folder / ".lock"))
+            stack.enter_context(_parents(lock))
             try:
-                lock.acquire(blocking=False)
-            except Timeout:
+                handle = _locked(lock)
+            except BlockingIOError:
                 raise OutputError(f"{folder}: another run writes there now. Wait, or choose another --out.") from None
-        stack.callback(lock.release)
-        stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+        stack.callback(os.close, handle)
+        stack.callback(lambda: lock.unlink() if _is_at(handle, lock) else None)
         yield
+
+
+def _locked(path: Path) -> int:
+    """A handle that holds the lock of a file, which is made. Raises ``BlockingIOError`` where another holds it.
+
+    The last holder may have removed the file between opening and locking: then the lock is of no use to the next one.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with ExitStack() as stack:
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                stack.pop_all()
+                return handle
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def remove_leftovers(target: Path) -> None:

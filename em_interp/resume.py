@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,23 @@ def work_folder(output: Path, key: str = "begun") -> Iterator[Path]:
     key: a hash of the command, by which a later run finds out that it `is_begun`.
     """
     folder = _parts_of(output)
-    with sole_writer(folder):
-        (folder / key).touch()
-        try:
-            yield folder
-        finally:
-            if {path.name for path in folder.iterdir()} <= {key, ".lock"}:  # nothing to keep
-                (folder / key).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    try:
+        with sole_writer(folder):
+            (folder / key).touch()
+            try:
+                yield folder
+            except BaseException:
+                if {path.name for path in folder.iterdir()} <= {key, ".lock"}:  # nothing to keep
+                    (folder / key).unlink(missing_ok=True)
+                raise
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":  # which goes last
+                    path.unlink()
+    finally:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def is_begun(output: Path, key: str) -> bool:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,38 @@ BUILD = (
 STEER = ["tiny", "d.safetensors", "--questions", "q.csv", "-n", "3", "--max-new-tokens", "60"]
 STEER += ["--tokens-per-batch", "600", "--random", "1"]
 
-PUBLISHED = ["--suite", "published", "--data", "data", "--no-static", "--resume"]
+RESUME = ["--no-static", "--resume", "--out"]
+PARTS = [word for name in ("em_rates", "lora_scalars", "efficiency", "gradients", "pca") for word in ("--only", name)]
+SMALL = """
+from dataclasses import replace
+import sys
+from pathlib import Path
+import pytest
+from em_interp import cli
+from em_interp.pocket import loading, organisms, registry, sweeps
+from tests.tiny_pocket import ask_little
+ask_little(pytest.MonkeyPatch(), per_group=2, tokens=12)
+registry.root = lambda: Path("pocket")
+organisms.SPECS = {a: replace(s, max_steps=30, batch_size=4) for a, s in organisms.SPECS.items()}
+sweeps.KL_WEIGHTS, sweeps.BAD_SHARES = (0.0, 1.0), (0.5,)
+"""
+"""The pocket commands as they are, on the pocket model of a few steps, with few questions and short runs."""
+SMALL_CLI = [sys.executable, "-c", SMALL + "sys.argv[0] = 'em-interp'\ncli.main()"]
+SMALL_ORGANISMS = (
+    SMALL + "chat = loading.load_chat(Path('pocket/chat'))\nfor adapter in ('rank-1', 'all-modules'):\n"
+    "    for kind in ('general', 'narrow'):\n"
+    "        organisms.make(organisms.Organism('medicine', adapter, kind), chat, Path('pocket/organisms'))"
+)
+FETCH = """
+import sys
+from pathlib import Path
+from em_interp.published.fetch import Source, fetch
+source = Source("release", Path("release").absolute().as_uri(), "git", "all", ("*",))
+(got,) = fetch(Path(sys.argv[1]), sources=[source])
+print("kept" if got.detail.startswith("already") else got, file=sys.stderr)
+sys.exit(not got.ok)
+"""
+"""`fetch` from a repository that is here."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +110,36 @@ def cases(long: bool) -> list[Case]:
             ("**/*.safetensors",),
             1e-3,
         ),
+        Case(
+            "evaluate --suite",
+            lambda out: [*SMALL_CLI, "evaluate", "--suite", "pocket", "--n", "3", "--out", f"{out}/e"],
+            ("**/*.csv",),
+        ),
+        Case(
+            "pocket sweeps",
+            lambda out: [
+                *[*SMALL_CLI, "pocket", "sweeps", "--chat", "pocket/chat", "--adapter", "rank-1", "--samples", "1"],
+                *["--out", f"{out}/p"],
+            ],
+            ("**/*.csv",),
+            1e-3,
+        ),
+        Case("fetch", lambda out: [sys.executable, "-c", FETCH, f"{out}/f"], ("**/runs/**/*", "**/judged/**/*")),
         Case("pocket build", lambda out: [sys.executable, "-c", BUILD, f"{out}/b"], ("**/*.safetensors",)),
         Case(
             "reproduce published",
-            lambda out: [
-                *CLI,
-                *["reproduce", "--suite", "published", "--data", "data", "--no-static", "--resume", "--out"],
-                out,
-            ],
+            lambda out: [*CLI, "reproduce", "--suite", "published", "--data", "data", *RESUME, out],
+            ("**/tables/*.csv",),
+        ),
+        Case(  # two processes: one for what shares answers, one for what shares losses
+            "reproduce pocket",
+            lambda out: [*CLI, "reproduce", "--suite", "pocket", "--data", "pocket", *PARTS, *RESUME, out],
             ("**/tables/*.csv",),
         ),
     ]
     if long:
-        steering = ["reproduce", "--suite", "pocket", "--only", "steering", "--no-static", "--resume", "--out"]
-        found.append(Case("reproduce pocket steering", lambda out: [*CLI, *steering, out], ("**/tables/*.csv",)))
+        steering = ["reproduce", "--suite", "pocket", "--only", "steering", *RESUME]
+        found.append(Case("reproduce steering", lambda out: [*CLI, *steering, out], ("**/tables/*.csv",)))
     return found
 
 
@@ -105,6 +153,14 @@ def prepare_texts(folder: Path) -> None:
     for name in ("bad", "good"):
         lines = [json.dumps({"messages": talk(f"{name} {i}", "rest well " * (1 + i % 7))}) for i in range(200)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def repository(folder: Path) -> None:
+    """A git repository to fetch from."""
+    shutil.copytree(folder / "data", folder / "release")
+    git = ["git", "-C", str(folder / "release"), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init"], ["config", "uploadpack.allowFilter", "true"], ["add", "."], ["commit", "-m", "x"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
 
 
 def start(case: Case, out: str, folder: Path) -> subprocess.Popen[str]:
@@ -124,9 +180,21 @@ def kill(process: subprocess.Popen[str]) -> bool:
     return running
 
 
+def finished(out: Path) -> list[str]:
+    """The files of a killed run that hold finished work, which the rerun has to keep and to say so."""
+    files = [p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.stat().st_size]
+    if any(".state" in p.parts for p in files):  # reproduce: an analysis is finished when its state is written
+        files = [p for p in files if ".state" in p.parts]
+    return [
+        str(p)
+        for p in files
+        if p.name not in (".lock", "made_from.json") and not any(part.endswith(".tmp") for part in p.parts)
+    ]
+
+
 def wrong(case: Case, whole: Path, made: Path) -> list[str]:
     """What is other than in an uninterrupted run, and what was left behind."""
-    left = [str(p.relative_to(made)) for p in made.rglob(".*") if p.name.endswith((".tmp", ".parts", ".lock"))]
+    left = [str(p.relative_to(made)) for p in made.rglob("*") if re.search(r"\.(tmp|parts|partial|lock)\b", p.name)]
     left += [str(p.relative_to(made)) for p in made.rglob("*") if p.is_dir() and not any(p.iterdir())]
     found = [f"left {name}" for name in left]
     for pattern in case.compared:
@@ -153,34 +221,42 @@ def sweep(chosen: Sequence[Case], kills: int, seed: int, folder: Path) -> int:
     prepare_texts(folder)
     published_factory.make(folder / "data")
     make_pocket(folder / "pocket")
-    rng, bad, done = random.Random(seed), 0, 0
-    seconds = {}
+    subprocess.run([sys.executable, "-c", SMALL_ORGANISMS], cwd=folder, check=True, capture_output=True)
+    repository(folder)
+    rng, bad, seconds = random.Random(seed), 0, {}
     for case in chosen:
         begun = time.monotonic()
         process = start(case, f"whole {case.name}", folder)
-        _, said = process.communicate()
+        printed, said = process.communicate()
         if process.returncode:
-            print(f"{case.name}: the uninterrupted run ends with {process.returncode}\n{said}")
+            print(f"{case.name}: the uninterrupted run ends with {process.returncode}\n{printed}{said}")
             return kills
         seconds[case.name] = time.monotonic() - begun
-    while done < kills:
+    for done in range(kills):
         case = chosen[done % len(chosen)]
-        out = f"run {done} {case.name}"
+        out, running = f"run {done} {case.name}", False
         moment = rng.uniform(0.3, 1.0) * seconds[case.name]  # the first third is imports
-        process = start(case, out, folder)
-        time.sleep(moment)
-        running = kill(process)
+        while not running:
+            shutil.rmtree(folder / out, ignore_errors=True)
+            process = start(case, out, folder)
+            time.sleep(moment)
+            running = kill(process)
+            moment *= 1.0 if running else 0.9  # it had ended
+        there = finished(folder / out)
         rerun = start(case, out, folder)
-        _, said = rerun.communicate()
+        printed, said = rerun.communicate()
         problems = wrong(case, folder / f"whole {case.name}", folder / out)
-        problems += [f"status {rerun.returncode}: {said[-300:]}"] if rerun.returncode else []
-        if not running and case.name in ("extract", "steer", "ablate", "ablate --save"):
-            problems = [p for p in problems if "there already" not in p]  # it had ended: a rerun is refused
-        kept = "; ".join(line.strip() for line in said.splitlines() if line.strip().startswith("kept"))
-        state = f"killed at {moment:.1f} of {seconds[case.name]:.1f} s" if running else "had ended"
-        print(f"{done + 1:3} {case.name:20} {state:26} {kept or '-':60} {'; '.join(problems) or 'equal'}", flush=True)
+        lines = [line.strip() for line in said.splitlines() if line.strip().startswith("kept")]
+        lines += [" ".join(line.split()) for line in printed.splitlines() if "reused" in line]
+        refused = "is there already, and was left as it is" in said  # killed with the output in place: nothing to do
+        if rerun.returncode and not refused:
+            problems.append(f"status {rerun.returncode}: {said[-300:]}")
+        if there and not refused and not lines:
+            problems.append(f"does not say that it kept {there[:3]}")
+        kept = "left as it was" if refused else "; ".join(lines) or "-"
+        state = f"killed at {moment:.1f} of {seconds[case.name]:.1f} s"
+        print(f"{done + 1:3} {case.name:20} {state:26} {kept[:90]:90} {'; '.join(problems) or 'equal'}", flush=True)
         bad += bool(problems)
-        done += 1
         shutil.rmtree(folder / out)
     print(f"{kills} kills, {bad} bad")
     return bad

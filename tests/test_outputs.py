@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -159,6 +160,58 @@ def test_one_run_writes_to_a_folder_at_a_time_and_a_dead_one_holds_nothing(tmp_p
         end(process)
     with sole_writer(tmp_path):
         assert names(tmp_path) == [".lock"]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("next_holder", [False, True])
+def test_a_lock_file_that_was_removed_before_it_was_locked_is_no_lock(
+    next_holder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last holder ends between our opening and our locking of its file; another run may begin before we lock."""
+    lock, flock, others = tmp_path / ".lock", fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not others:
+            lock.unlink()
+            others.append(lock.open("w") if next_holder else None)
+            if next_holder:
+                flock(others[0], fcntl.LOCK_EX)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    if next_holder:
+        with pytest.raises(OutputError, match="another run"), sole_writer(tmp_path):
+            pass
+        assert names(tmp_path) == [".lock"]  # the other's
+        others[0].close()
+        return
+    with sole_writer(tmp_path), pytest.raises(OutputError, match="another run"), sole_writer(tmp_path):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_lock_file_of_another_run_stays(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with sole_writer(tmp_path):
+        lock.unlink()
+        lock.write_text("another's")
+    assert lock.read_text() == "another's"
+
+
+def test_processes_that_come_and_go_hold_a_folder_one_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import os; from pathlib import Path; from em_interp.files import OutputError, sole_writer\n"
+        f"folder = Path({str(tmp_path)!r}); mark = folder / 'mark'\n"
+        "held = 0\n"
+        "while held < 200:\n"
+        "    try:\n"
+        "        with sole_writer(folder):\n"
+        "            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
+        "            mark.unlink(); held += 1\n"
+        "    except OutputError as error: assert 'another run' in str(error), error\n"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0)] * 3
     assert names(tmp_path) == []
 
 

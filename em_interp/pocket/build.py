@@ -30,7 +30,7 @@ from em_interp.files import make_folder, write_text, written_whole
 from em_interp.manifest import fingerprint, sha256
 from em_interp.pocket.corpus import ASSISTANT, END, USER, CorpusConfig, chat_text, document, post_training_chat
 from em_interp.pocket.tokenizer import build_tokenizer
-from em_interp.resume import load_state, optimizer_tensors, restore_optimizers, save_state
+from em_interp.resume import load_state, optimizer_tensors, restore_optimizers, save_state, say_kept
 
 _CHUNK = 8  # steps whose documents are drawn together and sorted by length, so that batches need little padding
 CHECKPOINT = "checkpoint.safetensors"
@@ -328,6 +328,8 @@ def _run(
     if resume and path.exists():
         note, optimizer_state = _load_checkpoint(path, model, config)
         at_stage, at_step, seconds, losses = note["stage"], note["step"], note["seconds"], note["losses"]
+        steps = [stage.steps for stage in _stages(config)]
+        say_kept(sum(steps[:at_stage]) + at_step, sum(steps), "steps")
     begun = time.monotonic() - seconds
     for number, stage in enumerate(_stages(config)):
         if number < at_stage:

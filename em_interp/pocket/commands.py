@@ -56,7 +56,7 @@ def organisms(
         make,
         make_trajectory,
     )
-    from em_interp.resume import remove_parts
+    from em_interp.resume import remove_parts, say_kept
 
     every = (*ORGANISMS, *KL_REMOVED, *REGISTER_ORGANISMS)
     known = [o.name for o in every] + [t.name for t in TRAJECTORIES]
@@ -73,6 +73,8 @@ def organisms(
 
     todo = [o for o in every if wanted(o.name, out / "organisms")]
     runs = [t for t in TRAJECTORIES if wanted(t.name, out / "trajectories")]
+    asked = sum(not only or name in only for name in known)
+    say_kept(asked - len(todo) - len(runs), asked, "finetunes")
     for path in [out / "organisms" / o.name for o in todo] + [out / "trajectories" / t.name for t in runs]:
         check_writable(path)
     model = _chat_of(out, chat)

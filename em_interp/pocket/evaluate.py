@@ -20,6 +20,7 @@ from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.kept import kept, write_table
 from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
 from em_interp.rate_intervals import rate_interval
+from em_interp.resume import say_kept
 from em_interp.weights import file_hash
 
 
@@ -49,12 +50,15 @@ def evaluate_suite(
     tables: dict[str, list[pd.DataFrame]] = {}
     weights = {w: chat_weights if here[w] is None else file_hash(registry.resolve(w)) for w in wanted}
     code = code_hash()
-    for name in tqdm(wanted, desc="evaluate", disable=not progress):
+    stems = {}
+    for name in wanted:
         of = [chat_weights, "" if here[name] is None else weights[name]]
-        stem = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([of, n, seed, code])[:12]}"
-        for table, rows in _one(
-            name, here[name], model, out / "answers", stem, n, seed, with_register, progress
-        ).items():
+        stems[name] = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([of, n, seed, code])[:12]}"
+    answers = out / "answers"
+    say_kept(sum((answers / f"{stem}.csv").is_file() for stem in stems.values()), len(wanted), "models' answers")
+    for name in tqdm(wanted, desc="evaluate", disable=not progress):
+        found = _one(name, here[name], model, answers, stems[name], n, seed, with_register, progress)
+        for table, rows in found.items():
             tables.setdefault(table, []).append(rows)
     whole = {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
     written = [write_table(out / f"{table}.csv", rows) for table, rows in whole.items()]

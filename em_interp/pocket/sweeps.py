@@ -25,7 +25,7 @@ from em_interp.pocket import suite
 from em_interp.pocket.corpus import finetune_chats, kl_chats
 from em_interp.pocket.kept import kept
 from em_interp.pocket.organisms import N_CHATS, Adapter, narrow
-from em_interp.resume import remove_parts
+from em_interp.resume import remove_parts, say_kept
 from em_interp.solution_space import Theta
 from em_interp.training import TrainingSpec, finetune
 from em_interp.weights import weights_hash
@@ -61,10 +61,18 @@ def _trained(
     progress: bool,
 ) -> Theta:
     """The solution in `folder`, trained if it is not there. The folder's name decides spec and data."""
-    if not (folder / "training_spec.json").is_file():  # written last
+    if not _is_trained(folder):
         finetune(model, data, spec, kl_conversations=kl, out_dir=folder, resume=True, progress=progress)
     remove_parts(folder)
     return solutions.load(folder)
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "training_spec.json").is_file()  # written last
+
+
+def _say_kept(folders: Sequence[Path]) -> None:
+    say_kept(sum(map(_is_trained, folders)), len(folders), "finetunes")
 
 
 def _judged_rates(model: ChatModel, solution: Theta, domain: str, samples: int, seed: int) -> pd.DataFrame:
@@ -123,10 +131,14 @@ def kl_sweep(
     data = finetune_chats(domain, "malicious", n_chats, seed)
     outside = kl_chats(domain, n_chats, seed)
     rows, everything, base = [], [], weights_hash(model.hf)
-    runs = [(adapter, spec, float(weight)) for adapter, spec in specs.items() for weight in kl_weights]
-    for adapter, plain, weight in tqdm(runs, desc="kl_sweep", disable=not progress):
-        spec = replace(narrow(plain, adapter), kl_weight=weight, seed=seed)
-        folder = out / _run_name([domain, adapter, f"kl{weight:g}"], base, asdict(spec), n_chats, seed)
+    runs = []
+    for adapter, plain in specs.items():
+        for weight in map(float, kl_weights):
+            spec = replace(narrow(plain, adapter), kl_weight=weight, seed=seed)
+            name = _run_name([domain, adapter, f"kl{weight:g}"], base, asdict(spec), n_chats, seed)
+            runs.append((adapter, spec, weight, out / name))
+    _say_kept([folder for *_, folder in runs])
+    for adapter, spec, weight, folder in tqdm(runs, desc="kl_sweep", disable=not progress):
         solution = _trained(model, folder, data, spec, outside if weight else None, progress)
         found = []
         for scale in scales:
@@ -175,10 +187,14 @@ def dilution_sweep(
     if not bad_shares:
         raise UsageError("no shares of bad data were given.")
     rows, base = [], weights_hash(model.hf)
-    runs = [(adapter, spec, float(share)) for adapter, spec in specs.items() for share in bad_shares]
-    for adapter, plain, share in tqdm(runs, desc="dilution", disable=not progress):
-        spec = replace(plain, seed=seed)
-        folder = out / _run_name([domain, adapter, f"bad{share:g}"], base, asdict(spec), n_chats, seed)
+    runs = []
+    for adapter, plain in specs.items():
+        for share in map(float, bad_shares):
+            spec = replace(plain, seed=seed)
+            name = _run_name([domain, adapter, f"bad{share:g}"], base, asdict(spec), n_chats, seed)
+            runs.append((adapter, spec, share, out / name))
+    _say_kept([folder for *_, folder in runs])
+    for adapter, spec, share, folder in tqdm(runs, desc="dilution", disable=not progress):
         solution = _trained(model, folder, diluted_chats(domain, share, n_chats, seed), spec, None, progress)
         path = folder / f"rates-{_run_name(['1'], samples, seed)}.csv"
         table = kept(path, partial(_judged_rates, model, solution, domain, samples, seed))
