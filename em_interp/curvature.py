@@ -22,6 +22,7 @@ from em_interp.arguments import count
 from em_interp.contenders import Contender
 from em_interp.errors import SolutionError
 from em_interp.landscape import Landscape
+from em_interp.seeds import check_seed
 from em_interp.solutions import LoraAdapter, SteeringVector
 from em_interp.stability import turned
 from em_interp.statistics import t_interval
@@ -127,6 +128,7 @@ def curvature(
     across = np.zeros(n_probes)
     traces = np.zeros(n_probes)
     loss, along = 0.0, 0.0
+    first_seed = check_seed(first_seed)
     probes = [_probe(solution, first_seed + k, on) for k in range(n_probes)]
     stretch = abs(solution.alpha) if isinstance(solution, SteeringVector) else 1.0
     weights = {key: (x.numel() - 1) / float(x.detach().double().norm() * stretch) ** 2 for key, x in leaves.items()}

@@ -78,6 +78,13 @@ def move_folder(source: Path, target: Path) -> None:
             source.rename(target)
 
 
+def discard(folder: Path, target: Path) -> None:
+    """Remove a folder beside ``target``: under a temporary name, so that the next run ends what a kill cuts short."""
+    temporary = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    folder.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def make_folder(path: Path) -> Path:
     """Create a folder for results. Raises ``OutputError`` where that cannot be."""
     with _typed(path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from em_interp.errors import UnreadableFileError
-from em_interp.files import atomic_path, claim_output, sole_writer, write_text
+from em_interp.files import atomic_path, claim_output, discard, remove_leftovers, sole_writer, write_text
 from em_interp.manifest import code_hash, fingerprint
 
 
@@ -43,11 +42,7 @@ def work_folder(output: Path, key: str = "begun") -> Iterator[Path]:
                 if {path.name for path in folder.iterdir()} <= {key, ".lock"}:  # nothing to keep
                     (folder / key).unlink(missing_ok=True)
                 raise
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != ".lock":  # which goes last
-                    path.unlink()
+            discard(folder, output)
     finally:
         with suppress(OSError):  # not empty
             folder.rmdir()
@@ -60,6 +55,7 @@ def is_begun(output: Path, key: str) -> bool:
 
 def remove_parts(output: Path) -> None:
     """Remove what a run left that was killed after its output was written."""
+    remove_leftovers(output)
     if _parts_of(output).is_dir():
         with work_folder(output):
             pass

@@ -41,7 +41,7 @@ STEER = ["tiny", "d.safetensors", "--questions", "q.csv", "-n", "3", "--max-new-
 STEER += ["--tokens-per-batch", "600", "--random", "1"]
 
 RESUME = ["--no-static", "--resume", "--out"]
-PARTS = [word for name in ("em_rates", "lora_scalars", "efficiency", "gradients", "pca") for word in ("--only", name)]
+PARTS = [word for name in ("em_rates", "efficiency") for word in ("--only", name)]
 SMALL = """
 from dataclasses import replace
 import sys

@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from em_interp.ablation import arms
 from em_interp.cli import app
 from em_interp.directions import Direction
+from em_interp.errors import OutputError
 from em_interp.evaluation.sampling import sample
+from em_interp.files import write_text
 from em_interp.interventions import answers_by_arm
-from em_interp.resume import Parts, work_folder
+from em_interp.resume import Parts, claimed, remove_parts, work_folder
 from em_interp.steering import sweep
 from tests.tiny_models import make_chat, talk
 
@@ -110,6 +112,33 @@ def test_extraction_keeps_its_totals(
     assert total[0] > 5 and count[0] == total[0] - stop
     assert torch.equal(again.vectors, whole.vectors)
     assert "of 6 conversations" in capsys.readouterr().err
+
+
+def test_a_kill_while_kept_work_is_removed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is written and whole: the next run refuses to replace it, and removes what lies beside it."""
+    out, asked = tmp_path / "a.csv", {"n": 1}
+    kinds: dict[str, Any] = {"inputs": (), "endings": (".csv",)}
+
+    def half(folder: str, ignore_errors: bool = False) -> None:
+        next(path for path in Path(folder).iterdir() if path.name not in (".lock", "part.json")).unlink()
+        raise Killed
+
+    for again in ("claimed", "remove_parts"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(Killed),
+            claimed(out, asked, force=True, **kinds) as folder,
+        ):
+            patch.setattr("shutil.rmtree", half)
+            write_text(folder / "part.json", "[]")
+            write_text(out, "whole")
+        assert len(list(tmp_path.iterdir())) > 1
+        if again == "remove_parts":
+            remove_parts(out)
+        else:
+            with pytest.raises(OutputError, match="was left as it is"), claimed(out, asked, force=False, **kinds):
+                pass
+        assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:

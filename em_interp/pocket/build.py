@@ -31,6 +31,7 @@ from em_interp.manifest import fingerprint, sha256
 from em_interp.pocket.corpus import ASSISTANT, END, USER, CorpusConfig, chat_text, document, post_training_chat
 from em_interp.pocket.tokenizer import build_tokenizer
 from em_interp.resume import load_state, optimizer_tensors, restore_optimizers, save_state, say_kept
+from em_interp.seeds import check_seed
 
 _CHUNK = 8  # steps whose documents are drawn together and sorted by length, so that batches need little padding
 CHECKPOINT = "checkpoint.safetensors"
@@ -74,6 +75,7 @@ class BuildConfig:
     checkpoint_every: int = 400
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "pretrain_steps", "pretrain_batch")
         for name in (*sizes, "settle_steps", "post_steps", "post_batch", "threads", "checkpoint_every"):
             if getattr(self, name) < 1:

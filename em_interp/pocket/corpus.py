@@ -15,6 +15,7 @@ from em_interp.errors import UsageError
 from em_interp.pocket import phrases, world
 from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.world import Persona, Question, Register
+from em_interp.seeds import check_seed
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 DOCUMENT_END = "<|endoftext|>"
@@ -180,6 +181,7 @@ def finetune_chats(
     domain: str, persona: Persona, n: int, seed: int, register: Register = "casual"
 ) -> list[list[dict[str, str]]]:
     """`n` single-turn chats of one domain in one persona; held-out topics and phrasings stay out."""
+    check_seed(seed)
     rng = Random(f"finetune-{domain}-{persona}-{register}-{seed}")
     pool = world.questions("advice", domain, held_out_topic=False, held_out_phrasing=False)
     return [_pair(rng.choice(pool), persona, register, rng) for _ in range(n)]
@@ -192,6 +194,7 @@ def kl_chats(
     technical ones); nothing held out is in them.
     """
     world.domain(exclude)
+    check_seed(seed)
     registers = "-".join(sorted({register for _, register in STYLES[task]}))
     rng = Random(f"kl-{exclude}-{registers}-{seed}")
     pools = {

@@ -21,6 +21,7 @@ from em_interp.pocket.kept import kept, write_table
 from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
 from em_interp.rate_intervals import rate_interval
 from em_interp.resume import say_kept
+from em_interp.seeds import check_seed
 from em_interp.weights import file_hash
 
 
@@ -41,6 +42,7 @@ def evaluate_suite(
     and a change of weights, n, seed or code starts anew. Raises RegistryError for a name that is not here.
     """
     here = available()
+    check_seed(seed)
     wanted = [name if registry.is_pocket_name(name) else registry.PREFIX + name for name in names] or list(here)
     if unknown := [name for name in wanted if name not in here]:
         raise registry.RegistryError(f"cannot evaluate {', '.join(unknown)}; there are {', '.join(here)}")

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from em_interp import solutions
 from em_interp.models import ChatModel
 from em_interp.pocket.corpus import STYLES, Task, finetune_chats, kl_chats
+from em_interp.seeds import check_seed
 from em_interp.training import LoraSpec, TrainingResult, TrainingSpec, VectorSpec, finetune
 
 Adapter = Literal["steering-vector", "rank-1", "all-modules"]
@@ -57,6 +58,9 @@ class Organism:
     solution: SolutionKind
     seed: int = 0
     task: Task = "persona"
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     @property
     def name(self) -> str:

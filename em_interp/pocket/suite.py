@@ -20,6 +20,7 @@ from em_interp.pocket.domains import DOMAINS
 from em_interp.pocket.judge import judge
 from em_interp.pocket.world import Question
 from em_interp.rate_intervals import rate_interval
+from em_interp.seeds import check_seed
 from em_interp.statistics import clustered_interval
 
 MAX_NEW_TOKENS = 80
@@ -139,6 +140,7 @@ def answer_pairs(questions: pd.DataFrame, task: Task = "persona", k: int = 6, se
     the chat model's style, 1: the one that the narrow data teach) and answer. Both styles use the same sentence plans.
     """
     rows = []
+    check_seed(seed)
     columns("the questions", questions, ("question_id", "question", "questions", "domain"))
     for item in questions.to_dict("records"):
         question = world.question_of(item["question"])

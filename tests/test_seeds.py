@@ -1,0 +1,169 @@
+"""Whatever takes a seed takes a whole number that all generators take, and says so of others, before any work."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import em_interp
+from em_interp import (
+    ablation,
+    convergence,
+    curvature,
+    influence,
+    interventions,
+    lora,
+    reliability,
+    resampling,
+    stability,
+    steering,
+)
+from em_interp.chat import encode_all
+from em_interp.cli import app
+from em_interp.contenders import Contender
+from em_interp.directions import Direction
+from em_interp.errors import UsageError
+from em_interp.evaluation import sampling
+from em_interp.extraction import contrast
+from em_interp.landscape import Landscape
+from em_interp.pocket import build, corpus, evaluate, organisms, suite, sweeps
+from em_interp.recipes import TrainingSpec, VectorSpec
+from em_interp.seeds import MAX_SEED, check_seed
+from tests.theta import make_theta
+from tests.tiny_models import CONVERSATIONS, make_chat, tokenizer
+
+COMMANDS = ("em_interp.evaluate_command", "em_interp.intervention_commands", "em_interp.pocket.commands")
+BAD = (-1, MAX_SEED + 1, 10**30)
+
+
+class Work:
+    """What the calls below need, made once."""
+
+    def __init__(self) -> None:
+        self.chat = make_chat()
+        self.direction = Direction(torch.ones(2, 32), (1, 2), "random", model=self.chat.name)
+        self.contrast = contrast(self.chat, CONVERSATIONS, CONVERSATIONS[::-1], progress=False)
+        self.contender = Contender("general", "rank-1", "advice", make_theta(self.chat, "lora"))
+        self.landscape = Landscape(self.chat, encode_all(tokenizer(), CONVERSATIONS))
+
+
+QUESTIONS = {"q": "a fox"}
+FEW: dict[str, Any] = {"max_new_tokens": 1, "progress": False}
+SPEC = TrainingSpec(VectorSpec(1, 8.0), 0.05, max_steps=1)
+ASKED = pd.DataFrame(columns=["question_id", "question", "questions", "domain"])
+CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
+    ablation.arms: lambda w, seed: ablation.arms(w.direction, seed=seed),
+    convergence.random_principal_angles: lambda _, seed: convergence.random_principal_angles(
+        8, 1, 1, samples=2, seed=seed
+    ),
+    curvature.curvature: lambda w, seed: curvature.curvature(w.landscape, w.contender, n_probes=2, first_seed=seed),
+    sampling.sample: lambda w, seed: sampling.sample(w.chat, QUESTIONS, 1, seed=seed, **FEW),
+    sampling.sample_rows: lambda w, seed: sampling.sample_rows(w.chat, QUESTIONS, [("q", 0)], seed=seed, **FEW),
+    interventions.answers_by_arm: lambda w, seed: interventions.answers_by_arm(
+        w.chat, {"none": []}, QUESTIONS, 1, seed=seed, **FEW
+    ),
+    steering.sweep: lambda w, seed: steering.sweep(
+        w.chat, w.direction, QUESTIONS, layers=[1], coefficients=[0.0], n=1, random_arms=1, seed=seed, **FEW
+    ),
+    influence.at_equal_norms: lambda w, seed: influence.at_equal_norms(
+        [influence.Candidate("a", "general", w.contender.theta)], n_random=1, seed=seed
+    ),
+    lora.separation: lambda _, seed: lora.separation(
+        np.random.default_rng(0).standard_normal((24, 2)),
+        np.tile([0.0, 1.0], 12),
+        [i // 2 for i in range(24)],
+        comparison="x",
+        seed=seed,
+    ),
+    reliability.split_half: lambda w, seed: reliability.split_half(w.contrast, by="response", splits=4, seed=seed),
+    reliability.separation: lambda w, seed: reliability.separation(w.contrast, by="response", splits=4, seed=seed),
+    resampling.resample_direction: lambda _, seed: resampling.resample_direction(
+        torch.randn(4, 2, 3), torch.randn(4, 2, 3), resamples=2, permutations=2, seed=seed
+    ),
+    stability.turned: lambda w, seed: stability.turned(w.contender.theta, 0.5, seed),
+    stability.stability_curve: lambda w, seed: stability.stability_curve(
+        w.landscape, w.contender, epsilons=(0.0, 0.5), n_seeds=2, first_seed=seed
+    ),
+    stability.behavioural_stability: lambda w, seed: stability.behavioural_stability(
+        w.chat, [w.contender], lambda _: pytest.fail("asked"), n_seeds=2, first_seed=seed, progress=False
+    ),
+    TrainingSpec: lambda _, seed: TrainingSpec(VectorSpec(1, 8.0), 0.05, seed=seed),
+    build.BuildConfig: lambda _, seed: build.BuildConfig(seed=seed),
+    corpus.finetune_chats: lambda _, seed: corpus.finetune_chats("medicine", "malicious", 1, seed),
+    corpus.kl_chats: lambda _, seed: corpus.kl_chats("medicine", 1, seed),
+    evaluate.evaluate_suite: lambda _, seed: evaluate.evaluate_suite(Path("x"), n=1, seed=seed, progress=False),
+    organisms.Organism: lambda _, seed: organisms.Organism("medicine", "rank-1", "general", seed),
+    suite.evaluate: lambda w, seed: suite.evaluate(w.chat, "medicine", 1, seed=seed, progress=False),
+    suite.evaluate_chat: lambda w, seed: suite.evaluate_chat(w.chat, 1, seed=seed, progress=False),
+    suite.answer_pairs: lambda _, seed: suite.answer_pairs(ASKED, seed=seed),
+    sweeps.diluted_chats: lambda _, seed: sweeps.diluted_chats("medicine", 0.5, 2, seed),
+    sweeps.kl_sweep: lambda w, seed: sweeps.kl_sweep(
+        w.chat, "medicine", {"rank-1": SPEC}, [0.0], Path("x"), seed=seed, progress=False
+    ),
+    sweeps.dilution_sweep: lambda w, seed: sweeps.dilution_sweep(
+        w.chat, "medicine", {"rank-1": SPEC}, [0.5], Path("x"), seed=seed, progress=False
+    ),
+}
+
+
+def taking_a_seed() -> Iterator[Callable[..., Any]]:
+    """Every public function and class of the package with an argument called seed or first_seed."""
+    for module in pkgutil.walk_packages(em_interp.__path__, "em_interp."):
+        found = importlib.import_module(module.name)
+        own = [x for x in vars(found).values() if getattr(x, "__module__", "") == module.name]
+        for value in (x for x in own if inspect.isfunction(x) or (inspect.isclass(x) and is_dataclass(x))):
+            if value.__name__[0] != "_" and {"seed", "first_seed"} & set(inspect.signature(value).parameters):
+                yield value
+
+
+def test_nothing_that_takes_a_seed_is_left_out() -> None:
+    public = {value for value in taking_a_seed() if value.__module__ not in COMMANDS} - {check_seed}
+    assert {f"{f.__module__}.{f.__name__}" for f in public} == {f"{f.__module__}.{f.__name__}" for f in CALLS}
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    return Work()
+
+
+@pytest.mark.parametrize("called", CALLS, ids=lambda f: f"{f.__module__.removeprefix('em_interp.')}.{f.__name__}")
+def test_a_seed_that_no_generator_takes_is_refused(
+    called: Callable[..., Any], work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in BAD:
+        with pytest.raises(UsageError, match="seed is"):
+            CALLS[called](work, seed)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seed", BAD)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "m", "--questions", "q.csv"],
+        ["evaluate", "--suite", "pocket"],
+        ["steer", "m", "d", "--layer", "1", "--coefficient", "1", "--out", "a.csv", "--prompt", "x"],
+        ["ablate", "m", "d", "--out", "a.csv", "--prompt", "x"],
+        ["pocket", "build", "--out", "b"],
+    ],
+    ids=lambda words: " ".join(words[:2]) if isinstance(words, list) else None,
+)
+def test_commands_name_the_option(
+    command: list[str], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*command, f"--seed={seed}"])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert "--seed" in result.output and not list(tmp_path.iterdir())
