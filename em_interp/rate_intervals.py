@@ -23,6 +23,8 @@ Table = Float[np.ndarray, "data questions"]
 Values = Float[np.ndarray, " data"]
 RARE: Final = 0.1
 """Where two rates are on average nearer than this to 0 or 1, their difference is skewed: no Student's t."""
+RARE_OF_RATIO: Final = 0.2
+"""Where either rate is below it, the logarithm of their ratio is skewed: no Student's t."""
 
 
 def rate_interval(successes: Counts, totals: Counts, *, level: float = LEVEL) -> Interval:
@@ -61,10 +63,12 @@ def difference_interval(
 def ratio_interval(
     successes: tuple[Counts, Counts], totals: tuple[Counts, Counts], *, level: float = LEVEL
 ) -> Interval:
-    """Interval of the first rate over the second, asked the same questions: both intervals combined as logarithms.
+    """Interval of the first rate over the second, of two models or arms that were asked the same questions, in order.
 
-    Zou and Donner (2008). No interval where nothing was counted in the second. Questions that an arm has no answers
-    to are left out.
+    Student's over the questions' parts in the ratio's logarithm; where a rate is rare (`RARE_OF_RATIO`), or all
+    questions agree, Zou and Donner's (2008) combination of the logarithms of both `rate_interval`, which is
+    conservative. No interval where nothing was counted in the second. Questions that an arm has no answers to are left
+    out.
     """
     tops, bottoms = _paired(successes, totals)
     k = tops.shape[1]
@@ -72,8 +76,9 @@ def ratio_interval(
         return too_few(k, "questions")
     if not tops[1].sum():
         return no_interval("no interval: the rate that is divided by is 0")
-    low, high = ratio_bounds(tops[:, None], bottoms[:, None], level)
-    return Interval(float(low[0]), float(high[0]), f"logarithms of both rates' intervals combined over {k} questions")
+    low, high, rare = ratio_bounds(tops[:, None], bottoms[:, None], level)
+    method = "conservative: logarithms of both rates' intervals combined" if rare[0] else "t of the logarithm"
+    return Interval(float(low[0]), float(high[0]), f"{method} over {k} questions")
 
 
 def rate_bounds(top: Table, bottom: Table, level: float = LEVEL) -> tuple[Values, Values]:
@@ -102,15 +107,26 @@ def difference_bounds(
 
 def ratio_bounds(
     tops: Float[np.ndarray, "2 data questions"], bottoms: Float[np.ndarray, "2 data questions"], level: float = LEVEL
-) -> tuple[Values, Values]:
-    """`ratio_interval` of many data sets."""
-    bounds = [rate_bounds(y, n, level) for y, n in zip(tops, bottoms, strict=True)]
+) -> tuple[Values, Values, Bool[np.ndarray, " data"]]:
+    """`ratio_interval` of many data sets, and which of them got no Student's t."""
+    k = tops.shape[-1]
+    rates = tops.sum(-1) / bottoms.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(tops.sum(-1) / bottoms.sum(-1))
-        low, high = _combined(logs, [(np.log(a), np.log(b)) for a, b in bounds], _correlation(tops / bottoms))
-        none, undefined = tops[0].sum(-1) == 0, tops[1].sum(-1) == 0
-        low, high = np.where(none, 0, np.exp(low)), np.where(none, bounds[0][1] / bounds[1][0], np.exp(high))
-    return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high)
+        logs = np.log(rates)
+        parts = (tops - rates[..., None] * bottoms) / tops.sum(-1)[..., None]
+        spread = np.sqrt(((parts[0] - parts[1]) ** 2).sum(-1) * k / (k - 1))
+        half = float(stats.t.ppf((1 + level) / 2, k - 1)) * spread
+        low, high = np.exp(logs[0] - logs[1] - half), np.exp(logs[0] - logs[1] + half)
+        rare = (rates.min(0) < RARE_OF_RATIO) | np.isclose(spread, 0, atol=1e-12)
+        if rare.any():
+            bounds = [rate_bounds(y[rare], n[rare], level) for y, n in zip(tops, bottoms, strict=True)]
+            of_logs = [(np.log(a), np.log(b)) for a, b in bounds]
+            down, up = _combined(logs[:, rare], of_logs, _correlation(tops / bottoms)[rare])
+            none = rates[0, rare] == 0
+            low[rare] = np.where(none, 0, np.exp(down))
+            high[rare] = np.where(none, bounds[0][1] / bounds[1][0], np.exp(up))
+    undefined = rates[1] == 0
+    return np.where(undefined, np.nan, low), np.where(undefined, np.nan, high), rare
 
 
 def _combined(

@@ -22,7 +22,7 @@ LEVEL: Final = 0.95
 """The level of every interval, unless a call says otherwise."""
 FEWEST_QUESTIONS: Final = 4
 """With fewer questions a rate, a difference or a ratio of rates gets no interval: see the coverage table."""
-FEWEST_CLUSTERS: Final = 5
+FEWEST_CLUSTERS: Final = 6
 """The same of a mean over clusters (losses, KL), which may be more skewed than a rate."""
 
 

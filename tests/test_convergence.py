@@ -329,7 +329,7 @@ def test_transfer_rows():
     ratio = ratio_interval(([1] * 6, [4, 5] * 3), ([10] * 6, [10] * 6))
     assert (medicine["low"], medicine["high"]) == pytest.approx((1 - ratio.high, 1 - ratio.low))
     assert 0.3 < medicine["low"] < medicine["relative_reduction"] < medicine["high"] < 0.95
-    assert medicine["interval"] == "logarithms of both rates' intervals combined over 6 questions"
+    assert medicine["interval"] == "conservative: logarithms of both rates' intervals combined over 6 questions"
     assert medicine["n"] == 60 and medicine["coherent_after"] == 1.0
     assert np.isnan(chat["relative_reduction"]) and np.isnan(chat["low"])  # there was nothing to reduce
     assert np.isnan(transfer_rows(judged({("none", "a", "q"): (3, 9), ("x", "a", "q"): (0, 9)}))["low"]).all()

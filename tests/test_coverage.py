@@ -39,11 +39,11 @@ def test_a_row_counts_what_its_data_sets_got() -> None:
 
 
 def test_a_stopped_run_goes_on_and_equals_a_whole_one(tmp_path) -> None:
-    whole = coverage.run(scenarios(), tmp_path / "whole", 200, 0)
-    coverage.run(scenarios()[:1], tmp_path / "stopped", 200, 0)
-    first = (tmp_path / "stopped" / "coverage.csv").read_text()
-    again = coverage.run(scenarios(), tmp_path / "stopped", 200, 0)
+    whole = coverage.run("means", scenarios(), tmp_path / "whole", 200, 0)
+    coverage.run("means", scenarios()[:1], tmp_path / "stopped", 200, 0)
+    first = (tmp_path / "stopped" / "coverage_means.csv").read_text()
+    again = coverage.run("means", scenarios(), tmp_path / "stopped", 200, 0)
     pd.testing.assert_frame_equal(again, whole, check_dtype=False)
-    assert (tmp_path / "stopped" / "coverage.csv").read_text().startswith(first)
-    other = coverage.run(scenarios()[:1], tmp_path / "stopped", 200, 1)
+    assert (tmp_path / "stopped" / "coverage_means.csv").read_text().startswith(first)
+    other = coverage.run("means", scenarios()[:1], tmp_path / "stopped", 200, 1)
     assert len(other) == 1 and other["coverage_new"].item() != whole["coverage_new"].iloc[0]

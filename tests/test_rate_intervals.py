@@ -127,6 +127,13 @@ def test_ratio_combines_both_intervals() -> None:
     low = 14 / 90 * np.exp(-np.sqrt(down**2 + other_up**2 - 2 * r * down * other_up))
     high = 14 / 90 * np.exp(np.sqrt(up**2 + other_down**2 - 2 * r * up * other_down))
     assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.method == "conservative: logarithms of both rates' intervals combined over 5 questions"
+    common = ratio_interval((a + 20, b + 10), (n, n))
+    assert common.method == "t of the logarithm over 5 questions"
+    logs = [np.log((x.sum(1) - np.diag(x)) / (50 * 4)) for x in (np.tile(a + 20, (5, 1)), np.tile(b + 10, (5, 1)))]
+    jackknife = np.sqrt(4 / 5 * ((logs[0] - logs[1] - (logs[0] - logs[1]).mean()) ** 2).sum())
+    assert np.log(common.high / common.low) == pytest.approx(2 * stats.t.ppf(0.975, 4) * jackknife, rel=0.05)
+    assert np.sqrt(common.high * common.low) == pytest.approx((a + 20).sum() / (b + 10).sum())
     nothing = ratio_interval(([0] * 5, b), (n, n))
     assert nothing.low == 0 and nothing.high == pytest.approx(rate_interval([0] * 5, n).high / second.low)
     assert np.isnan(ratio_interval((a, [0] * 5), (n, n)).low)

@@ -25,10 +25,10 @@ from em_interp.stability import (
 from em_interp.statistics import crossed_interval
 from tests.test_landscape import MORE
 from tests.theta import KINDS, make_theta
-from tests.tiny_models import make_chat, tokenizer
+from tests.tiny_models import make_chat, talk, tokenizer
 
 COLUMNS = ["solution", "adapter", "domain", "epsilon", "seed", "loss", "relative_increase_percent"]
-ENCODED = encode_all(tokenizer(), MORE)
+ENCODED = encode_all(tokenizer(), [*MORE, talk("a cough", "the fox should rest")])
 
 
 def learned(model, kind, steps=8, seed=0, name="general"):

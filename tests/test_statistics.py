@@ -73,16 +73,16 @@ def test_clustered_interval_equals_cr2_by_explicit_matrices(by_size: bool) -> No
 
 
 def test_clustered_interval_of_even_clusters_is_student_s() -> None:
-    values = np.array([-2.0, -1, 0, 1, 2]) + 5
-    found = clustered_interval(values, np.ones(5))
+    values = np.array([-3.0, -2, -1, 1, 2, 3]) + 5
+    found = clustered_interval(values, np.ones(6))
     student = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((student.low, student.high))
-    skewed = clustered_interval(np.array([1.0, 1, 1, 1, 9]), np.ones(5))
-    assert skewed.high - 2.6 > 1.5 * (2.6 - skewed.low)
+    skewed = clustered_interval(np.array([1.0, 1, 1, 1, 1, 10]), np.ones(6))
+    assert skewed.high - 2.5 > 1.5 * (2.5 - skewed.low)
     same = clustered_interval(np.full(6, 3.0), np.full(6, 2.0))
     assert (same.low, same.high) == (1.5, 1.5)
-    assert np.isnan(clustered_interval(np.ones(4), np.ones(4), of="documents").low)
-    assert clustered_interval(np.ones(4), np.ones(4), of="documents").method == "too few documents for an interval (4)"
+    assert np.isnan(clustered_interval(np.ones(5), np.ones(5), of="documents").low)
+    assert clustered_interval(np.ones(5), np.ones(5), of="documents").method == "too few documents for an interval (5)"
 
 
 def test_crossed_interval_adds_both_variances() -> None:

@@ -99,13 +99,13 @@ def means_over_seeds(rng: np.random.Generator, n_datasets: int, seeds: int, law:
 
 
 def _scenarios() -> Iterator[Scenario]:
-    for questions in (4, 5, 8, 20, 40):
+    for questions in (4, 6, 8, 20, 40):
         for icc in (0.1, 0.4, 0.8):
             for law in ("normal", "skewed", "heavy"):
                 draw = partial(loss_gaps, questions=questions, icc=icc, law=law)
                 yield Scenario("loss gap", law, questions, draw, icc)
     for ratio in (False, True):
-        for documents in (5, 10, 30, 100):
+        for documents in (6, 10, 30, 100):
             for spread in (0.5, SKEWED, HEAVY):
                 measure = partial(influence, documents=documents, spread=spread, ratio=ratio)
                 name = "influence ratio" if ratio else "influence"

@@ -118,8 +118,10 @@ def two_arms(
     reduction[few] = 0
     old = np.nanquantile(reduction, [0.025, 0.975], axis=1)
     old[:, few] = np.nan
-    low, high = _given(ratio_bounds(counts, answers), counts)
-    return Outcomes(np.full(n_datasets, 1 - arms[0] / arms[1]), old[0], old[1], 1 - high, 1 - low)
+    low, high, rare = ratio_bounds(counts, answers)
+    low, high = _given((low, high), counts)
+    truth = np.full(n_datasets, 1 - arms[0] / arms[1])
+    return Outcomes(truth, old[0], old[1], 1 - high, 1 - low, conservative=rare)
 
 
 def _scenarios() -> Iterator[Scenario]:
