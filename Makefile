@@ -1,6 +1,7 @@
 # make reproduce [SUITE=published|pocket|FILE.toml] [DATA=DIR] [OUT=DIR] [ARGS="--only cosines"]
 # make test
-# Both do all the set-up they need in .venv, from python3, pip, make and git alone.
+# make matrix [JOBS=2]
+# All do all the set-up they need in .venv, from python3, pip, make and git alone.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,10 +9,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types reproduce clean
+.PHONY: help install test lint types matrix reproduce clean
 
 help:
 	@echo "make test         install what is needed, then lint, type-check and run the tests"
+	@echo "make matrix       run the whole support matrix and write tests/matrix/README.md (resumes; JOBS=2)"
 	@echo "make reproduce    install what is needed, then regenerate tables, figures and report"
 	@echo "                  SUITE=published DATA=DIR [OUT=DIR] [ARGS='--only cosines']"
 	@echo "make clean        remove the virtual environment"
@@ -40,6 +42,9 @@ types: install
 # One thread a worker: two workers of two threads each would fight over two cores.
 test: lint types
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+matrix: install
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --all -j $(or $(JOBS),2)
 
 reproduce: install
 	$(BIN)/em-interp reproduce $(if $(SUITE),--suite "$(SUITE)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)

@@ -20,7 +20,7 @@ from em_interp.adapter_files import quiet_peft
 from em_interp.chat import Encoded, collate, prompt_ids
 from em_interp.errors import DirectionError, ModelError, OutputError, UsageError
 from em_interp.files import written_whole
-from em_interp.hooks import body_name, find_blocks, has_our_hooks, residuals
+from em_interp.hooks import body_name, find_blocks, has_our_hooks, residuals, unwrap
 from em_interp.interventions import check_direction
 from em_interp.models import ChatModel
 
@@ -71,7 +71,6 @@ def orthogonalised(model: ChatModel, ablation: Ablate) -> ChatModel:
         check_direction(direction, model)
     basis = ablation.basis(layer)
     hf = _own_weights(model)
-    _untie(hf)
     base = hf.get_submodule(body_name(hf))
     with torch.no_grad():
         for embedding in _embeddings(hf, base):
@@ -128,20 +127,22 @@ def _single_layer(ablation: Ablate) -> int:
 
 
 def _own_weights(model: ChatModel) -> Any:
-    """A copy of the transformers model with the active PEFT adapter merged into it."""
-    if model.active is None:
-        if model.peft is None:
-            return copy.deepcopy(model.hf)
-        with quiet_peft():
-            return copy.deepcopy(model.peft).unload()
-    if model.peft is None or model.active not in model.peft.peft_config:
+    """A copy of the transformers model with the active PEFT adapter merged into it, and embeddings and head untied.
+
+    Untied before the merge: an adapter on one of them does not change the other.
+    """
+    if model.active is not None and (model.peft is None or model.active not in model.peft.peft_config):
         raise ModelError(
             f"the active adapter {model.active!r} acts by hooks and is no part of the weights. Switch it off with "
             "model.no_adapter(), or use a LoRA adapter in PEFT's format."
         )
+    own = copy.deepcopy(model.hf if model.peft is None else model.peft)
+    _untie(unwrap(own))
+    if model.peft is None:
+        return own
     try:
         with quiet_peft():
-            return copy.deepcopy(model.peft).merge_and_unload(adapter_names=[model.active])
+            return own.unload() if model.active is None else own.merge_and_unload(adapter_names=[model.active])
     except Exception as error:
         raise ModelError(
             f"{model.name}: PEFT cannot merge {model.active!r} into the weights ({type(error).__name__}: {error}). "
@@ -149,8 +150,14 @@ def _own_weights(model: ChatModel) -> Any:
         ) from error
 
 
+def _bare(module: Any) -> Any:
+    """The layer within PEFT's wrappers."""
+    module = getattr(module, "original_module", module)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
 def _untie(hf: Any) -> None:
-    head, embeddings = hf.get_output_embeddings(), hf.get_input_embeddings()
+    head, embeddings = (_bare(end) for end in (hf.get_output_embeddings(), hf.get_input_embeddings()))
     if head is not None and head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in {id(c): c for c in (hf.config, hf.config.get_text_config())}.values():

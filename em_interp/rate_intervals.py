@@ -154,7 +154,7 @@ def _counts(successes: Counts, totals: Counts) -> tuple[NDArray[np.float64], NDA
     if not (np.isfinite(top).all() and np.isfinite(bottom).all() and (top >= 0).all() and (top <= bottom).all()):
         raise StatisticsError(
             f"{top.tolist()} successes of {bottom.tolist()}: a question has a negative count, NaN, or more successes "
-            "than answers. Count them again."
+            "than answers. Give both counts of the same answers."
         )
     if not bottom.sum() > 0:
         raise StatisticsError("no answers: a rate needs at least one.")

@@ -83,7 +83,7 @@ def split_factors(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict
     for key, tensor in state.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            raise AdapterError(f"{source}: the tensor {key} is not a LoRA factor of a linear module.")
+            raise AdapterError(f"{source}: the tensor {key} is not a LoRA factor of a linear module. Train without it.")
         if match["module"] in parts[match["factor"]]:
             raise AdapterError(
                 f"{source}: two adapters are in one file: {match['module']} has more than one "

@@ -1,0 +1,1 @@
+"""The support matrix: every cell equals a slow obvious oracle, or is refused with a remedy."""
