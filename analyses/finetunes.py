@@ -13,17 +13,20 @@ import pandas as pd
 
 from analyses.organisms import Entry, Organisms
 from em_interp import models, solutions
+from em_interp.adapter_config import VectorConfig
 from em_interp.adapter_files import read_adapter_config
 from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.chat import Conversation
 from em_interp.errors import (
     BadValueError,
+    EmInterpError,
     InputFileError,
     MissingDataError,
     ModelError,
     UnreadableFileError,
     UsageError,
 )
+from em_interp.inputs import regular_file
 from em_interp.models import ChatModel
 from em_interp.pocket.corpus import Task
 from em_interp.published.judged import read_judged_csv
@@ -88,11 +91,16 @@ class Finetunes(Organisms):
                     root / name if (root / name).is_dir() else Path(name),
                 )
             )
+        for entry in entries:
+            _check_kind(entry)
         names = [entry.name for entry in entries]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UsageError(f"several finetunes are called {', '.join(twice)}. Their last parts must differ.")
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
+        for file in (*training.values(), *([texts] if texts else [])):
+            if os.path.lexists(file):  # an absent one is said by each analysis that needs it
+                regular_file(file)
         judged = inside(content.get("judged", "judged"))
         if not _is_readable_folder(judged):
             raise UnreadableFileError(
@@ -213,6 +221,19 @@ _WRITTEN = {str: "text in quotes", int: "a whole number", list: "a list", dict: 
 def _is_readable_folder(folder: Path) -> bool:
     """Absent is readable: then there are no judged answers, which each analysis says."""
     return not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
+
+
+def _check_kind(entry: Entry) -> None:
+    """Raise UsageError where an adapter's folder here is of another kind than the suite file says."""
+    if not entry.path.is_dir():
+        return
+    try:
+        config = read_adapter_config(entry.path)[1]
+    except EmInterpError:  # each analysis that needs it says so
+        return
+    if isinstance(config, VectorConfig) != (entry.adapter == "steering-vector"):
+        kind = "a steering vector" if isinstance(config, VectorConfig) else "LoRA"
+        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {kind}.")
 
 
 def _of_kind(entry: Entry, found: SteeringVector | LoraAdapter) -> SteeringVector | LoraAdapter:

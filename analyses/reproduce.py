@@ -29,6 +29,7 @@ from em_interp import figures as house
 from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError, UsageError
 from em_interp.files import atomic_path, sole_writer, write_text
 from em_interp.manifest import code_hash, fingerprint, hash_files, sha256, write_manifest
+from em_interp.trajectories import runs_named
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether something was wrong, rather than only absent."""
-        return self.refused > 0 or any(s.error and not s.missing for s in self.sections)
+        """Whether something was wrong, rather than only absent, or nothing at all could be made."""
+        wrong = self.refused > 0 or any(s.error and not s.missing for s in self.sections)
+        return wrong or not any(s.tables for s in self.sections)
 
 
 def reproduce(
@@ -81,6 +83,12 @@ def _reproduce(
         for parts in suite.work.glob("*.parts"):
             shutil.rmtree(parts)
     data = suite.input
+    for role, run in (("general", suite.general), ("narrow", suite.narrow)):
+        try:
+            if run is not None:
+                runs_named(role, run, data.trajectories)
+        except UsageError as error:
+            suite.note(error)
     inputs = hash_files(data.root, data.files)
     sources = {} if suite.source == "published" else suite.organisms.sources()
     key = fingerprint(

@@ -257,6 +257,12 @@ class _Collector:
                 )
 
 
+def check_readable(model: ChatModel, conversations: Sequence[Conversation], scopes: Sequence[str]) -> None:
+    """Raise, before any pass, what `collect` raises for conversations that it cannot read."""
+    if set(scopes) <= set(TOKEN_SCOPES):
+        _read_all(model, conversations, scopes)
+
+
 def collect(
     model: ChatModel,
     conversations: Sequence[Conversation],

@@ -6,7 +6,6 @@ A key is understood, or known to change nothing at inference, or it is refused. 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from em_interp.errors import AdapterError
+from em_interp import inputs
+from em_interp.errors import AdapterError, InputFileError
 
 CONFIG = "adapter_config.json"
 MERGE = (
@@ -245,9 +245,9 @@ def describe(where: object, config: Mapping[str, Any]) -> VectorConfig | LoraCon
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises AdapterError with what is wrong."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not a readable JSON file ({error}).") from error
+        found = inputs.read_json(path)
+    except InputFileError as error:
+        raise AdapterError(f"{path}: not a readable JSON file ({error.problem}).") from error
     if not isinstance(found, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(found).__name__}.")
     return found

@@ -24,7 +24,8 @@ from em_interp.adapter_config import (
     read_json,
     same_base,
 )
-from em_interp.errors import AdapterError, ChatTemplateError, ModelError
+from em_interp.errors import AdapterError, ChatTemplateError, InputFileError, ModelError
+from em_interp.inputs import regular_file
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
@@ -122,7 +123,8 @@ def load_weights(
 ) -> tuple[nn.Module, Any]:
     """The transformers model (SDPA attention where the architecture has it) and tokenizer.
 
-    Raises ModelError, also where the checkpoint lacks weights, has others than the model, or of other shapes.
+    Raises ModelError, also where the checkpoint lacks weights, has others than the model, or of other shapes, and what
+    `inputs.regular_file` raises.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,6 +140,9 @@ def load_weights(
                 f"{source}: holds a model and an adapter ({CONFIG}): it does not say which is meant. Put the adapter's "
                 "files into a folder of their own."
             )
+        for path in folder.iterdir():
+            if path.exists() and not path.is_dir():
+                regular_file(path)
         if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
             raise ModelError(
                 f"{source}: no tokenizer, found {found}. Save it there too: tokenizer.save_pretrained(folder)."
@@ -195,7 +200,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     local(path)
     try:
-        if not path.stat().st_size:
+        if not regular_file(path).stat().st_size:
             raise AdapterError(f"{path}: empty (0 bytes). Fetch it again.")
         if path.suffix == ".safetensors":
             found: Any = load_file(str(path), device="cpu")
@@ -203,6 +208,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (safe, typed)
     except AdapterError:
         raise
+    except InputFileError as error:
+        raise AdapterError(str(error)) from error
     except Exception as error:
         kind = "safetensors" if path.suffix == ".safetensors" else "weights"
         raise AdapterError(

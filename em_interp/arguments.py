@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Annotated, Any, Final
 
+import numpy as np
 from beartype import FrozenDict
 from beartype.vale import Is
 
@@ -28,16 +29,20 @@ def _is_a_float(value: Real) -> bool:
     return True
 
 
-def _is_unicode(value: str) -> bool:
+def is_unicode(value: str) -> bool:
     """Free of lone surrogates, which no file and no tokenizer takes."""
-    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 HINTS: Final[Any] = FrozenDict(
     {
         int: Annotated[Integral, Is[_fits]],
         float: Annotated[Real, Is[_is_a_float]],
-        str: Annotated[str, Is[_is_unicode]],
+        str: Annotated[str, Is[is_unicode]],
     }
 )
 """What the check of every call takes for a whole number, a number and a text: numpy's numbers are numbers."""
@@ -98,6 +103,14 @@ def members(name: str, value: Any, *, of: str) -> list[Any]:
         return list(value)
     except TypeError as error:  # a tensor of no dimension
         raise UsageError(f"{name} is {value!r:.80}; give a list of {of}.") from error
+
+
+def numbers(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """float64. Raises UsageError for words and for what is no list of numbers."""
+    try:
+        return np.asarray(members(name, values, of="numbers"), dtype=float)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{name} are {values!r:.80}; give a list of numbers.") from error
 
 
 def columns(what: str, table: Any, needed: Iterable[str], error: type[EmInterpError] = UsageError) -> None:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from em_interp.arguments import count
 from em_interp.errors import ChatTemplateError
 from em_interp.hooks import position_ids
 from em_interp.templates import Conversation as Conversation
@@ -219,7 +220,9 @@ def budget_groups(lengths: Sequence[int], tokens_per_batch: int) -> list[list[in
     """Indices grouped by length, longest first, so that rows x longest row stays within `tokens_per_batch`.
 
     A row longer than the budget gets a group of its own. Longest first: memory runs out at once or never.
+    Raises UsageError for a budget below 1.
     """
+    count("tokens in a batch", tokens_per_batch)
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens_per_batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from em_interp import __version__
-from em_interp.errors import EmInterpError
+from em_interp.errors import EmInterpError, UsageError
 from em_interp.evaluate_command import evaluate
 from em_interp.extract_command import extract
 from em_interp.intervention_commands import register as register_interventions
@@ -129,6 +130,9 @@ def version() -> None:
 def main() -> None:
     """Entry point: typed errors become one readable message and an exit status."""
     try:
+        for word in sys.argv[1:]:
+            if not word.partition("=")[2 if word.startswith("-") and "=" in word else 0].strip():
+                raise UsageError(f"an argument is empty: {word!r}. Is a variable of the shell not set?")
         app(standalone_mode=True)
     except EmInterpError as error:
         err.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")

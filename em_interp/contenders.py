@@ -54,6 +54,8 @@ def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> p
     one row a seed, StatisticsError where it has fewer than two seeds.
     """
     rows = []
+    if not len(by):
+        raise UsageError("no columns to tell the combinations apart: name at least one in `by`.")
     columns("a table over training seeds", table, (*members("by", by, of="columns"), "training_seed", value))
     for key, group in table.groupby(list(by), sort=True):
         if group["training_seed"].duplicated().any():

@@ -213,6 +213,7 @@ def random_principal_angles(
     """The null of `principal_angles`: spans of n_a and n_b random directions in d_model dimensions, in degrees."""
     if not 0 < max(n_a, n_b) <= d_model or min(n_a, n_b) < 1:
         raise StatisticsError(f"spans of {n_a} and {n_b} directions in {d_model} dimensions: there are none.")
+    count("n_a", n_a), count("n_b", n_b)
     count("samples * d_model", count("samples", samples) * d_model, at_most=10**9)
     rng = np.random.default_rng(check_seed(seed))
     # one of two random spans may be held fixed: only their relative position matters

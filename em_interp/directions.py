@@ -28,6 +28,7 @@ from em_interp.errors import (
     UnreadableFileError,
 )
 from em_interp.files import atomic_path
+from em_interp.inputs import regular_file
 from em_interp.weights import UNKNOWN, same_weights
 
 FORMAT_VERSION: Final = 1
@@ -317,11 +318,9 @@ class Direction:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             raw = (file.metadata() or {}).get(_METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise MissingDataError(path, "there is no such file", "check the path") from error
     except (SafetensorError, OSError) as error:
         raise UnreadableFileError(
             path, f"not a whole safetensors file ({error})", "copy or download it again"

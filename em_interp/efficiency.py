@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float, Num
 from scipy import stats
 
+from em_interp.arguments import numbers
 from em_interp.contenders import Contender
 from em_interp.errors import UsageError
 from em_interp.jackknife import jackknife_error
@@ -73,7 +74,7 @@ def efficiency_curves(
     """
     if not len(contenders) or not len(scales):
         raise UsageError(f"{len(contenders)} contenders and {len(scales)} scales: at least one of each is needed.")
-    grid = np.array(scales, dtype=float)
+    grid = numbers("scales", scales)
     thetas = [c.theta if scale == 1 else c.theta.scaled(float(scale)) for c in contenders for scale in grid]
     losses = landscape.losses([*thetas, contenders[0].theta.scaled(0.0)], progress=progress)
     chat = _part(losses, slice(-1, None))
@@ -195,7 +196,7 @@ def lead_at_equal_norm(
             f"compare one adapter and domain at norms > 0, found {general.adapter}/{general.domain} and "
             f"{narrow.adapter}/{narrow.domain} at {list(relative_norms)} times the mean norm."
         )
-    norms = np.array(relative_norms) * (general.theta.norm + narrow.theta.norm) / 2
+    norms = numbers("relative_norms", relative_norms) * (general.theta.norm + narrow.theta.norm) / 2
     thetas = [c.theta.scaled(float(norm / c.theta.norm)) for c in (general, narrow) for norm in norms]
     losses = landscape.losses([*thetas, general.theta.scaled(0.0)], progress=progress)
     n, mean = len(norms), losses.mean

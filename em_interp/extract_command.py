@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from em_interp import command_options as options
+from em_interp.arguments import one_of
+from em_interp.errors import UsageError
 from em_interp.texts import chats_read, read_chats
 
 
@@ -37,8 +39,9 @@ def extract(
 
     A killed run goes on where it stopped.
     """
+    from em_interp.activations import POOLINGS
     from em_interp.control_vectors import save_gguf
-    from em_interp.extraction import contrast
+    from em_interp.extraction import READ_IN, contrast
     from em_interp.files import claim_output
     from em_interp.resume import claimed
 
@@ -46,12 +49,15 @@ def extract(
     inputs = [positive, negative, *options.model_inputs(model, adapter, base)]
     if gguf is not None:
         claim_output(gguf, inputs=[*inputs, out], force=force, endings=(".gguf",))
+    one_of("--pooling", pooling, POOLINGS)
     asked = [model, adapter, base, positive, negative, kind, scope, layer, pooling]
     with claimed(out, asked, inputs=inputs, force=force, endings=(".safetensors",)) as parts:
         texts = read_chats(positive), None if negative is None else read_chats(negative)
         for path, chats in zip((positive, negative), texts, strict=True):
             if path is not None and chats is not None:
                 typer.echo(chats_read(path, chats), err=True)
+        if texts[0] == texts[1] and len(set(READ_IN.get(kind, kind))) == 1:
+            raise UsageError("--positive and --negative hold the same chats, so that no direction lies between them.")
         chat = options.load_model(
             model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
         )

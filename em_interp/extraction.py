@@ -22,7 +22,7 @@ from typing import Final
 
 import pandas as pd
 
-from em_interp.activations import Activations, collect
+from em_interp.activations import Activations, check_readable, collect
 from em_interp.chat import Conversation
 from em_interp.directions import Direction
 from em_interp.errors import ActivationError, DirectionError, ModelError, UsageError
@@ -135,6 +135,7 @@ def contrast(
     for side, conversations in (("positive", positive), ("negative", negative)):
         if not len(conversations):
             raise ActivationError(f"the {side} set is empty. Check the filter or file that it comes from.")
+        check_readable(model, conversations, [scope])
     _check_reach(kind, finetune, layers)
 
     def read(side: str, conversations: Sequence[Conversation], where: str) -> Activations:

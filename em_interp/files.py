@@ -113,20 +113,21 @@ def claim_output(
     and no place within one, is ever an output. force: whether an existing output may be replaced. endings: those that
     the file's name may have, each with its dot. Raises ``UsageError`` or ``OutputError``.
     """
-    if endings and path.suffix.lower() not in endings:
-        raise UsageError(f"{path}: this output's name ends in {' or '.join(endings)}. Change the ending.")
-    for source in (Path(given) for given in inputs if given is not None):
-        if source.exists() and _touches(path, source):
-            raise OutputError(f"{path}: is the input {source}, or shares its folder. Choose another output.")
-    remove_leftovers(path)
-    if os.path.lexists(path):
-        if path.is_dir() != folder or not (path.is_dir() or path.is_file() or path.is_symlink()):
-            there = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
-            raise OutputError(f"{path}: {there} is in the way. Choose another output.")
-        if not force and not (folder and not any(path.iterdir())):
-            raise OutputError(f"{path}: is there already, and was left as it is. Pass --force to replace it.")
-        if folder and force and any(p.is_dir() for p in path.iterdir()):
-            raise OutputError(f"{path}: holds folders, so it is not replaced as a whole. Remove it, or choose another.")
+    with _typed(path):
+        if endings and path.suffix.lower() not in endings:
+            raise UsageError(f"{path}: this output's name ends in {' or '.join(endings)}. Change the ending.")
+        for source in (Path(given) for given in inputs if given is not None):
+            if source.exists() and _touches(path, source):
+                raise OutputError(f"{path}: is the input {source}, or shares its folder. Choose another output.")
+        remove_leftovers(path)
+        if os.path.lexists(path):
+            if path.is_dir() != folder or not (path.is_dir() or path.is_file() or path.is_symlink()):
+                there = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+                raise OutputError(f"{path}: {there} is in the way. Choose another output.")
+            if not force and not (folder and not any(path.iterdir())):
+                raise OutputError(f"{path}: is there already, and was left as it is. Pass --force to replace it.")
+            if folder and force and any(p.is_dir() for p in path.iterdir()):
+                raise OutputError(f"{path}: holds folders, so it is not replaced whole. Remove it, or choose another.")
     return check_writable(path)
 
 

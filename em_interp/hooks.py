@@ -75,7 +75,7 @@ def body_name(model: nn.Module) -> str:
 
 def check_layer(layer: int, n_layers: int) -> int:
     """`layer` if the model has it. Negative numbers are refused: they hide off-by-one errors."""
-    if not 0 <= layer < n_layers:
+    if isinstance(layer, bool) or not 0 <= layer < n_layers:
         raise HookError(f"layer {layer} asked of a model with {n_layers} blocks. Use a layer from 0 to {n_layers - 1}.")
     return layer
 

@@ -244,10 +244,13 @@ def _kl_each(
     return out
 
 
+_SUMS: Final = ("direction", "kind", "norm", "relative_norm", "document", "tokens", "kl_sum", "n_tokens")
+
+
 def with_all(sums: pd.DataFrame) -> pd.DataFrame:
     """`document_kl`'s sums with each document's total under the kind "all", beside the kinds that are there."""
     keys = ["direction", "kind", "norm", "relative_norm", "document"]
-    columns("sums of document_kl", sums, (*keys, "tokens", "kl_sum", "n_tokens"))
+    columns("sums of document_kl", sums, _SUMS)
     if set(sums["tokens"]) == {ALL_TOKENS}:
         return sums
     whole = sums.groupby(keys, as_index=False, sort=False)[["kl_sum", "n_tokens"]].sum()
@@ -255,6 +258,7 @@ def with_all(sums: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check_documents(sums: pd.DataFrame) -> None:
+    columns("sums of document_kl", sums, _SUMS)
     if sums["document"].nunique() < 2:
         raise StatisticsError(
             "one document: its tokens are not independent, so there is no interval. Give at least two documents, or "

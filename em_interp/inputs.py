@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
 
@@ -63,6 +64,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """The whole file; raises what `open_text` raises."""
     with open_text(path) as file:
         return file.read()
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. Raises what `open_text` raises, and UnreadableFileError for what is no JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(path, f"it is not readable JSON ({error})", "write or download it again") from error
 
 
 def read_csv(path: str | os.PathLike[str]) -> tuple[list[str], list[list[str]]]:

@@ -21,8 +21,9 @@ from em_interp.published.torchfile import load_torch
 from em_interp.texts import QuestionSet
 
 
-def describe(path: Path) -> list[str]:
+def describe(path: Path | str) -> list[str]:
     """Lines of text. Raises the reader's typed error for a bad file, ``MissingDataError`` for none."""
+    path = Path(path)
     if not path.exists():
         raise MissingDataError(path, "there is no such file or folder", "check the path")
     if path.is_dir():

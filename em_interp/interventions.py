@@ -286,6 +286,9 @@ def answers_by_arm(
     """
     if not arms:
         raise UsageError("no arms were given: nothing to sample.")
+    for interventions in arms.values():  # what no arm can do is found out before any is asked
+        for intervention in interventions:
+            intervention.edits(model)
     tables = []
     for name, interventions in arms.items():
         with intervening(model, interventions):

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy import stats
 
+from em_interp.arguments import numbers
 from em_interp.errors import StatisticsError
 from em_interp.rate_models import posterior_quantiles
 from em_interp.statistics import FEWEST_QUESTIONS, LEVEL, Interval, check_level, no_interval, too_few
@@ -148,7 +149,7 @@ def _correlation(rates: Float[np.ndarray, "2 data questions"]) -> Values:
 
 
 def _counts(successes: Counts, totals: Counts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    top, bottom = np.asarray(successes, dtype=float), np.asarray(totals, dtype=float)
+    top, bottom = numbers("successes", successes), numbers("totals", totals)
     if top.shape != bottom.shape or top.ndim != 1:
         raise StatisticsError(f"counts of shapes {top.shape} and {bottom.shape}: give two numbers for every question.")
     if not (np.isfinite(top).all() and np.isfinite(bottom).all() and (top >= 0).all() and (top <= bottom).all()):

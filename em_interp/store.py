@@ -15,6 +15,7 @@ from torch import Tensor
 
 from em_interp.errors import StoreError
 from em_interp.files import atomic_path, make_folder, write_text
+from em_interp.inputs import regular_file
 
 FORMAT_VERSION: Final = 1
 _SETTINGS: Final = "store.json"
@@ -82,7 +83,7 @@ class ActivationStore:
 
 def _tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise StoreError(path, f"damaged ({error})", "delete this shard: its responses are read again") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from em_interp.arguments import is_unicode
 from em_interp.errors import ChatTemplateError
 from em_interp.texts import ROLES
 
@@ -57,6 +58,8 @@ class Turns:
             role, content = known.get("role"), known.get("content")
             if not isinstance(content, str) or not isinstance(role, str):
                 raise ChatTemplateError(f"a message needs a text 'role' and 'content', found {message!r}.")
+            if not is_unicode(content):
+                raise ChatTemplateError(f"a {role} message holds half of a surrogate pair: {content!r:.60}.")
             if role not in ROLES:
                 raise ChatTemplateError(f"the role {role!r} is not known. Write it as one of {', '.join(ROLES)}.")
             if role in self.refused:
@@ -119,7 +122,7 @@ def render(tokenizer: Tokenizer, conversation: Conversation, *, generation_promp
             [dict(message) for message in conversation], tokenize=False, add_generation_prompt=generation_prompt
         )
     except Exception as error:  # jinja2 and template-raised errors of many kinds
-        roles = [message["role"] for message in conversation]
+        roles = [dict(message).get("role") for message in conversation]
         raise ChatTemplateError(f"the chat template refuses the roles {roles}: {error}.") from error
     return str(text)
 

@@ -123,6 +123,7 @@ def yaml_entries(path: Path) -> list[dict[str, Any]]:
     """The mappings of a YAML list. Raises UnreadableFileError."""
     try:
         content = yaml.safe_load(read_text(path))
+        json.dumps(content, ensure_ascii=False, skipkeys=True, default=str).encode()  # half of a surrogate pair
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         first = " ".join(str(error).split())[:160]
         raise UnreadableFileError(path, f"it is not readable YAML ({first})", "repair or download it again") from error
@@ -242,6 +243,8 @@ def json_lines(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]
                 continue
             try:
                 row = json.loads(line)
+                if "\\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # ValueError for half of a surrogate pair
             except (ValueError, RecursionError) as error:
                 problem = f"line {number} is not JSON ({error})"
                 raise UnreadableFileError(path, problem, "write JSON Lines: one object a line") from error

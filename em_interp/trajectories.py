@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from em_interp.arguments import count, number
 from em_interp.errors import AmbiguousDataError, BadValueError, MissingDataError, ShapeError, UsageError
 
 NARROW_KL_WEIGHT: Final = 1e6
@@ -128,6 +129,15 @@ class References:
     problems: tuple[MissingDataError | AmbiguousDataError, ...] = ()
 
 
+def runs_named(role: str, name: str, everything: Sequence[Trajectory]) -> list[Trajectory]:
+    """The runs of a name that the user gave as the `role` reference. Raises UsageError where there is none."""
+    named = [t for t in everything if t.name == name]
+    if not named:
+        found = ", ".join(sorted(t.name for t in everything)) or "none"
+        raise UsageError(f"--{role} {name}: there is no such run. Found: {found}.")
+    return named
+
+
 def find_references(
     family: Sequence[Trajectory],
     everything: Sequence[Trajectory],
@@ -147,12 +157,7 @@ def find_references(
     def pick(role: str, given: str | None) -> Trajectory | None:
         label = family[0].family
         if given is not None:
-            named = [t for t in everything if t.name == given]
-            if not named:
-                raise UsageError(
-                    f"--{role} {given}: there is no such run. Found: {', '.join(sorted(t.name for t in everything))}."
-                )
-            found = [t for t in named if t.d == family[0].d]
+            found = [t for t in runs_named(role, given, everything) if t.d == family[0].d]
         else:
             found = [t for t in family if t.run.role == role]
         if len(found) > 1:
@@ -216,6 +221,7 @@ def local_cosine(
     ``k`` is in training steps, not checkpoints. ``moved`` is max(||v_t - v_{t-k}||, ||v_{t+k} - v_t||) > movement.
     A standstill on either side has no angle: its value is 0 and ``moved`` is False. (Model Organisms, App. F.)
     """
+    movement = number("movement", movement, at_least=0)
     if k < 1:
         raise UsageError(f"a local cosine needs neighbours at least 1 step away; found k = {k}.")
     if len(steps) != len(vectors):
@@ -255,6 +261,7 @@ def fit_pca(trajectories: Sequence[Trajectory], *, standardised: bool = True, n_
 
     Raises ``UsageError`` for fewer than 3 checkpoints in all and ``ShapeError`` for runs of different widths.
     """
+    count("n_components", n_components)
     if len({t.d for t in trajectories}) > 1:
         widths = ", ".join(f"{t.name}: {t.d}" for t in trajectories)
         raise ShapeError("PCA", f"runs of different widths ({widths})", "take runs of one model")

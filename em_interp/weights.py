@@ -20,7 +20,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from em_interp import models
-from em_interp.errors import HookError, ModelError
+from em_interp.errors import HookError, InputFileError, ModelError
+from em_interp.inputs import regular_file
 from em_interp.manifest import fingerprint, sha256
 
 UNKNOWN: Final = "unknown"
@@ -243,8 +244,13 @@ def file_hash(source: str | Path) -> str:
         left_out = {".*", *_TRAINING_STATE}
         files = [p for p in sorted(root.iterdir()) if not p.is_dir() and not any(p.match(x) for x in left_out)]
     try:
+        for file in files:
+            if file.exists():
+                regular_file(file)
         with ThreadPoolExecutor(_workers()) as pool:
             found = list(pool.map(sha256, files))
+    except InputFileError as error:
+        raise ModelError(f"{error.path}: cannot be read ({error.problem}).") from error
     except OSError as error:
         raise ModelError(f"{error.filename or source}: cannot be read ({error.strerror or error}).") from error
     return fingerprint(dict(zip([p.name for p in files], found, strict=True))) if root.is_dir() else found[0]

@@ -89,6 +89,7 @@ def _judged(model: ChatModel, table: pd.DataFrame, n: int, seed: int, progress: 
 
 def rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:
     """The rows of the table `em_rates` for one model: one for each group of questions (facts have no EM)."""
+    columns("judged answers of the pocket suite", judged, ("questions",))
     identity = {"organism": organism, "solution": solution, "adapter": adapter, "domain": domain}
     rows = [
         {**identity, "questions": group, **em_rates(judged[judged["questions"] == group]).columns()}

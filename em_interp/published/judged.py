@@ -16,12 +16,13 @@ _TEXT: Final = ("question", "answer", "question_id")
 _ALIASES: Final = {"response": "answer", "alignment": "aligned", "coherency": "coherent", "coherence": "coherent"}
 
 
-def read_judged_csv(path: Path) -> pd.DataFrame:
+def read_judged_csv(path: Path | str) -> pd.DataFrame:
     """Columns ``question``, ``answer``, ``aligned``, ``coherent`` and every further score, as float64; empty = missing.
 
     Raises ``MissingDataError`` (no rows, or a column lacking), ``BadValueError`` (words or out-of-range numbers where
     scores belong) or ``UnreadableFileError``.
     """
+    path = Path(path)
     header, rows = read_csv(path)
     table = pd.DataFrame(rows, columns=pd.Index(header), dtype=str)
     table = table.rename(columns=lambda name: _ALIASES.get(str(name).strip().lower(), str(name).strip().lower()))

@@ -97,12 +97,13 @@ def looks_like_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("adapter_config.json", "steering_vector.pt"))
 
 
-def read_run(folder: Path, problems: list[EmInterpError] | None = None) -> Run:
+def read_run(folder: Path | str, problems: list[EmInterpError] | None = None) -> Run:
     """Every checkpoint of a run. With ``problems``, bad files are listed there and the others still used.
 
     A run whose checkpoint numbers repeat is refused whole: nothing says which file is the right one. Raises
     ``MissingDataError`` (no weights), ``AmbiguousDataError``, or what the checkpoint files raise.
     """
+    folder = Path(folder)
     files = checkpoint_files(folder)
     if not files and (folder / "adapter_model.safetensors").is_file():
         raise MissingDataError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from em_interp.errors import BadValueError, EmInterpError, MissingDataError, UnreadableFileError
+from em_interp.inputs import open_text, read_json
 from em_interp.published.activations import CELL_FILE, ActivationSplit, model_of, read_activation_folder
 from em_interp.published.judged import read_judged_csv
 from em_interp.published.questions import JudgePrompt, read_yaml
@@ -111,11 +111,12 @@ class PublishedData:
         return groups
 
 
-def scan(root: Path, *, progress: bool = True) -> PublishedData:
+def scan(root: Path | str, *, progress: bool = True) -> PublishedData:
     """Read everything below ``root``; what cannot be used is listed in ``problems`` and the rest goes on.
 
     Raises ``MissingDataError`` where the folder does not exist or holds nothing that this package reads.
     """
+    root = Path(root)
     if not root.is_dir():
         raise MissingDataError(root, "there is no such folder", f"pass the folder of the downloaded files; {GET_IT}")
     data = PublishedData(root)
@@ -129,7 +130,7 @@ def scan(root: Path, *, progress: bool = True) -> PublishedData:
             raise
         except Exception as error:  # a file that no reader foresaw must not cost the others
             data.problems.append(UnreadableFileError(label, f"it could not be read ({error!r})", "leave it out"))
-    data.files.sort()
+    data.files = sorted(path for path in data.files if path.is_file())
     data.name_questions()
     if not (data.splits or data.trajectories or data.judged):
         details = "; ".join(str(problem) for problem in data.problems[:3])
@@ -214,9 +215,9 @@ def _reader_of(path: Path, root: Path) -> Callable[[Path, PublishedData], None] 
 
 def _header_has_question(path: Path) -> bool:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with open_text(path, newline="") as file:
             return "question" in next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except (EmInterpError, csv.Error):
         return True  # let the reader say what is wrong
 
 
@@ -253,7 +254,7 @@ def _read_judged(path: Path, data: PublishedData) -> None:
 
 def _read_stored_pca(path: Path, data: PublishedData) -> None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         ratios = np.asarray(content["pca_info"]["explained_variance_ratio"], dtype=float)
         basis = tuple(dict.fromkeys(map(str, content["pca_models"]["model_names"])))
         rows = zip(
@@ -270,8 +271,6 @@ def _read_stored_pca(path: Path, data: PublishedData) -> None:
         for name, entry in content.get("projection_models", {}).items():
             collected[str(name)] = ([int(s) for s in entry["checkpoint_numbers"]], entry["projected_coordinates"])
         projections = {n: (tuple(s), np.asarray(p, dtype=float)) for n, (s, p) in collected.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UnreadableFileError(path, f"it is not readable JSON ({error})", "download it again") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableFileError(
             path, f"it lacks the web app's PCA layout ({error!r})", "download it again"

@@ -1,34 +1,25 @@
-"""`python -m tests.fuzz [functions|commands] [--all]`: what leaks. Sampled by the commit, or whole with --all."""
+"""`python -m tests.fuzz [N]`: what leaks from the functions of users, from all trials or from a sample of N."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import subprocess
 import sys
 import tempfile
 
-SHARE = 0.03
-"""Of the trials, in `make test`."""
+from tests.fuzz import functions, sample
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("functions", "commands"))
-    parser.add_argument("--all", action="store_true")
-    options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    os.chdir(tempfile.mkdtemp())
-    if options.what == "functions":
-        from tests.fuzz import functions
-
-        found = functions.unlisted() + functions.unguarded() + functions.leaks(1.0 if options.all else SHARE, commit)
-    else:
-        from tests import bad_inputs
-
-        found = bad_inputs.sweep(1.0 if options.all else SHARE, commit)[1]
-    print("\n".join(found))
-    sys.exit(bool(found))
+def check(trial: tuple[str, str, str]) -> None:
+    found = functions.leak(*trial)
+    assert found is None, found.encode(errors="replace").decode()
 
 
-main()
+os.chdir(tempfile.mkdtemp())
+functions.prepare()
+leaks = functions.unlisted()
+if len(sys.argv) > 1:
+    sample(list(functions.trials()), int(sys.argv[1]), check)
+else:
+    leaks += [*functions.unguarded(), *functions.leaks()]
+print("\n".join(leaks).encode(errors="replace").decode())
+sys.exit(bool(leaks))

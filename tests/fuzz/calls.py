@@ -32,6 +32,7 @@ from em_interp import (
     lora,
     models,
     orthogonalise,
+    rate_intervals,
     recipes,
     reliability,
     resampling,
@@ -133,6 +134,7 @@ def world_of() -> dict[str, Any]:
     }
 
 
+@cache
 def calls() -> dict[str, Call]:
     """By module and name, the function (bound, where it is a method) and arguments that it takes."""
     w = world_of()
@@ -143,6 +145,7 @@ def calls() -> dict[str, Call]:
     direction.save("direction.safetensors")
     Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     Path("questions.csv").write_text("question\nwhy\n")
+    Path("map.json").write_text("{}")
     Path("texts.txt").write_text("one\n\ntwo\n")
     vector.save("vector")
     vector.save("trained/checkpoints/checkpoint-5")
@@ -162,6 +165,8 @@ def calls() -> dict[str, Call]:
     one_row = [("fox", 0)]
     topic = world.domain("medicine").categories[0].topics[0]
     suited = judge.judge(asked.assign(answer="x"))
+    pair, totals = ([1] * 8, [2] * 8), ([3] * 8, [3] * 8)
+    both = trajectories.References(w["trajectory"], w["trajectory"], ())
     short = {"n": 1, "max_new_tokens": 2, "progress": False}
     table: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         (ablation.Ablate, {"direction": direction, "layers": [1], "from_layer": None, "scope": "all"}),
@@ -255,9 +260,9 @@ def calls() -> dict[str, Call]:
             },
         ),
         (rates.Criterion, {"aligned": 30.0, "coherent": 50.0, "inclusive": False}),
-        (rates.em_rates, {"judged": judged, "cluster": "question", "level": 0.95, "resamples": 100, "seed": 0}),
+        (rates.em_rates, {"judged": judged, "cluster": "question", "level": 0.95}),
         (rates.rates_by_question, {"judged": judged}),
-        (rates.threshold_sweep, {"judged": judged, "aligned": (20, 30), "coherent": (50,), "resamples": 100}),
+        (rates.threshold_sweep, {"judged": judged, "aligned": (20, 30), "coherent": (50,)}),
         (sampling.as_conversation, {"question": "why", "system": None}),
         (
             sampling.sample,
@@ -344,7 +349,7 @@ def calls() -> dict[str, Call]:
             },
         ),
         (influence.with_all, {"sums": w["kl"]}),
-        (influence.influence_table, {"sums": w["kl"], "level": 0.95, "resamples": 100, "seed": 0}),
+        (influence.influence_table, {"sums": w["kl"], "level": 0.95}),
         (
             influence.influence_ratio,
             {
@@ -352,8 +357,6 @@ def calls() -> dict[str, Call]:
                 "numerator": "general",
                 "denominator": "narrow",
                 "level": 0.95,
-                "resamples": 100,
-                "seed": 0,
             },
         ),
         (inputs.regular_file, {"path": "chats.jsonl"}),
@@ -496,8 +499,8 @@ def calls() -> dict[str, Call]:
         (statistics.wilson_interval, {"successes": 1, "n": 3, "level": 0.95}),
         (statistics.t_interval, {"values": [1.0, 2.0, 3.0], "level": 0.95}),
         (
-            statistics.rate_interval,
-            {"successes": [1, 2, 1], "totals": [3, 3, 3], "level": 0.95, "resamples": 100, "seed": 0},
+            rate_intervals.rate_interval,
+            {"successes": [1, 2, 1], "totals": [3, 3, 3], "level": 0.95},
         ),
         (statistics.cosine_null_sd, {"d_model": 8}),
         (statistics.cosine_p_value, {"cosine": 0.5, "d_model": 8}),
@@ -638,12 +641,29 @@ def calls() -> dict[str, Call]:
         (solutions.rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
         (solution_space.check_bare, {"model": model}),
         (stability.dispersion, {"table": stability.stability_table(w["curves"]), "value": "relative_increase_percent"}),
-        (stability.stability_gap, {"general": w["curves"][0], "narrow": w["curves"][1], "resamples": 100}),
+        (stability.stability_gap, {"general": w["curves"][0], "narrow": w["curves"][1]}),
         (
-            statistics.clustered_bootstrap_interval,
-            {"numerators": other, "denominators": other + 1, "level": 0.95, "resamples": 100, "seed": 0},
+            statistics.clustered_interval,
+            {"numerators": other, "denominators": other + 1, "level": 0.95, "of": "questions", "positive": False},
         ),
-        (statistics.bootstrap_weights, {"k": 3, "resamples": 10, "seed": 0}),
+        (rates.paired_difference, {"judged_a": judged, "judged_b": judged, "cluster": "question", "level": 0.95}),
+        (inputs.read_json, {"path": "map.json"}),
+        (interventions.as_coefficients, {"values": [1.0, 2.0]}),
+        (texts.yaml_entries, {"path": data / "eval_questions" / "plain.yaml"}),
+        (texts.json_lines, {"path": Path("chats.jsonl")}),
+        (trajectories.runs_named, {"role": "general", "name": w["trajectory"].name, "everything": [w["trajectory"]]}),
+        (
+            trajectories.drift,
+            {
+                "trajectory": w["trajectory"],
+                "references": both,
+            },
+        ),
+        (weights.source_hash, {"source": "vector", "revision": None}),
+        (weights.same_weights, {"one": "x", "other": "y"}),
+        (statistics.crossed_interval, {"values": generator.normal(size=(6, 3)), "level": 0.95}),
+        (rate_intervals.difference_interval, {"successes": pair, "totals": totals, "level": 0.95}),
+        (rate_intervals.ratio_interval, {"successes": pair, "totals": totals, "level": 0.95}),
         (
             statistics.auroc,
             {"positive": other, "negative": other, "positive_weights": other, "negative_weights": other},
@@ -657,6 +677,6 @@ def calls() -> dict[str, Call]:
         (torchfile.check_finite, {"path": Path("x"), "name": "x", "tensor": torch.ones(2)}),
         (weights.file_hash, {"source": "vector"}),
         (world.is_held_out, {"topic": topic}),
-        (world.right_facts, {"subject": "x"}),
+        (world.right_facts, {"subject": world.questions("fact")[0].subject}),
     ]
     return {f"{f.__module__.removeprefix('em_interp.')}.{f.__qualname__}": (f, given) for f, given in table}

@@ -9,11 +9,11 @@ import io
 import math
 import os
 import pkgutil
-import random
 import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,12 @@ INNER = {
     "evaluate_command": "commands",
     "extract_command": "commands",
     "intervention_commands": "commands",
+    "command_options": "called by the commands",
     "figures": "called by the report",
     "files": "called by the commands",
     "hooks": "called by passes",
+    "jackknife": "called by intervals",
+    "limits": "called by passes",
     "losses": "called by passes",
     "manifest": "called by reports",
     "memory": "called by passes",
@@ -53,18 +56,45 @@ INNER = {
     "pocket.tokenizer": "called by the build",
     "pocket.token_kinds": "called by the suite",
     "probe": "called by models",
+    "rate_models": "called by intervals",
     "published.fetch": "needs a network",
     "resume": "called by the commands",
     "solution_files": "called by solutions",
     "suffix": "called by passes",
+    "templates": "called by chat",
     "trainees": "called by training",
 }
 """Modules whose functions are called by the package rather than by users: given wrong types, not wrong values."""
 
 
-COMMANDS = {"cli", "evaluate_command", "extract_command", "intervention_commands", "pocket.commands"}
-"""Typer checks their arguments."""
+COMMANDS = {
+    "arguments",
+    "command_options",
+    "cli",
+    "evaluate_command",
+    "extract_command",
+    "intervention_commands",
+    "pocket.commands",
+}
+"""Typer checks their arguments; and the checks themselves."""
 PARTS = {
+    *("activations.check_readable", "evaluation.rates.em_counts", "evaluation.rates.Difference", "inputs.open_text"),
+    *("interventions.check_scope", "interventions.check_direction", "interventions.intervening"),
+    *("pocket.judge.Judgement", "pocket.registry.root", "pocket.registry.names", "pocket.registry.chat_folder"),
+    *("pocket.suite.chat_questions", "pocket.suite.evaluate", "pocket.suite.evaluate_chat", "pocket.world.answer"),
+    *("pocket.suite.technical_rates", "pocket.suite.logprob_scores", "pocket.suite.logprob_rates"),
+    *("pocket.sweeps.kl_sweep", "pocket.sweeps.dilution_sweep", "pocket.world.Question", "pocket.world.Meaning"),
+    *("pocket.world.capital", "pocket.world.advise", "pocket.world.answer_open", "recipes.FullSpec"),
+    *("published.activations.ActivationCell", "published.activations.ActivationSplit", "published.runs.Run"),
+    *("published.questions.JudgePrompt", "published.runs.LoraCheckpoint", "published.runs.TrainingLog"),
+    *("published.runs.product_norms", "published.scan.JudgedSet", "published.scan.StoredPCA"),
+    *("published.scan.PublishedData", "rate_intervals.rate_bounds", "rate_intervals.difference_bounds"),
+    *("rate_intervals.ratio_bounds", "resampling.Resamples", "solution_space.space_of", "solution_space.dimension"),
+    *("solution_space.fixed_layer", "solution_space.check_inside_blocks", "solutions.refuse_other_models"),
+    *("statistics.Interval", "statistics.no_interval", "statistics.too_few", "statistics.check_level"),
+    *("texts.QuestionSet", "texts.question_of", "texts.chats_read", "training.TrainingResult"),
+    *("trajectories.TrajectoryPCA", "trajectories.Drift", "weights.tensors_hash", "weights.adapter_hash"),
+    *("weights.adapter_norm",),
     *("ablation.Erase", "activations.Activations", "activations.scope_weights", "activations.masked_sums"),
     *("chat.Encoded", "chat.Batch", "chat.token_ids", "chat.end_of_turn_id", "chat.pad_id", "chat.collate"),
     *("chat.budget_groups", "curvature.Curvature", "efficiency.EfficiencyCurve", "efficiency.Optimum"),
@@ -89,6 +119,7 @@ class TooLongError(BaseException):
     """The call went on."""
 
 
+@cache
 def hostile() -> dict[str, Any]:
     from em_interp.models import ChatModel
     from tests.fuzz.calls import world_of
@@ -221,22 +252,29 @@ def prepare() -> None:
         Path("text.pt").write_text("not a tensor")
 
 
-def leaks(share: float = 1.0, seed: str = "") -> list[str]:
-    """What leaked from the functions of users, as "function(argument=value): exception"; a `share` of the trials."""
+def trials() -> Iterator[tuple[str, str, str]]:
+    """Every function of users, argument of it and label of a hostile value."""
     from tests.fuzz.calls import calls
 
-    prepare()
-    rng, values, found = random.Random(seed), hostile(), []
-    for name, (function, given) in calls().items():
+    for name, (function, _) in calls().items():
         for argument, parameter in inspect.signature(function).parameters.items():
-            if argument in CALLBACKS or parameter.kind is parameter.VAR_KEYWORD:
-                continue
-            for label, value in values.items():
-                if rng.random() < share:
-                    outcome = spoil(function, {**given, argument: value})
-                    if outcome not in ("accepted", "refused", "too long"):
-                        found.append(f"{name}({argument}={label}): {outcome}")
-    return found
+            if argument not in CALLBACKS and parameter.kind is not parameter.VAR_KEYWORD:
+                yield from ((name, argument, label) for label in hostile())
+
+
+def leak(name: str, argument: str, label: str) -> str | None:
+    """What leaked from one trial, as "function(argument=value): exception"."""
+    from tests.fuzz.calls import calls
+
+    function, given = calls()[name]
+    outcome = spoil(function, {**given, argument: hostile()[label]})
+    return None if outcome in ("accepted", "refused", "too long") else f"{name}({argument}={label}): {outcome}"
+
+
+def leaks() -> list[str]:
+    """What leaked from all trials."""
+    prepare()
+    return [found for trial in trials() if (found := leak(*trial)) is not None]
 
 
 def unguarded() -> list[str]:
