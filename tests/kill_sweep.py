@@ -195,7 +195,8 @@ def finished(out: Path) -> list[str]:
 def wrong(case: Case, whole: Path, made: Path) -> list[str]:
     """What is other than in an uninterrupted run, and what was left behind."""
     left = [str(p.relative_to(made)) for p in made.rglob("*") if re.search(r"\.(tmp|parts|partial|lock)\b", p.name)]
-    left += [str(p.relative_to(made)) for p in made.rglob("*") if p.is_dir() and not any(p.iterdir())]
+    empty = [p.relative_to(made) for p in made.rglob("*") if p.is_dir() and not any(p.iterdir())]
+    left += [str(p) for p in empty if not (whole / p).is_dir()]
     found = [f"left {name}" for name in left]
     for pattern in case.compared:
         ours, theirs = ({p.relative_to(root): p for p in root.glob(pattern) if p.is_file()} for root in (made, whole))
