@@ -105,12 +105,12 @@ class Organisms:
         return fingerprint([weights_hash(self.chat.hf), None if entry is None else self.solution(entry).fingerprint])
 
     @contextmanager
-    def active(self, entry: Entry | None) -> Iterator[ChatModel]:
-        """The chat model with a finetune attached, or as it is."""
+    def active(self, entry: Entry | None, *, must_act: bool = True) -> Iterator[ChatModel]:
+        """The chat model with a finetune attached, or as it is. must_act: as `Solution.attached`."""
         if entry is None:
             yield self.chat
             return
-        with self.solution(entry).attached(self.chat):
+        with self.solution(entry).attached(self.chat, must_act=must_act):
             yield self.chat
 
     def questions(self, domain: str) -> pd.DataFrame:

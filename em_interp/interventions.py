@@ -224,12 +224,13 @@ def intervening(
     interventions: Sequence[Intervention],
     *,
     response_mask: Bool[Tensor, "batch token"] | None = None,
+    must_act: bool = True,
 ) -> Iterator[None]:
     """Inside, the interventions act in every pass of `model.hf` and `model.bridge`; hooks are removed at the end.
 
     response_mask: for scopes "prompt" and "response" in passes of your own, and without KV cache: true at the response
     tokens of the input (`Batch.answer_mask`); tokens beyond its width are response. Not needed for cached `generate`,
-    whose input is the prompt.
+    whose input is the prompt. must_act: unless false, it is an error that no pass was run inside.
 
     Raises DirectionError for a direction of another width or model, HookError for an unknown layer, for a number of
     coefficients that is not the batch's, and at the end if no pass was run or a scope never held a token.
@@ -251,15 +252,16 @@ def intervening(
             bodies = [modules[body_name(model.hf)] for modules in model.module_sets()]
             watch = tagged(partial(tokens.hook), lambda: "" if tokens.mask is None else tensors_hash({"": tokens.mask}))
             handles = [body.register_forward_pre_hook(watch, with_kwargs=True) for body in bodies]
-            stack.enter_context(firing({"the decoder body": tokens.passes}, handles))
+            stack.enter_context(firing({"the decoder body": tokens.passes} if must_act else {}, handles))
             for generator in model.generators() if response_mask is None else ():
                 stack.enter_context(tokens.told_by(generator))
         functions = {layer: _block_function(here, tokens, touched) for layer, here in plan.items()}
         # hashed before any pass: edits take on the model's dtype in one
         acts = {layer: partial(str, _acts(here)) for layer, here in plan.items()}
-        stack.enter_context(block_hooks(model.block_sets(), functions, acts=acts))
+        stack.enter_context(block_hooks(model.block_sets(), functions, must_fire=must_act, acts=acts))
         yield
-    if idle := [scope for scope, count in touched.items() if not count[0]]:
+    idle = [scope for scope, count in touched.items() if not count[0]]
+    if idle and (must_act or len(idle) < len(touched)):
         raise HookError(
             f"no token fell into the scope {', '.join(idle)}: nothing was done. A response begins with the first "
             "generated token, so generate at least two, or check response_mask."
@@ -291,7 +293,7 @@ def answers_by_arm(
             intervention.edits(model)
     tables = []
     for name, interventions in arms.items():
-        with intervening(model, interventions):
+        with intervening(model, interventions, must_act=parts is None):  # all of its answers may be kept
             table = sample(
                 model,
                 questions,

@@ -64,8 +64,11 @@ class Solution(Protocol):
         """sqrt(1 - eps^2) x + eps y, with y orthogonal to x and as long."""
         ...
 
-    def attached(self, model: ChatModel) -> AbstractContextManager[None]:
-        """Inside, `model` answers with theta; every pass, any batch, with or without KV cache."""
+    def attached(self, model: ChatModel, *, must_act: bool = True) -> AbstractContextManager[None]:
+        """Inside, `model` answers with theta; every pass, any batch, with or without KV cache.
+
+        must_act: unless false, it is an error that no pass was run inside.
+        """
         ...
 
     def save(self, path: str | Path) -> Path:
@@ -172,7 +175,7 @@ class SteeringVector:
         return replace(self, vector=rotate_away(self.vector, eps, generator, what="the steering vector"))
 
     @contextmanager
-    def attached(self, model: ChatModel) -> Iterator[None]:
+    def attached(self, model: ChatModel, *, must_act: bool = True) -> Iterator[None]:
         """Add theta to the residual stream of `model` (and of its bridge). Differentiable in `vector`."""
         if self.vector.shape[0] != model.d_model:
             raise SolutionError(
@@ -183,7 +186,8 @@ class SteeringVector:
         check_layer(self.layer, model.n_layers)
         refuse_dropout(model.hf)
         functions = {self.layer: lambda hidden: add_to_hidden(hidden, self.theta)}
-        with block_hooks(model.block_sets(), functions, acts={self.layer: lambda: self.fingerprint}):
+        acts = {self.layer: lambda: self.fingerprint}
+        with block_hooks(model.block_sets(), functions, must_fire=must_act, acts=acts):
             yield
 
     def save(self, path: str | Path) -> Path:
@@ -310,7 +314,7 @@ class LoraAdapter:
         return replace(self, a=turn(self.a, "A"), b=turn(self.b, "B"))
 
     @contextmanager
-    def attached(self, model: ChatModel) -> Iterator[None]:
+    def attached(self, model: ChatModel, *, must_act: bool = True) -> Iterator[None]:
         """Add scale * B A x to the modules' outputs, in the factors' dtype as PEFT does. Differentiable.
 
         Acts on `model.hf` and, where the bridge calls its linear modules, on the bridge.
@@ -334,7 +338,7 @@ class LoraAdapter:
             for handle in handles:
                 handle.remove()
             raise
-        with firing(counts, handles), model.refusing_bridge(self.a):
+        with firing(counts if must_act else {}, handles), model.refusing_bridge(self.a):
             yield
 
     def _refuse_unread(self, model: ChatModel) -> None:

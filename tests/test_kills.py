@@ -85,6 +85,17 @@ def test_answers_are_kept_by_batch(
     assert "kept" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_an_arm_of_which_all_is_kept_needs_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    whole, out = ask("arms", None), tmp_path / "answers.csv"
+    with work_folder(out) as folder:
+        ask("arms", Parts(folder))
+        with monkeypatch.context() as patch:
+            stop_at(0, patch, Qwen2ForCausalLM, "generate")
+            pd.testing.assert_frame_equal(ask("arms", Parts(folder)), whole, check_exact=True)
+
+
 @pytest.mark.parametrize("stop", [2, 5])
 def test_extraction_keeps_its_totals(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

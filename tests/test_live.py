@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import Qwen2ForCausalLM
 
 import analyses.organisms as live
 from analyses.live import ablation, claims, gradients, influence, stability, steering
@@ -19,6 +20,7 @@ from analyses.suite import Suite
 from em_interp.pocket import loading, organisms, registry, suite, world
 from em_interp.pocket.kept import write_table
 from em_interp.pocket.organisms import Organism, SolutionKind, TrajectoryRun
+from tests.test_kills import Killed, stop_at
 from tests.tiny_pocket import ask_little, make_pocket
 
 CONTRACT = {
@@ -153,6 +155,30 @@ def test_every_analysis_gives_its_tables_and_figures(pocket: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("little")
+@pytest.mark.parametrize("name", ["steering", "ablation"])
+def test_a_killed_analysis_keeps_its_answers(
+    name: str, pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = []
+    for is_killed in (False, True, False):
+        with monkeypatch.context() as patch:
+            count = stop_at(batches[0] - 1 if is_killed else -1, patch, Qwen2ForCausalLM, "generate")
+            out = tmp_path / ("killed" if batches else "whole")
+            if not is_killed:
+                outcome = run(pocket, out, name, resume=True)
+            else:
+                with pytest.raises(Killed):
+                    run(pocket, out, name, resume=True)
+                assert list(out.rglob("*.parts/*.json"))
+        batches.append(count[0])
+    assert [section.error for section in outcome.sections] == [None]
+    whole, _, again = batches
+    assert 0 < again < whole and "kept" in capsys.readouterr().err
+    for table in (tmp_path / "whole/pocket/tables").glob("*.csv"):
+        assert table.read_text() == (outcome.folder / "tables" / table.name).read_text()
+    assert not list(tmp_path.rglob("*.parts"))
+
+
 def test_directions_are_read_from_answers_to_open_questions(pocket: Path) -> None:
     organisms_here = pocket_organisms(pocket)
     (entry,) = organisms_here.select(solution="general", adapter="all-modules", seed=0)[:1]

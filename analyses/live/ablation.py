@@ -78,7 +78,7 @@ def _moving(
 def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Intervention]]) -> pd.DataFrame:
     organisms = suite.organisms
     asked = organisms.elsewhere(entry.domain)
-    with organisms.active(entry) as model:
+    with organisms.active(entry, must_act=False) as model:  # all of its answers may be kept
         answers = answers_by_arm(
             model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False, parts=suite.parts("ablation")
         )
