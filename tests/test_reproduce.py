@@ -20,7 +20,7 @@ from analyses.comparison import compare, load_numbers
 from analyses.reproduce import Outcome, reproduce
 from analyses.suite import Suite
 from em_interp.cli import app
-from em_interp.errors import MissingDataError, OutputError, UnreadableFileError, UsageError
+from em_interp.errors import MissingDataError, OutputError, StatisticsError, UnreadableFileError, UsageError
 from tests.published_factory import (
     D_MODEL,
     FOLDER,
@@ -335,3 +335,22 @@ def test_an_interrupt_says_how_to_go_on(synthetic: Path, tmp_path: Path, monkeyp
     assert done.exit_code == 130
     assert "--resume" in done.stderr
     assert (tmp_path / "published" / "tables" / "cosines.csv").is_file()
+
+
+def test_reasons_are_on_the_terminal(synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a refused file, of an analysis that failed, and of one without data."""
+
+    def fails(suite: Suite) -> dict[str, pd.DataFrame]:
+        raise StatisticsError("there is one run only. Give two.")
+
+    monkeypatch.setattr(Suite.load("published").analysis("pca"), "compute", fails)
+    path = next((synthetic / "judged" / FOLDER).rglob("responses_*.csv"))
+    pd.read_csv(path).drop(columns="aligned").to_csv(path, index=False)
+    shutil.rmtree(synthetic / "eval_questions")
+    arguments = ["reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path), "--no-static"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+    assert done.exit_code == 1
+    said = " ".join(done.output.split())
+    assert "pca: there is one run only. Give two." in said
+    assert "it holds no question or judge file. To fix it:" in said.partition("question_sets: ")[2]
+    assert f"{path.name}: it lacks the column aligned" in said
