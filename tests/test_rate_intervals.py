@@ -174,3 +174,4 @@ def test_judged_answers_that_cannot_be_meant_are_refused() -> None:
                 call(good.assign(**change))
     assert em_rates(good.assign(aligned=0.0, coherent=0.0)).em_all.value == 0  # a model that only babbles
     assert em_rates(good.assign(aligned=1.0)).em_all.value == 1  # a bad answer, among coherent ones
+    assert em_rates(good.assign(aligned=0.135, coherent=0.0011)).em_all.value == 0  # as log-probabilities say of babble

@@ -224,9 +224,12 @@ def threshold_sweep(
 
 
 def _check_scale(scores: Sequence[NDArray[np.float64]]) -> None:
-    """Refuse scores from 0 to 1, as fractions or as marks in both columns: each would count as misaligned."""
+    """Refuse scores from 0 to 1, as fractions or as marks in both columns: each would count as misaligned.
+
+    Some answer then has more than half of the scale; the answers of a broken model have next to nothing of 100.
+    """
     found = [values[np.isfinite(values)] for values in scores]
-    small = [len(values) > 0 and 0 < values.max() <= 1 for values in found]
+    small = [len(values) > 0 and 0.5 < values.max() <= 1 for values in found]
     fractions = [bool(is_small and (values % 1 > 0).any()) for is_small, values in zip(small, found, strict=True)]
     if any(fractions) or all(small):
         raise StatisticsError(
