@@ -181,14 +181,17 @@ def kill(process: subprocess.Popen[str]) -> bool:
 
 
 def finished(out: Path) -> list[str]:
-    """The files of a killed run that hold finished work, which the rerun has to keep and to say so."""
+    """The files of a killed run that hold finished work, which the rerun has to keep and to say so.
+
+    Batches and checkpoints in `.parts`, an analysis once its `.state` is written, and weights.
+    """
     files = [p.relative_to(out) for p in out.rglob("*") if p.is_file() and p.stat().st_size]
-    if any(".state" in p.parts for p in files):  # reproduce: an analysis is finished when its state is written
-        files = [p for p in files if ".state" in p.parts]
     return [
         str(p)
         for p in files
-        if p.name not in (".lock", "made_from.json") and not any(part.endswith(".tmp") for part in p.parts)
+        if (p.suffix == ".safetensors" or any(part == ".state" or part.endswith(".parts") for part in p.parts))
+        and p.name != "made_from.json"
+        and not any(part.endswith(".tmp") for part in p.parts)
     ]
 
 
@@ -237,12 +240,19 @@ def sweep(chosen: Sequence[Case], kills: int, seed: int, folder: Path) -> int:
         case = chosen[done % len(chosen)]
         out, running = f"run {done} {case.name}", False
         moment = rng.uniform(0.3, 1.0) * seconds[case.name]  # the first third is imports
+        kept_first = done // len(chosen) % 2 == 0  # every other time, as soon as something is kept and a while later
         while not running:
             shutil.rmtree(folder / out, ignore_errors=True)
-            process = start(case, out, folder)
-            time.sleep(moment)
+            begun, process = time.monotonic(), start(case, out, folder)
+            if kept_first:
+                while process.poll() is None and not finished(folder / out):
+                    time.sleep(0.01)
+                moment = time.monotonic() - begun
+                moment += rng.uniform(0.0, 0.5) * max(0.0, seconds[case.name] - moment)
+            time.sleep(max(0.0, begun + moment - time.monotonic()))
             running = kill(process)
             moment *= 1.0 if running else 0.9  # it had ended
+            kept_first = kept_first and running
         there = finished(folder / out)
         rerun = start(case, out, folder)
         printed, said = rerun.communicate()
