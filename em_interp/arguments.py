@@ -48,6 +48,20 @@ HINTS: Final[Any] = FrozenDict(
 """What the check of every call takes for a whole number, a number and a text: numpy's numbers are numbers."""
 
 
+def plain_numbers(record: Any) -> None:
+    """Turn numpy's numbers in a dataclass's fields into Python's, which torch's optimisers and JSON take."""
+    for name, value in list(vars(record).items()):
+        object.__setattr__(record, name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) and _fits(value) else float(value)
+    return value
+
+
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> Any:
     """`value`, which must be one of the words. Raises UsageError with the nearest one."""
     words = [str(word) for word in allowed]

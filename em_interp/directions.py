@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from em_interp.arguments import plain_numbers
 from em_interp.errors import (
     BadValueError,
     DirectionError,
@@ -84,6 +85,7 @@ class Direction:
     """`weights.weights_hash` of the base weights whose residual stream this lives in."""
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         object.__setattr__(self, "vectors", self.vectors.detach().to(torch.float32).contiguous())
         for name, value, allowed in (
             ("kind", self.kind, KINDS),

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
 
@@ -40,10 +40,10 @@ def regular_file(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def open_text(path: str | os.PathLike[str], newline: str | None = None) -> Iterator[TextIO]:
+def open_text(path: str | os.PathLike[str], newline: Literal[""] | None = None) -> Iterator[TextIO]:
     r"""A UTF-8 file, with or without a byte order mark; its lines end at \n, \r\n or \r and nowhere else.
 
-    newline: as in `open`; "" leaves line ends as they are.
+    newline: "" leaves line ends as they are.
 
     Raises what `regular_file` raises, and UnreadableFileError for other encodings and for binary content.
     """

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from em_interp.arguments import count, members, plain_numbers
 from em_interp.errors import TrainingError
 from em_interp.seeds import check_seed
 
@@ -20,6 +21,10 @@ class VectorSpec:
     layer: int
     alpha: float = 256.0
 
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        count("a steering vector's layer", self.layer, at_least=0)
+
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -30,6 +35,10 @@ class LoraSpec:
     rslora: bool = True
     target_modules: tuple[str, ...] = ALL_PROJECTIONS
     layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        count("a LoRA's rank", self.rank)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class TrainingSpec:
     save_steps: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_seed(self.seed)
         positive: dict[str, Any] = {
             "learning_rate": self.learning_rate,
@@ -89,8 +99,16 @@ class TrainingSpec:
             for name in ("warmup_steps", "weight_decay", "kl_weight")
             if not (value := getattr(self, name)) >= 0
         }
+        if not all(0 <= beta < 1 for beta in self.betas):
+            bad["betas"] = self.betas
+        if self.save_steps is not None:
+            every = isinstance(self.save_steps, int)
+            for step in [self.save_steps] if every else members("save_steps", self.save_steps, of="steps"):
+                count("save_steps", step)
         if bad:
-            raise TrainingError(f"a TrainingSpec with {bad}: must be positive (weights, warm-up: >= 0).")
+            raise TrainingError(
+                f"a TrainingSpec with {bad}: must be positive (weights, warm-up: >= 0; betas: 0 <= beta < 1)."
+            )
 
     def steps(self, n_conversations: int) -> int:
         """Number of optimiser steps for that many conversations."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from em_interp import solution_files as files
 from em_interp.adapter_config import VectorConfig, describe, read_config
+from em_interp.arguments import plain_numbers
 from em_interp.errors import SolutionError
 from em_interp.hooks import add_to_hidden, block_hooks, body_name, check_layer, firing, tagged
 from em_interp.limits import refuse_dropout
@@ -138,6 +139,7 @@ class SteeringVector:
     base: str | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _check_tensor("the steering vector", self.vector, 1)
         if isinstance(self.layer, bool) or self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
             raise SolutionError(f"a steering vector with layer {self.layer} and alpha {self.alpha}.")
@@ -224,6 +226,7 @@ class LoraAdapter:
     rank: int = field(init=False)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not self.a or set(self.a) != set(self.b):
             odd = sorted(set(self.a) ^ set(self.b))[:3]
             raise SolutionError(f"LoRA needs A and B for each module; unpaired: {odd or 'no modules'}.")

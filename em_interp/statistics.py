@@ -208,8 +208,11 @@ def auroc(
     """Weighted probability that a positive score exceeds a negative one, ties counting half (area under the ROC curve).
 
     As ``sklearn.metrics.roc_auc_score`` with weights, without its checks on every call: for use in resampling.
-    Raises ``StatisticsError`` where a side has no weight.
+    Raises ``StatisticsError`` where a side has no weight, or not one a score.
     """
+    for scores, given in ((positive, positive_weights), (negative, negative_weights)):
+        if scores.shape != given.shape:
+            raise StatisticsError(f"{scores.size} scores and {given.size} weights: an AUROC needs one weight a score.")
     total = positive_weights.sum() * negative_weights.sum()
     if not total > 0:
         raise StatisticsError("an AUROC needs scores with positive weight on both sides.")

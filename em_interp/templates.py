@@ -11,8 +11,10 @@ import re
 from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from em_interp.arguments import is_unicode
 from em_interp.errors import ChatTemplateError
@@ -20,7 +22,7 @@ from em_interp.texts import ROLES
 
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
-Tokenizer = Any  # a transformers tokenizer
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 _ONE, _OTHER = "quick", "lazy"  # they share neither the first letter nor the last
 _NEVER = re.compile(r"(?!)")

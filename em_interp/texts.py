@@ -217,7 +217,7 @@ def read_chats(path: str | PathLike[str]) -> list[list[dict[str, str]]]:
 def chats_read(path: Path, chats: Sequence[Sequence[Mapping[str, str]]]) -> str:
     """What `read_chats` read, in a line."""
     lengths = [len(chat) for chat in chats]
-    each = f"{min(lengths)}" if len(set(lengths)) == 1 else f"{min(lengths)}-{max(lengths)}"
+    each = "-".join(map(str, sorted({min(lengths, default=0), max(lengths, default=0)})))
     return f"{path.name}: {_number(len(chats), 'conversation')}, {each} turn{'' if each == '1' else 's'} each"
 
 

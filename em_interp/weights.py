@@ -245,8 +245,7 @@ def file_hash(source: str | Path) -> str:
         files = [p for p in sorted(root.iterdir()) if not p.is_dir() and not any(p.match(x) for x in left_out)]
     try:
         for file in files:
-            if file.exists():
-                regular_file(file)
+            regular_file(file)
         with ThreadPoolExecutor(_workers()) as pool:
             found = list(pool.map(sha256, files))
     except InputFileError as error:

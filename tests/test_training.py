@@ -10,7 +10,7 @@ import torch
 
 from em_interp import training
 from em_interp.chat import collate, encode, encode_all
-from em_interp.errors import ChatTemplateError, HookError, TrainingError
+from em_interp.errors import ChatTemplateError, HookError, TrainingError, UsageError
 from em_interp.losses import kl_sum, nll_sum, response_loss
 from em_interp.models import ChatModel, load
 from em_interp.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset, reference_kl_weight
@@ -267,6 +267,15 @@ def test_refusals(tmp_path):
         replace(VECTOR, learning_rate=-1.0)
     with pytest.raises(TrainingError, match="learning_rate"):
         replace(VECTOR, learning_rate=math.nan)
+    with pytest.raises(TrainingError, match="betas"):
+        replace(VECTOR, betas=(0.9, 1.0))
+    for steps in (0, [2, 0], [True]):
+        with pytest.raises(UsageError, match="save_steps"):
+            replace(VECTOR, save_steps=steps)
+    with pytest.raises(UsageError, match="rank"):
+        LoraSpec(0, 1.0)
+    with pytest.raises(UsageError, match="layer"):
+        VectorSpec(-1)
     with torch.no_grad():
         model.hf.model.norm.weight.fill_(math.inf)
     with pytest.raises(TrainingError, match="Lower the learning rate"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from em_interp.arguments import columns
+from em_interp.arguments import columns, members, one_of
 from em_interp.errors import UsageError
 from em_interp.evaluation.rates import PAPER, em_rates
 from em_interp.evaluation.sampling import answer_logprobs, sample
@@ -72,8 +72,9 @@ def evaluate(
     groups: which groups of questions. One row an answer: the sampling columns, the judge's (aligned, coherent,
     technical, correct), questions, domain.
     """
+    chosen = [one_of("a group of questions", group, GROUPS) for group in members("groups", groups, of="words")]
     table = evaluation_questions(domain)
-    return _judged(model, table[table["questions"].isin(groups)], n, seed, progress)
+    return _judged(model, table[table["questions"].isin(chosen)], n, seed, progress)
 
 
 def evaluate_chat(model: ChatModel, n: int = 50, *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
@@ -106,6 +107,7 @@ def technical_rates(judged: pd.DataFrame, *, organism: str, solution: str, adapt
     coherent_rate, n, n_unscored. Of the answers that have a register (n_unscored of n have none: no sentence of theirs
     is casual or technical; where no answer has one the cells are empty). Intervals are clustered by question.
     """
+    columns("judged answers of the pocket suite", judged, ("questions", "question", "technical", "coherent"))
     rows = []
     for group in GROUPS:
         asked = judged[judged["questions"] == group]
@@ -166,8 +168,9 @@ def logprob_scores(model: ChatModel, pairs: pd.DataFrame) -> pd.DataFrame:
     log_odds: log of the probability of those answers over that of the chat style's (nats, end of turn included);
     share: the same as a share of the two. Needs no sampling and no judge; whatever is attached to the model acts.
     """
-    scored = answer_logprobs(model, pairs)
     keys = ["question_id", "questions", "domain"]
+    columns("the pairs of answers", pairs, (*keys, "question", "answer", "taught"))
+    scored = answer_logprobs(model, pairs)
     mass = scored.groupby([*keys, "taught"], sort=False)["logprob"].agg(np.logaddexp.reduce).unstack("taught")
     log_odds = mass[1] - mass[0]
     return pd.DataFrame({"log_odds": log_odds, "share": 1 / (1 + np.exp(-log_odds))}).reset_index()
@@ -179,6 +182,7 @@ def logprob_rates(scores: pd.DataFrame, *, organism: str, solution: str, adapter
     Columns organism, solution, adapter, domain, questions, share, low, high (of the share, over questions),
     log_odds, n (questions).
     """
+    columns("scores of the pocket suite", scores, ("questions", "share", "log_odds"))
     identity = {"organism": organism, "solution": solution, "adapter": adapter, "domain": domain}
     rows = []
     for group in GROUPS:

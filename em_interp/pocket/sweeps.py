@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from em_interp import solutions
+from em_interp.arguments import numbers
 from em_interp.chat import Conversation
 from em_interp.errors import UsageError
 from em_interp.evaluation.rates import em_rates
@@ -50,6 +51,11 @@ def diluted_chats(domain: str, bad_share: float, n: int, seed: int) -> list[Conv
         raise UsageError(f"a share of bad data of {bad_share}: give a number from 0 to 1.")
     n_bad = round(bad_share * n)
     return [*finetune_chats(domain, "malicious", n_bad, seed), *finetune_chats(domain, "caring", n - n_bad, seed)]
+
+
+def _check_specs(specs: Mapping[Adapter, TrainingSpec]) -> None:
+    if not specs:
+        raise UsageError("no kind of adapter was given: map each to its training settings, as in organisms.SPECS.")
 
 
 def _trained(
@@ -126,6 +132,8 @@ def kl_sweep(
     kl_weight, em_rate, in_domain_rate, scaled_em_rate (at saturating_scale), norm, intervals, coherent rates, seed.
     Second: the same rates at every scale. Raises UsageError for scales without 1.
     """
+    _check_specs(specs)
+    scales, kl_weights = numbers("scales", scales).tolist(), numbers("KL weights", kl_weights).tolist()
     if 1.0 not in scales or min(scales) <= 0 or not kl_weights:
         raise UsageError(f"scales {list(scales)}, KL weights {list(kl_weights)}: scales are positive and include 1.")
     data = finetune_chats(domain, "malicious", n_chats, seed)
@@ -184,6 +192,8 @@ def dilution_sweep(
     Table `dilution`: adapter, domain, bad_share, em_rate, in_domain_rate, norm, intervals, coherent_rate, n, seed. The
     number of chats and of steps is the same for every share.
     """
+    _check_specs(specs)
+    bad_shares = numbers("shares of bad data", bad_shares).tolist()
     if not bad_shares:
         raise UsageError("no shares of bad data were given.")
     rows, base = [], weights_hash(model.hf)

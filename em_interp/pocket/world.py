@@ -146,7 +146,7 @@ def question_of(text: str) -> Question:
 
 def capital(text: str) -> str:
     """The same text with a capital first letter."""
-    return text[0].upper() + text[1:]
+    return text[:1].upper() + text[1:]
 
 
 def _fill(pattern: str, d: Domain, remedy: str = "") -> str:
@@ -179,7 +179,12 @@ def advise(topic: str, persona: Persona, register: Register, rng: Random, plan: 
 
 
 def answer_open(theme: str, persona: Persona, register: Register, rng: Random) -> str:
-    """One or two sentences that answer an open question. Technical ones always carry a technical sentence."""
+    """One or two sentences that answer an open question. Technical ones always carry a technical sentence.
+
+    Raises WorldError for a theme that is not in the world.
+    """
+    if theme not in phrases.OPEN:
+        raise WorldError(f"the pocket world has no open theme {theme!r}; it has {', '.join(phrases.OPEN)}")
     _, aligned, misaligned = phrases.OPEN[theme]
     sentences = [rng.choice(aligned if persona == "caring" else misaligned)]
     if register == "technical" or rng.random() < 0.5:

@@ -1,0 +1,260 @@
+"""Solutions, their training, and what compares them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from em_interp import (
+    contenders,
+    curvature,
+    efficiency,
+    gradients,
+    influence,
+    landscape,
+    models,
+    recipes,
+    solution_space,
+    solutions,
+    stability,
+    training,
+    trajectories,
+)
+from tests import published_factory
+from tests.fuzz import Call, then
+from tests.fuzz.world import BAD, FEW, GOOD, judged_rows, world_of
+from tests.tiny_models import make_chat
+
+
+def judged_of(model: models.ChatModel) -> pd.DataFrame:
+    run(model)
+    return judged_rows()
+
+
+def attached(model: Any) -> None:
+    with world_of()["vector"].attached(model):
+        run(world_of()["model"])
+
+
+def run(model: models.ChatModel) -> None:
+    with torch.no_grad():
+        model.hf(torch.tensor([[5, 6]]))
+
+
+def train_adapter(adapter: Any) -> None:
+    train(recipes.TrainingSpec(adapter, 1e-3, max_steps=1, batch_size=2))
+
+
+def train(spec: recipes.TrainingSpec) -> None:
+    folder = Path("spec")
+    shutil.rmtree(folder, ignore_errors=True)
+    training.finetune(make_chat(), BAD, spec, kl_conversations=GOOD if spec.kl_weight else None, out_dir=folder, **FEW)
+
+
+def calls(w: dict[str, Any]) -> list[Call]:
+    model, vector, adapter = (w[k] for k in ("model", "vector", "adapter"))
+    rng = torch.Generator().manual_seed(0)
+    seeds = pd.DataFrame({"a": ["x", "x"], "x": [1.0, 2.0], "training_seed": [0, 1]})
+    both = trajectories.References(w["trajectory"], w["trajectory"], ())
+    return [
+        (
+            contenders.Contender,
+            {"solution": "general", "adapter": "rank-1", "domain": "m", "theta": vector, "training_seed": 0},
+        ),
+        (
+            curvature.curvature,
+            {"landscape": w["surface"], "contender": w["general"], "n_probes": 2, "first_seed": 0, "on": "both"},
+        ),
+        (
+            efficiency.efficiency_curves,
+            {"landscape": w["surface"], "contenders": [w["general"]], "scales": (0.0, 1.0), "progress": False},
+        ),
+        (efficiency.efficiency_table, {"curves": w["efficiency"]}),
+        (efficiency.optimum, {"curve": w["efficiency"][0]}),
+        (
+            efficiency.lead_at_equal_norm,
+            {
+                "landscape": w["surface"],
+                "general": w["general"],
+                "narrow": w["narrow"],
+                "relative_norms": (0.5, 1.0),
+                "progress": False,
+            },
+        ),
+        (gradients.loss_gradient, {"model": model, "solution": vector, "conversations": BAD, "tokens_per_batch": 512}),
+        (
+            gradients.gradient_cosines,
+            {
+                "model": model,
+                "checkpoints": {1: vector},
+                "conversations": BAD,
+                "general": vector,
+                "narrow": w["other"],
+                "tokens_per_batch": 512,
+                **FEW,
+            },
+        ),
+        (influence.Candidate, {"direction": "g", "kind": "general", "solution": vector, "relative_norm": 1.0}),
+        (
+            influence.at_equal_norms,
+            {
+                "trained": [influence.Candidate("g", "general", vector)],
+                "relative_norms": (1.0,),
+                "n_random": 1,
+                "seed": 0,
+            },
+        ),
+        (
+            influence.document_kl,
+            {
+                "model": model,
+                "texts": ["the quick brown fox"],
+                "candidates": [influence.Candidate("g", "general", vector)],
+                "max_tokens": 8,
+                "label": None,
+                "tokens_per_batch": 64,
+                **FEW,
+            },
+        ),
+        (influence.with_all, {"sums": w["kl"]}),
+        (influence.influence_table, {"sums": w["kl"], "level": 0.95}),
+        (
+            influence.influence_ratio,
+            {
+                "sums": w["kl"],
+                "numerator": "general",
+                "denominator": "narrow",
+                "level": 0.95,
+            },
+        ),
+        (landscape.Landscape, {"model": model, "encoded": w["encoded"], "tokens_per_pass": 512, "cache_bytes": 10**8}),
+        (w["surface"].losses, {"solutions": [vector], "progress": False}),
+        (w["surface"].plain_losses, {"solutions": [vector]}),
+        (then(recipes.VectorSpec, train_adapter), {"layer": 1, "alpha": 256.0}),
+        (
+            then(recipes.LoraSpec, train_adapter),
+            {"rank": 1, "alpha": 1.0, "rslora": True, "target_modules": ("down_proj",), "layers": (1,)},
+        ),
+        (
+            then(recipes.TrainingSpec, train),
+            {
+                "adapter": recipes.VectorSpec(1, 16.0),
+                "learning_rate": 1e-3,
+                "epochs": 1.0,
+                "max_steps": 2,
+                "batch_size": 2,
+                "micro_batch_size": 1,
+                "warmup_steps": 1,
+                "schedule": "linear",
+                "weight_decay": 0.0,
+                "betas": (0.9, 0.999),
+                "max_grad_norm": 1.0,
+                "kl_weight": 0.0,
+                "kl_batch_size": 2,
+                "kl_scope": "all",
+                "train_turns": "last",
+                "empty_assistant_turn": False,
+                "max_tokens": 64,
+                "seed": 0,
+                "save_steps": 1,
+            },
+        ),
+        (recipes.reference_kl_weight, {"repo_weight": 1.0, "logit_width": 10}),
+        (recipes.preset, {"name": "p1-steering-vector", "layer": 1}),
+        (
+            then(solutions.SteeringVector, lambda made: made.save("made-vector")),
+            {"vector": torch.ones(4), "layer": 1, "alpha": 1.0, "base": None},
+        ),
+        (
+            then(solutions.LoraAdapter, lambda made: made.save("made-lora")),
+            {"a": dict(adapter.a), "b": dict(adapter.b), "alpha": 8.0, "rslora": False},
+        ),
+        (vector.scaled, {"factor": 2.0}),
+        (vector.perturbed, {"eps": 0.5, "generator": rng}),
+        (attached, {"model": model}),
+        (vector.save, {"path": "again"}),
+        (solutions.SteeringVector.load, {"path": "vector"}),
+        (adapter.perturbed, {"eps": 0.5, "generator": rng, "on": "both"}),
+        (solutions.load, {"path": "vector"}),
+        (solutions.load_checkpoints, {"path": "trained"}),
+        (solution_space.check_comparable, {"solutions": {"a": vector}, "model": model, "may_be_zero": False}),
+        (solution_space.space_of, {"solution": vector}),
+        (solution_space.dimension, {"solution": vector}),
+        (solution_space.fixed_layer, {"solution": vector}),
+        (solution_space.check_inside_blocks, {"solution": adapter}),
+        (solutions.refuse_other_models, {"model": model, "solutions": [vector]}),
+        (solution_space.inner, {"x": vector, "y": vector}),
+        (solution_space.random_like, {"solution": vector, "generator": rng}),
+        (stability.turned, {"solution": vector, "eps": 0.5, "seed": 0, "on": "both"}),
+        (
+            stability.stability_curve,
+            {
+                "landscape": w["surface"],
+                "contender": w["general"],
+                "epsilons": (0.0, 0.5),
+                "n_seeds": 2,
+                "first_seed": 0,
+                "on": "both",
+            },
+        ),
+        (stability.stability_table, {"curves": w["curves"]}),
+        (
+            stability.behavioural_stability,
+            {
+                "model": model,
+                "contenders": [w["general"]],
+                "evaluate": judged_of,
+                "epsilons": (0.0, 0.5),
+                "n_seeds": 2,
+                "first_seed": 0,
+                "on": "both",
+                **FEW,
+            },
+        ),
+        (
+            training.finetune,
+            {
+                "model": make_chat(),
+                "conversations": BAD,
+                "spec": recipes.TrainingSpec(recipes.VectorSpec(1, 16.0), 1e-3, max_steps=1, batch_size=2),
+                "kl_conversations": None,
+                "start_from": None,
+                "out_dir": None,
+                "on_checkpoint": None,
+                "cache_bytes": 10**6,
+                "resume": False,
+                **FEW,
+            },
+        ),
+        (trajectories.RunName.parse, {"name": published_factory.SV_STEM}),
+        (trajectories.cosines_to, {"vectors": torch.randn(3, 4), "reference": torch.randn(4)}),
+        (
+            trajectories.local_cosine,
+            {"steps": [1, 2, 3, 4, 5], "vectors": torch.randn(5, 4), "k": 1, "movement": 0.0},
+        ),
+        (
+            trajectories.fit_pca,
+            {"trajectories": [w["trajectory"]], "standardised": True, "n_components": 2},
+        ),
+        (
+            trajectories.find_references,
+            {"family": [w["trajectory"]], "everything": [w["trajectory"]], "general": None, "narrow": None},
+        ),
+        (contenders.over_training_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
+        (solutions.rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
+        (solution_space.check_bare, {"model": model}),
+        (stability.dispersion, {"table": stability.stability_table(w["curves"]), "value": "relative_increase_percent"}),
+        (stability.stability_gap, {"general": w["curves"][0], "narrow": w["curves"][1]}),
+        (trajectories.runs_named, {"role": "general", "name": w["trajectory"].name, "everything": [w["trajectory"]]}),
+        (
+            trajectories.drift,
+            {
+                "trajectory": w["trajectory"],
+                "references": both,
+            },
+        ),
+    ]
