@@ -43,12 +43,13 @@ class Outcome:
     """Files that were refused or that are missing a companion, each with its remedy."""
     refused: int
     """How many of them were bad input, as opposed to absent."""
+    unmade: bool = False
+    """Whether a suite file names models and texts of its own, and no table could be made of them."""
 
     @property
     def failed(self) -> bool:
-        """Whether something was wrong, rather than only absent, or nothing at all could be made."""
-        wrong = self.refused > 0 or any(s.error and not s.missing for s in self.sections)
-        return wrong or not any(s.tables for s in self.sections)
+        """Whether something was wrong, rather than only absent."""
+        return self.refused > 0 or self.unmade or any(s.error and not s.missing for s in self.sections)
 
 
 def reproduce(
@@ -124,7 +125,8 @@ def _reproduce(
         _write_table(folder, "comparison", pd.concat([w.astype(object) for w in whole], ignore_index=True))
     report = write_report(folder / "report.html", suite, sections, lines, notes)
     _manifest(folder, suite, sections, {**inputs, **sources}, lines, time.perf_counter() - started)
-    return Outcome(folder, report, tuple(sections), lines, refused)
+    unmade = suite.source == "models" and not any(section.tables for section in sections)
+    return Outcome(folder, report, tuple(sections), lines, refused, unmade)
 
 
 SHARING_ANSWERS: Final = ("em_rates", "steering", "ablation", "cosines", "lora_scalars")

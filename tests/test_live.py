@@ -179,6 +179,7 @@ def test_a_killed_analysis_keeps_its_answers(
     assert not list(tmp_path.rglob("*.parts"))
 
 
+@pytest.mark.usefixtures("little")
 def test_directions_are_read_from_answers_to_open_questions(pocket: Path) -> None:
     organisms_here = pocket_organisms(pocket)
     (entry,) = organisms_here.select(solution="general", adapter="all-modules", seed=0)[:1]
