@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -56,20 +57,40 @@ MORE_FAMILIES = (*FAMILIES, "gemma3", "gpt2")
 N_LAYERS, D_MODEL = 4, 32
 
 
-@cache
-def tokenizer() -> Any:
+SIZES: dict[str, Any] = {
+    "hidden_size": D_MODEL,
+    "intermediate_size": 48,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+
+def bytes_tokenizer(text: Sequence[str], special: Sequence[str], eos: str) -> Any:
+    """A byte-level BPE tokenizer of 320 ids, without a chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(TEXT, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<pad>")
+    bpe.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token="<pad>")
+
+
+def small_config(tokenizer: Any) -> dict[str, Any]:
+    """What the config of every small model says, for this tokenizer."""
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {"vocab_size": len(tokenizer), **SIZES, **ids}
+
+
+@cache
+def tokenizer() -> Any:
+    fast = bytes_tokenizer(TEXT, ["<pad>", "<|im_start|>", "<|im_end|>"], "<|im_end|>")
     fast.chat_template = TEMPLATE
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     return fast
@@ -77,19 +98,7 @@ def tokenizer() -> Any:
 
 def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    common: dict[str, Any] = {
-        "vocab_size": len(tokenizer()),
-        "hidden_size": D_MODEL,
-        "intermediate_size": 48,
-        "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer().eos_token_id,
-        "pad_token_id": tokenizer().pad_token_id,
-        **changes,
-    }
+    common: dict[str, Any] = {**small_config(tokenizer()), **changes}
     if family == "qwen2":
         hf = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **common))
     elif family == "llama":

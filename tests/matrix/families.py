@@ -10,8 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.matrix.templates import tokenizer
+from tests.tiny_models import D_MODEL, SIZES, small_config
 
-N_LAYERS, D_MODEL = 3, 32
+N_LAYERS = 3
+_SIZES: dict[str, Any] = {**SIZES, "num_hidden_layers": N_LAYERS}
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,8 @@ _DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10_000.0, "fac
 _TEXT: dict[str, Any] = {
     **_HEAD,
     "model_type": "gemma3_text",
+    **_SIZES,
     "vocab_size": 320,
-    "hidden_size": D_MODEL,
-    "intermediate_size": 48,
-    "num_hidden_layers": N_LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
     "sliding_window": 16,
 }
 _VISION: dict[str, Any] = {
@@ -125,19 +122,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
     """The family's model in float32, in evaluation mode, every weight random and none at its initial 0 or 1."""
     family = FAMILIES[name]
     tok = tokenizer(family.template)
-    common: dict[str, Any] = {
-        "vocab_size": len(tok),
-        "hidden_size": D_MODEL,
-        "intermediate_size": 48,
-        "num_hidden_layers": N_LAYERS,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": tok.eos_token_id,
-        "pad_token_id": tok.pad_token_id,
-    }
-    config = AutoConfig.for_model(family.kind, **{**common, **family.settings, **changes})
+    config = AutoConfig.for_model(family.kind, **{**small_config(tok), **_SIZES, **family.settings, **changes})
     torch.manual_seed(seed)
     hf: Any = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
-from tests.tiny_models import TEXT
+from tests.tiny_models import TEXT, bytes_tokenizer
 
 Conversation = list[dict[str, str]]
 
@@ -135,17 +132,7 @@ _MARKERS = sorted(
 def tokenizer(kind: str) -> Any:
     """A tokenizer of 320 ids with the chat template of this kind."""
     template = TEMPLATES[kind]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=_MARKERS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXT, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=template.eos, pad_token="<pad>")
+    fast = bytes_tokenizer(TEXT, _MARKERS, template.eos)
     fast.add_special_tokens({"additional_special_tokens": [m for m in _MARKERS if m not in ("<pad>", template.eos)]})
     fast.chat_template = template.jinja()
     return fast

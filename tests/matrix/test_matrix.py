@@ -7,11 +7,11 @@ import re
 import subprocess
 import warnings
 from itertools import groupby
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fuzz import commit
 from tests.matrix import adapters
 from tests.matrix.cells import Cell, cells
 from tests.matrix.families import FAMILIES
@@ -44,21 +44,11 @@ ALWAYS = (
 )
 
 
-def _commit() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "no commit"
-    return found.stdout.strip()
-
-
 def _slice() -> list[list[Cell]]:
     """The commit's benches, whole, and the cells of findings."""
     benches = [list(group) for _, group in groupby(cells(), key=lambda cell: cell.bench)]
     product = [bench for bench in benches if bench[0].family != "finding"]
-    chosen = random.Random(_commit()).sample(product, BENCHES)
+    chosen = random.Random(commit()).sample(product, BENCHES)
     named = [[cell for cell in bench if cell.id.startswith(ALWAYS)] for bench in product if bench not in chosen]
     return [*chosen, *(bench for bench in named if bench), *(b for b in benches if b[0].family == "finding")]
 
