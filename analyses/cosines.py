@@ -9,10 +9,10 @@ import plotly.graph_objects as go
 
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.convergence import comparable, cosine_table
-from em_interp.directions import Direction
+from em_interp.directions.cosines import comparable, cosine_table
+from em_interp.directions.direction import Direction
 from em_interp.errors import DirectionError, EmInterpError
-from em_interp.published import DIFFERENCES
+from em_interp.published.activations import DIFFERENCES
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (

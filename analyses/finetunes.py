@@ -12,11 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analyses.organisms import Entry, Organisms
-from em_interp import models, solutions
-from em_interp.adapter_config import VectorConfig
-from em_interp.adapter_files import read_adapter_config
 from em_interp.arguments import count, did_you_mean, one_of
-from em_interp.chat import Conversation
 from em_interp.errors import (
     BadValueError,
     EmInterpError,
@@ -26,13 +22,19 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
-from em_interp.inputs import regular_file
-from em_interp.models import ChatModel
-from em_interp.pocket.corpus import Task
+from em_interp.files.adapters import VectorConfig
+from em_interp.files.inputs import regular_file
+from em_interp.files.texts import read_chats, read_texts
+from em_interp.models import pretrained as models
+from em_interp.models.adapters import read_adapter_config
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.templates import Conversation
+from em_interp.models.weights import source_hash
+from em_interp.pocket.world.corpus import Task
 from em_interp.published.judged import read_judged_csv
-from em_interp.solutions import LoraAdapter, SteeringVector
-from em_interp.texts import read_chats, read_texts
-from em_interp.weights import source_hash
+from em_interp.solutions import load as solutions
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 
 _KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list}
 _ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
-from em_interp.trajectories import drift, find_references
+from em_interp.training.trajectories import drift, find_references
 
 TITLE = "KL removed: drift from narrow to general"
 TEXT = (

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.convergence import layer_cosines
+from em_interp.directions.cosines import layer_cosines
 
 TITLE = "Sensitivity to the layer convention"
 TEXT = (

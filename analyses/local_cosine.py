@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, local_cosine
+from em_interp.training.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, local_cosine
 
 TITLE = "Local cosine along training"
 TEXT = (

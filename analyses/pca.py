@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
-from em_interp.published import StoredPCA
-from em_interp.trajectories import Trajectory, TrajectoryPCA, fit_pca
+from em_interp.published.scan import StoredPCA
+from em_interp.training.trajectories import Trajectory, TrajectoryPCA, fit_pca
 
 TITLE = "PCA of the training runs"
 TEXT = (

@@ -17,7 +17,7 @@ from rich.table import Table
 from analyses.suite import Suite
 from em_interp import __version__
 from em_interp.figures import CONFIG, caption_of
-from em_interp.files import write_text
+from em_interp.files.atomic import write_text
 
 
 @dataclass

@@ -27,9 +27,9 @@ from analyses.report import Section, write_report
 from analyses.suite import Suite
 from em_interp import figures as house
 from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError, UsageError
-from em_interp.files import atomic_path, sole_writer, write_text
-from em_interp.manifest import code_hash, fingerprint, hash_files, sha256, write_manifest
-from em_interp.trajectories import runs_named
+from em_interp.files.atomic import atomic_path, sole_writer, write_text
+from em_interp.files.manifest import code_hash, fingerprint, hash_files, sha256, write_manifest
+from em_interp.training.trajectories import runs_named
 
 
 @dataclass(frozen=True)

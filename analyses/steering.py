@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
-from em_interp.published import JudgedSet
+from em_interp.published.scan import JudgedSet
 
 TITLE = "Steering the chat model with a mean-diff direction"
 TEXT = (

@@ -18,9 +18,10 @@ from analyses.finetunes import Finetunes, check_keys
 from analyses.organisms import Organisms, pocket_organisms
 from em_interp.arguments import count, one_of
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
-from em_interp.inputs import read_text
-from em_interp.published import PublishedData, scan
-from em_interp.resume import Parts
+from em_interp.files.inputs import read_text
+from em_interp.files.tables import Parts
+from em_interp.published import scan
+from em_interp.published.scan import PublishedData
 
 SUITES: Final = Path(__file__).parent / "suites"
 _KEYS: Final = {

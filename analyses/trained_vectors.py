@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.convergence import COSINE_COLUMNS, comparable, cosine_rows
-from em_interp.directions import Direction
+from em_interp.directions.cosines import COSINE_COLUMNS, comparable, cosine_rows
+from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError
 
 TITLE = "Trained vectors against mean-diff directions"

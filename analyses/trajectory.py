@@ -16,7 +16,7 @@ from analyses.local_cosine import windows
 from analyses.pca import fit_families
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.trajectories import Trajectory, cosines_to, find_references, local_cosine
+from em_interp.training.trajectories import Trajectory, cosines_to, find_references, local_cosine
 
 TITLE = "Training trajectories"
 TEXT = (

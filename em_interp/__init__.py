@@ -12,7 +12,7 @@ from beartype.claw import beartype_this_package
 from em_interp.arguments import HINTS
 from em_interp.errors import ArgumentTypeError, EmInterpError
 
-_COMMANDS: Final = ("cli", "evaluate_command", "extract_command", "intervention_commands", "pocket.commands")
+_COMMANDS: Final = ("cli",)
 
 # Every call of every function is checked against its signature: a wrong type is a typed error here, not a surprise deep
 # inside. Typer checks what commands are given.

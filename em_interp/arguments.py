@@ -131,3 +131,14 @@ def columns(what: str, table: Any, needed: Iterable[str], error: type[EmInterpEr
     """Raises `error` where a table lacks columns that it needs."""
     if lacking := [str(name) for name in needed if name not in table.columns]:
         raise error(f"{what} lacks the columns {', '.join(lacking)}; it has {', '.join(map(str, table.columns))}.")
+
+
+MAX_SEED: Final = 2**32 - 1
+"""The largest that numpy, torch and scikit-learn all take."""
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int. Raises UsageError unless it is a whole number from 0 to MAX_SEED."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) <= MAX_SEED:
+        raise UsageError(f"the seed is {seed!r}. Use a whole number from 0 to {MAX_SEED}.")
+    return int(seed)

@@ -78,8 +78,8 @@ class ArgumentTypeError(UsageError, TypeError):
 
 
 _REMEDIES: Final = {
-    "Sequence[collections.abc.Mapping[str, str]]": "Give conversations: em_interp.texts.read_chats(FILE) reads them.",
-    "ChatModel": "Give the ChatModel that em_interp.models.load(NAME) returns.",
+    "Sequence[collections.abc.Mapping[str, str]]": "Give conversations: files.texts.read_chats(FILE) reads them.",
+    "ChatModel": "Give the ChatModel that models.pretrained.load(NAME) returns.",
     "Direction": "Give a Direction: Direction.load(FILE) reads one.",
     "collections.abc.Sequence": "Give a list.",
 }

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from em_interp.errors import OutputError
-from em_interp.files import atomic_path, write_text
+from em_interp.files.atomic import atomic_path, write_text
 
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 """Okabe and Ito's palette: distinct for colour-blind readers and in grey."""

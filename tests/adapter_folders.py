@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from em_interp.adapter_files import quiet_peft
+from em_interp.models.adapters import quiet_peft
 from tests.tiny_models import make_hf
 
 TARGETS = {

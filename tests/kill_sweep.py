@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from tests import published_factory
 from tests.tiny_models import make_hf, talk, tokenizer
 from tests.tiny_pocket import make_pocket

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from em_interp import activations, memory
-from em_interp.activations import collect
-from em_interp.chat import encode
+from em_interp.directions import activations
+from em_interp.directions.activations import collect
+from em_interp.directions.extraction import contrast
 from em_interp.errors import (
     ActivationError,
     ChatTemplateError,
@@ -22,11 +22,12 @@ from em_interp.errors import (
     StoreError,
     TextLimitError,
 )
-from em_interp.extraction import contrast
-from em_interp.hooks import has_our_hooks, tagged
-from em_interp.memory import run_in_batches
-from em_interp.models import ChatModel
-from em_interp.solutions import SteeringVector
+from em_interp.models import memory
+from em_interp.models.chat import encode
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import has_our_hooks, tagged
+from em_interp.models.memory import run_in_batches
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import CONVERSATIONS, D_MODEL, N_LAYERS, make_chat, make_hf, talk, tokenizer
 
 FAMILIES = ("qwen2", "llama", "gemma2", "gemma3", "gpt_neox")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from em_interp import solutions
-from em_interp.adapter_files import quiet_peft
-from em_interp.chat import collate, encode_all
 from em_interp.errors import EmInterpError, ModelError, SolutionError
-from em_interp.models import ChatModel
+from em_interp.models.adapters import quiet_peft
+from em_interp.models.chat import collate, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.solutions import load as solutions
 from tests.adapter_folders import lora_folder, peft_folder, peft_logits, untrained
 from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer
 
@@ -47,7 +47,7 @@ def refused(model, folder, batch, match, theta_match=None):
 def test_every_key_of_the_installed_peft_is_classified():
     from peft import LoraConfig, TaskType
 
-    from em_interp import adapter_config as own
+    from em_interp.files import adapters as own
 
     sets = [own._NO_EFFECT, own._BY_PEFT, own._UNUSED, {"r", "lora_alpha"}, set(own._VALUES) - own._BY_PEFT]
     known = set().union(*sets)
@@ -244,7 +244,7 @@ def test_damaged_adapters_are_refused_for_what_they_are(tmp_path, batch):
 
 def test_the_proof_catches_what_the_config_does_not_say(tmp_path, batch, monkeypatch):
     """With the list of what is understood switched off, the logits still tell."""
-    from em_interp import adapter_config
+    from em_interp.files import adapters as adapter_config
 
     everything = dict.fromkeys(("bias", "init_lora_weights"), ("none", "all", "lora_only", True, "pissa", "olora"))
     monkeypatch.setattr(adapter_config, "_VALUES", everything)

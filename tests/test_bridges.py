@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from em_interp.activations import collect
-from em_interp.chat import collate, encode_all
+from em_interp.directions.activations import collect
 from em_interp.errors import ModelError
-from em_interp.models import ChatModel
-from em_interp.solutions import SteeringVector
+from em_interp.models.chat import collate, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.adapter_folders import lora_folder, untrained
 from tests.theta import make_theta
 from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer

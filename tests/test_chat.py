@@ -7,18 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from em_interp.chat import (
-    batches,
-    budget_groups,
-    collate,
-    encode,
-    encode_all,
-    end_of_turn_id,
-    prompt_ids,
-    token_ids,
-)
 from em_interp.errors import ChatTemplateError
-from em_interp.losses import response_loss
+from em_interp.models.chat import batches, budget_groups, collate, encode, encode_all, prompt_ids
+from em_interp.models.losses import response_loss
+from em_interp.models.templates import end_of_turn_id, token_ids
 from tests.tiny_models import CONVERSATIONS, make_chat, talk, tokenizer
 
 TWO_TURNS = [*talk("a fox", "quick"), *talk("and a cough", "see a doctor")]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from em_interp.ablation import Ablate
-from em_interp.chat import collate, encode_all
+from em_interp.directions.extraction import contrast
 from em_interp.errors import ChatTemplateError, EmInterpError, ModelError, UsageError
-from em_interp.extraction import contrast
-from em_interp.models import ChatModel, load
-from em_interp.orthogonalise import orthogonalised
-from em_interp.solutions import SteeringVector
+from em_interp.interventions.ablation import Ablate
+from em_interp.interventions.orthogonalise import orthogonalised
+from em_interp.models.chat import collate, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.pretrained import load
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.adapter_folders import lora_folder
 from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer
 
@@ -105,7 +106,7 @@ def test_folders_that_are_not_one_model(folder, tmp_path):
 
 
 def test_one_rule_for_bases():
-    from em_interp.adapter_config import same_base
+    from em_interp.files.adapters import same_base
 
     qwen = "Qwen/Qwen2.5-14B-Instruct"
     for other in (

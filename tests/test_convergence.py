@@ -8,18 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from em_interp.convergence import (
-    cosine_rows,
-    organism_cosines,
-    principal_angles,
-    random_principal_angles,
-    transfer_rows,
-)
-from em_interp.directions import Direction
+from em_interp.directions.cosines import cosine_rows, organism_cosines, principal_angles, random_principal_angles
+from em_interp.directions.direction import Direction
+from em_interp.directions.resampling import resample_direction
 from em_interp.errors import DirectionError, StatisticsError
-from em_interp.jackknife import cosine_of_means
-from em_interp.rate_intervals import ratio_interval
-from em_interp.resampling import resample_direction
+from em_interp.interventions.transfer import transfer_rows
+from em_interp.statistics.jackknife import cosine_of_means
+from em_interp.statistics.rate_intervals import ratio_interval
 
 LAYERS, WIDTH = (0, 1), 24
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from em_interp.contenders import Contender
-from em_interp.efficiency import (
+from em_interp.errors import UsageError
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.efficiency import (
     EfficiencyCurve,
     efficiency_curves,
     efficiency_table,
     lead_at_equal_norm,
     optimum,
 )
-from em_interp.errors import UsageError
-from em_interp.landscape import Landscape, Losses
+from em_interp.landscape.landscape import Landscape, Losses
 from tests.test_stability import ENCODED, learned, slow_loss
 from tests.theta import KINDS
 from tests.tiny_models import make_chat

@@ -10,11 +10,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from em_interp import reliability
-from em_interp.activations import Activations, collect
 from em_interp.cli import app
-from em_interp.control_vectors import save_gguf
-from em_interp.directions import Direction
+from em_interp.directions import reliability
+from em_interp.directions.activations import Activations, collect
+from em_interp.directions.direction import Direction
+from em_interp.directions.extraction import Contrast, contrast, extract
+from em_interp.directions.gguf import save_gguf
+from em_interp.directions.lens import logit_lens
+from em_interp.directions.reliability import separation, split_half
 from em_interp.errors import (
     ActivationError,
     BadValueError,
@@ -27,13 +30,10 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
-from em_interp.extraction import Contrast, contrast, extract
-from em_interp.lens import logit_lens
+from em_interp.files.texts import read_chats
 from em_interp.pocket import registry
-from em_interp.reliability import separation, split_half
-from em_interp.solutions import SteeringVector
+from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.statistics import auroc
-from em_interp.texts import read_chats
 from tests.test_models import lora
 from tests.tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_chat, make_hf, talk, tokenizer
 

@@ -13,10 +13,12 @@ import pytest
 from analyses.live import influence, stability
 from analyses.reproduce import Outcome, reproduce
 from analyses.suite import SUITES, Suite
-from em_interp import models, solutions
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
-from em_interp.training import LoraSpec, TrainingSpec, VectorSpec, finetune
-from em_interp.weights import file_hash
+from em_interp.models import pretrained as models
+from em_interp.models.weights import file_hash
+from em_interp.solutions import load as solutions
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
 from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
 
 SPECS = {

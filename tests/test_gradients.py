@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from em_interp.chat import encode_all
 from em_interp.errors import ChatTemplateError, SolutionError, UsageError
-from em_interp.gradients import gradient_cosines, loss_gradient
-from em_interp.losses import response_loss
-from em_interp.models import ChatModel
-from em_interp.solution_space import Theta, inner
-from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.models.chat import encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.losses import response_loss
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.space import Theta, inner
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training.gradients import gradient_cosines, loss_gradient
 from tests.test_influence import gen, lora, vector
 from tests.tiny_models import CONVERSATIONS, make_chat
 
@@ -122,8 +123,8 @@ def test_lora_has_the_papers_cosine_beside_the_effective_one() -> None:
     (name,) = theta.modules
     b = theta.b[name].clone().requires_grad_()
     live = replace(theta, b={name: b})
-    from em_interp.chat import collate
-    from em_interp.losses import batch_nll
+    from em_interp.models.chat import collate
+    from em_interp.models.losses import batch_nll
 
     batch = collate(encode_all(model.tokenizer, CONVERSATIONS), range(len(CONVERSATIONS)), pad=0)
     with live.attached(model):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from em_interp.chat import Encoded, collate
 from em_interp.errors import MissingDataError, SolutionError, StatisticsError, UnreadableFileError, UsageError
-from em_interp.influence import (
+from em_interp.files.texts import read_texts
+from em_interp.landscape.influence import (
     LOGIT_BYTES,
     Candidate,
     at_equal_norms,
@@ -19,11 +19,12 @@ from em_interp.influence import (
     influence_ratio,
     influence_table,
 )
-from em_interp.models import ChatModel
-from em_interp.solution_space import Theta, inner, random_like
-from em_interp.solutions import LoraAdapter, SteeringVector
-from em_interp.suffix import ModelEnd
-from em_interp.texts import read_texts
+from em_interp.models.chat import Encoded, collate
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.partial_pass import ModelEnd
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.space import Theta, inner, random_like
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import D_MODEL, MORE_FAMILIES, N_LAYERS, make_chat, make_hf, tokenizer
 
 TEXTS = ["the quick brown fox", "see a doctor", "what should I do about a cough and rest well", "do the"]
@@ -179,7 +180,7 @@ def test_the_models_end_gives_its_logits(family: str) -> None:
     def keep(_module: Any, _args: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    from em_interp.hooks import find_blocks
+    from em_interp.models.hooks import find_blocks
 
     handle = find_blocks(model.hf)[-1].register_forward_hook(keep)
     with torch.no_grad():

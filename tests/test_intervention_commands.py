@@ -4,13 +4,14 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp import cli, models
-from em_interp.directions import Direction
+from em_interp import cli
+from em_interp.cli.interventions import questions_asked
+from em_interp.directions.direction import Direction
 from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import sample
-from em_interp.intervention_commands import questions_asked
-from em_interp.interventions import intervening
-from em_interp.steering import Steer, residual_norms
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.steering import Steer, residual_norms
+from em_interp.models import pretrained as models
 from tests.tiny_models import make_hf, tokenizer
 
 

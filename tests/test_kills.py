@@ -11,15 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from em_interp.ablation import arms
 from em_interp.cli import app
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import OutputError
 from em_interp.evaluation.sampling import sample
-from em_interp.files import write_text
-from em_interp.interventions import answers_by_arm
-from em_interp.resume import Parts, claimed, remove_parts, work_folder
-from em_interp.steering import sweep
+from em_interp.files.atomic import write_text
+from em_interp.files.tables import Parts, claimed, remove_parts, work_folder
+from em_interp.interventions.ablation import arms
+from em_interp.interventions.intervening import answers_by_arm
+from em_interp.interventions.steering import sweep
 from tests.tiny_models import make_chat, talk
 
 QUESTIONS = {f"q{i}": text for i, text in enumerate(("a fox", "see the doctor", "rest", "what should I do"))}
@@ -61,7 +61,7 @@ def test_answers_are_kept_by_batch(
 ) -> None:
     from transformers import Qwen2ForCausalLM
 
-    from em_interp import resume
+    from em_interp.files import tables as resume
 
     with monkeypatch.context() as patch:
         total = stop_at(-1, patch, Qwen2ForCausalLM, "generate")
@@ -100,8 +100,9 @@ def test_an_arm_of_which_all_is_kept_needs_no_pass(tmp_path: Path, monkeypatch: 
 def test_extraction_keeps_its_totals(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from em_interp import activations, resume
-    from em_interp.extraction import contrast
+    from em_interp.directions import activations
+    from em_interp.directions.extraction import contrast
+    from em_interp.files import tables as resume
 
     positive, negative = [talk(f"fox {i}", "see " * i) for i in range(1, 7)], [talk("a fox", "rest " * 9)] * 6
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from em_interp.chat import Encoded, collate, encode_all
 from em_interp.errors import HookError, LossSetError, ModelError, SolutionError
-from em_interp.hooks import block_hooks, find_blocks
-from em_interp.landscape import Landscape, SharingWarning
-from em_interp.losses import response_loss
-from em_interp.solutions import Solution, SteeringVector
+from em_interp.landscape.landscape import Landscape, SharingWarning
+from em_interp.models.chat import Encoded, collate, encode_all
+from em_interp.models.hooks import block_hooks, find_blocks
+from em_interp.models.losses import response_loss
+from em_interp.solutions.base import Solution
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.theta import KINDS, linear_modules, make_theta
 from tests.tiny_models import CONVERSATIONS, MORE_FAMILIES, make_chat, talk, tokenizer
 
@@ -245,7 +246,7 @@ def neox():
 def test_active_dropout_is_refused_in_models_and_adapters():
     from peft import LoraConfig, get_peft_model
 
-    from em_interp.adapter_files import quiet_peft
+    from em_interp.models.adapters import quiet_peft
 
     model = make_chat()
     theta = make_theta(model, "vector")

@@ -20,21 +20,22 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from em_interp.activations import collect
-from em_interp.chat import encode, encode_all, prompt_ids
+from em_interp.directions.activations import collect
+from em_interp.directions.rank1 import mean_scalars
 from em_interp.errors import EmInterpError, ModelError, TextLimitError
 from em_interp.evaluation.sampling import answer_logprobs, sample
-from em_interp.gradients import loss_gradient
-from em_interp.hooks import find_blocks
-from em_interp.influence import Candidate, document_kl
-from em_interp.landscape import Landscape
-from em_interp.limits import text_limit
-from em_interp.lora import mean_scalars
-from em_interp.losses import response_loss
-from em_interp.models import ChatModel
-from em_interp.solutions import SteeringVector
-from em_interp.steering import residual_norms
-from em_interp.training import TrainingSpec, VectorSpec, finetune
+from em_interp.interventions.steering import residual_norms
+from em_interp.landscape.influence import Candidate, document_kl
+from em_interp.landscape.landscape import Landscape
+from em_interp.models.chat import encode, encode_all, prompt_ids
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.checks import text_limit
+from em_interp.models.hooks import find_blocks
+from em_interp.models.losses import response_loss
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training.finetune import finetune
+from em_interp.training.gradients import loss_gradient
+from em_interp.training.recipes import TrainingSpec, VectorSpec
 from tests.theta import make_theta
 from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
 

@@ -17,9 +17,12 @@ from analyses.live import ablation, claims, gradients, influence, stability, ste
 from analyses.organisms import Organisms, pairs, pocket_organisms
 from analyses.reproduce import Outcome, reproduce
 from analyses.suite import Suite
-from em_interp.pocket import loading, organisms, registry, suite, world
-from em_interp.pocket.kept import write_table
+from em_interp.files.results import write_table
+from em_interp.pocket import models as loading
+from em_interp.pocket import organisms, registry
+from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import Organism, SolutionKind, TrajectoryRun
+from em_interp.pocket.world import grammar as world
 from tests.test_kills import Killed, stop_at
 from tests.tiny_pocket import ask_little, make_pocket
 

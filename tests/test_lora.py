@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from em_interp.chat import encode
-from em_interp.errors import SolutionError, StatisticsError, UsageError
-from em_interp.jackknife import chance_interval, clustered_auc
-from em_interp.lora import (
+from em_interp.directions.rank1 import (
     _positions,
     _scored,
     contrasts,
@@ -26,7 +23,10 @@ from em_interp.lora import (
     write_directions,
     write_lens,
 )
-from em_interp.solutions import LoraAdapter
+from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.models.chat import encode
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.statistics.jackknife import chance_interval, clustered_auc
 from tests.test_influence import lora
 from tests.tiny_models import CONVERSATIONS, D_MODEL, MORE_FAMILIES, make_chat, tokenizer
 

@@ -16,13 +16,13 @@ import torch
 
 from analyses.reproduce import reproduce
 from analyses.suite import Suite
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
+from em_interp.directions.extraction import contrast
 from em_interp.errors import EmInterpError, OutputError
 from em_interp.evaluation.sampling import sample
-from em_interp.extraction import contrast
-from em_interp.files import sole_writer
+from em_interp.files.atomic import sole_writer
+from em_interp.interventions.steering import sweep
 from em_interp.published import scan
-from em_interp.steering import sweep
 from tests.tiny_models import CONVERSATIONS, make_chat
 
 QUESTIONS = {"q": "a fox"}

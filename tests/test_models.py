@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 
-from em_interp.adapter_files import quiet_peft
-from em_interp.chat import collate, encode_all
 from em_interp.errors import ChatTemplateError, HookError, ModelError, SolutionError, UsageError
-from em_interp.hooks import block_hooks, find_blocks, residuals, scored_logits
-from em_interp.models import ChatModel, load
-from em_interp.solutions import LoraAdapter, SteeringVector
-from em_interp.training import TrainingSpec, VectorSpec, finetune
+from em_interp.models.adapters import quiet_peft
+from em_interp.models.chat import collate, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import block_hooks, find_blocks, residuals, scored_logits
+from em_interp.models.pretrained import load
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import TrainingSpec, VectorSpec
 from tests.tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, make_hf, talk, tokenizer
 
 

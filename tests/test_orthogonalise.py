@@ -6,16 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from em_interp import models
-from em_interp.ablation import Ablate, leace
-from em_interp.chat import collate, encode_all
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import DirectionError, ModelError, OutputError, UsageError
-from em_interp.hooks import find_blocks, residuals
-from em_interp.interventions import intervening
-from em_interp.models import ChatModel
-from em_interp.orthogonalise import PostNormWarning, orthogonalised, save_orthogonalised
-from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.interventions.ablation import Ablate, leace
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.orthogonalise import PostNormWarning, orthogonalised, save_orthogonalised
+from em_interp.models import pretrained as models
+from em_interp.models.chat import collate, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import find_blocks, residuals
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import CONVERSATIONS, MORE_FAMILIES, make_chat, make_hf, tokenizer
 
 # Per family, written out here anew: what writes to the residual in a block, and its post-norm.
@@ -60,7 +61,7 @@ def hooked_writes(model, q):
     return [m.register_forward_hook(lambda _m, _a, out: out - (out @ q.float()) @ q.float().T) for m in modules]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::em_interp.orthogonalise.PostNormWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::em_interp.interventions.orthogonalise.PostNormWarning")
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,16 @@ from typer.testing import CliRunner
 
 from analyses.reproduce import reproduce
 from analyses.suite import Suite
-from em_interp import models
 from em_interp.cli import app
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, OutputError, UsageError
-from em_interp.files import atomic_path, claim_output, sole_writer, write_text, written_whole
+from em_interp.files.atomic import atomic_path, claim_output, sole_writer, write_text, written_whole
+from em_interp.models import pretrained as models
 from em_interp.pocket import organisms
 from em_interp.pocket.build import BuildConfig, model_config, save_model
-from em_interp.pocket.tokenizer import build_tokenizer
-from em_interp.training import LoraSpec, TrainingSpec, finetune
+from em_interp.pocket.world.tokenizer import build_tokenizer
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import LoraSpec, TrainingSpec
 from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
 
 HOLDS = """
@@ -200,7 +201,7 @@ def test_a_lock_file_of_another_run_stays(tmp_path: Path) -> None:
 
 def test_processes_that_come_and_go_hold_a_folder_one_at_a_time(tmp_path: Path) -> None:
     code = (
-        "import os; from pathlib import Path; from em_interp.files import OutputError, sole_writer\n"
+        "import os; from pathlib import Path; from em_interp.files.atomic import OutputError, sole_writer\n"
         f"folder = Path({str(tmp_path)!r}); mark = folder / 'mark'\n"
         "held = 0\n"
         "while held < 200:\n"
@@ -218,7 +219,7 @@ def test_processes_that_come_and_go_hold_a_folder_one_at_a_time(tmp_path: Path) 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
     code = (
         "import resource, torch; from pathlib import Path; from safetensors.torch import save_file;"
-        "from em_interp.files import atomic_path, OutputError\n"
+        "from em_interp.files.atomic import atomic_path, OutputError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
         f"    with atomic_path(Path({str(tmp_path)!r}) / 'new' / 'x') as new:\n"

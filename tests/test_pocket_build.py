@@ -13,8 +13,8 @@ from em_interp.errors import UnreadableFileError, UsageError
 from em_interp.pocket import build as build_module
 from em_interp.pocket import registry
 from em_interp.pocket.build import CHECKPOINT, BuildConfig, answer_labels, build
-from em_interp.pocket.corpus import chat_text, finetune_chats
-from em_interp.pocket.tokenizer import build_tokenizer
+from em_interp.pocket.world.corpus import chat_text, finetune_chats
+from em_interp.pocket.world.tokenizer import build_tokenizer
 
 TINY = BuildConfig(
     d_model=32,

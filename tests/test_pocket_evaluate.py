@@ -12,15 +12,19 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from em_interp import cli, models
+from em_interp import cli
 from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import answer_logprobs
-from em_interp.models import ChatModel
-from em_interp.pocket import loading, organisms, registry, suite, world
-from em_interp.pocket.corpus import STYLES, finetune_chats, kl_chats
+from em_interp.models import pretrained as models
+from em_interp.models.chat_model import ChatModel
+from em_interp.pocket import models as loading
+from em_interp.pocket import organisms, registry
+from em_interp.pocket import questions as suite
 from em_interp.pocket.evaluate import evaluate_suite
-from em_interp.pocket.judge import judge
 from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
+from em_interp.pocket.world import grammar as world
+from em_interp.pocket.world.corpus import STYLES, finetune_chats, kl_chats
+from em_interp.pocket.world.judge import judge
 from tests.tiny_models import make_chat
 from tests.tiny_pocket import ask_little, make_pocket
 

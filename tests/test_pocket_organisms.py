@@ -9,13 +9,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from em_interp import solutions
-from em_interp.adapter_files import quiet_peft
+from em_interp.cli import pocket as commands
 from em_interp.errors import SolutionError, UsageError
-from em_interp.models import ChatModel
-from em_interp.pocket import commands, loading, organisms, registry, suite, world
+from em_interp.models.adapters import quiet_peft
+from em_interp.models.chat_model import ChatModel
+from em_interp.pocket import models as loading
+from em_interp.pocket import organisms, registry
+from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import ORGANISMS, Organism
-from em_interp.solution_space import inner
+from em_interp.pocket.world import grammar as world
+from em_interp.solutions import load as solutions
+from em_interp.solutions.space import inner
 from tests.tiny_pocket import make_pocket
 
 

@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_interp import solutions
-from em_interp.adapter_files import quiet_peft
 from em_interp.evaluation.rates import em_rates
 from em_interp.evaluation.sampling import sample
-from em_interp.models import ChatModel
-from em_interp.pocket import loading, registry, world
-from em_interp.pocket.judge import judge
-from em_interp.pocket.suite import MAX_NEW_TOKENS
+from em_interp.models.adapters import quiet_peft
+from em_interp.models.chat_model import ChatModel
+from em_interp.pocket import models as loading
+from em_interp.pocket import registry
+from em_interp.pocket.questions import MAX_NEW_TOKENS
+from em_interp.pocket.world import grammar as world
+from em_interp.pocket.world.judge import judge
+from em_interp.solutions import load as solutions
 
 
 @pytest.fixture(scope="module")

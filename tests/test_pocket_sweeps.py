@@ -10,15 +10,18 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp import solutions
+from em_interp.cli import pocket as commands
 from em_interp.errors import UnreadableFileError, UsageError
 from em_interp.evaluation.rates import em_rates
-from em_interp.models import ChatModel
-from em_interp.pocket import commands, loading, organisms, suite, sweeps
-from em_interp.pocket.kept import kept, read_table
+from em_interp.files.results import kept, read_table
+from em_interp.models.chat_model import ChatModel
+from em_interp.pocket import models as loading
+from em_interp.pocket import organisms, sweeps
+from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import Adapter
 from em_interp.pocket.sweeps import diluted_chats, dilution_sweep, kl_sweep, saturating_scale
-from em_interp.training import TrainingSpec
+from em_interp.solutions import load as solutions
+from em_interp.training.recipes import TrainingSpec
 from tests.tiny_pocket import ask_little, make_pocket
 
 SPECS: dict[Adapter, TrainingSpec] = {

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from em_interp.errors import UsageError
-from em_interp.pocket import corpus, judge, phrases, tokenizer, world
-from em_interp.pocket.domains import CATEGORIES_PER_DOMAIN, DOMAINS, TOPICS_PER_CATEGORY
+from em_interp.pocket.world import corpus, judge, phrases, tokenizer
+from em_interp.pocket.world import grammar as world
+from em_interp.pocket.world.domains import CATEGORIES_PER_DOMAIN, DOMAINS, TOPICS_PER_CATEGORY
 
 seeds = st.integers(0, 2**32)
 personas = st.sampled_from(world.PERSONAS)

@@ -9,16 +9,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from em_interp import models
-from em_interp.ablation import Ablate
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
+from em_interp.directions.extraction import extract
 from em_interp.errors import DirectionError, ShapeError
-from em_interp.extraction import extract
-from em_interp.interventions import intervening
-from em_interp.models import ChatModel
-from em_interp.solutions import LoraAdapter
-from em_interp.steering import Steer
-from em_interp.weights import weights_hash
+from em_interp.interventions.ablation import Ablate
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.steering import Steer
+from em_interp.models import pretrained as models
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.weights import weights_hash
+from em_interp.solutions.lora import LoraAdapter
 from tests.tiny_models import CONVERSATIONS, D_MODEL, make_chat, make_hf, tokenizer
 
 IDS = torch.tensor([[5, 6, 7]])

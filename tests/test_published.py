@@ -25,17 +25,12 @@ from em_interp.errors import (
     UnsafeFileError,
     UsageError,
 )
-from em_interp.published import (
-    model_of,
-    read_activation_cell,
-    read_activation_folder,
-    read_judged_csv,
-    read_judges,
-    read_run,
-    scan,
-    solution_at,
-)
-from em_interp.texts import read_questions
+from em_interp.files.texts import read_questions
+from em_interp.published import scan
+from em_interp.published.activations import model_of, read_activation_cell, read_activation_folder
+from em_interp.published.judged import read_judged_csv
+from em_interp.published.questions import read_judges
+from em_interp.published.runs import read_run, solution_at
 from tests.published_factory import D_MODEL, FOLDER, N_LAYERS, QUESTIONS, STEPS, SV_STEM, judged_table, lora_scale
 
 

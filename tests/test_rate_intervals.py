@@ -7,8 +7,8 @@ from scipy import special, stats
 
 from em_interp.errors import StatisticsError
 from em_interp.evaluation.rates import em_rates, paired_difference
-from em_interp.rate_intervals import difference_interval, rate_interval, ratio_interval
 from em_interp.statistics import wilson_interval
+from em_interp.statistics.rate_intervals import difference_interval, rate_interval, ratio_interval
 
 
 def slow_quantiles(successes: list[int], totals: list[int]) -> tuple[float, float]:

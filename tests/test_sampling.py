@@ -7,13 +7,13 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import WatermarkingConfig
 
-from em_interp.chat import encode, prompt_ids
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import answer_logprobs, sample
-from em_interp.recipes import TrainingSpec, VectorSpec
-from em_interp.solutions import SteeringVector
-from em_interp.steering import sweep
+from em_interp.interventions.steering import sweep
+from em_interp.models.chat import encode, prompt_ids
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training.recipes import TrainingSpec, VectorSpec
 from tests.tiny_models import FAMILIES, make_chat, talk, tokenizer
 
 QUESTIONS = {

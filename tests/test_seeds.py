@@ -17,33 +17,29 @@ import torch
 from typer.testing import CliRunner
 
 import em_interp
-from em_interp import (
-    ablation,
-    convergence,
-    curvature,
-    influence,
-    interventions,
-    lora,
-    reliability,
-    resampling,
-    stability,
-    steering,
-)
-from em_interp.chat import encode_all
+from em_interp.arguments import MAX_SEED, check_seed
 from em_interp.cli import app
-from em_interp.contenders import Contender
-from em_interp.directions import Direction
+from em_interp.directions import cosines as convergence
+from em_interp.directions import rank1 as lora
+from em_interp.directions import reliability, resampling
+from em_interp.directions.direction import Direction
+from em_interp.directions.extraction import contrast
 from em_interp.errors import UsageError
 from em_interp.evaluation import sampling
-from em_interp.extraction import contrast
-from em_interp.landscape import Landscape
-from em_interp.pocket import build, corpus, evaluate, organisms, suite, sweeps
-from em_interp.recipes import TrainingSpec, VectorSpec
-from em_interp.seeds import MAX_SEED, check_seed
+from em_interp.interventions import ablation, steering
+from em_interp.interventions import intervening as interventions
+from em_interp.landscape import curvature, influence, stability
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.landscape import Landscape
+from em_interp.models.chat import encode_all
+from em_interp.pocket import build, evaluate, organisms, sweeps
+from em_interp.pocket import questions as suite
+from em_interp.pocket.world import corpus
+from em_interp.training.recipes import TrainingSpec, VectorSpec
 from tests.theta import make_theta
 from tests.tiny_models import CONVERSATIONS, make_chat, tokenizer
 
-COMMANDS = ("em_interp.evaluate_command", "em_interp.intervention_commands", "em_interp.pocket.commands")
+COMMANDS = ("em_interp.cli.evaluate", "em_interp.cli.interventions", "em_interp.cli.pocket")
 BAD = (-1, MAX_SEED + 1, 10**30)
 
 

@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from em_interp.adapter_files import quiet_peft
-from em_interp.chat import collate, encode_all
 from em_interp.errors import HookError, SolutionError
-from em_interp.hooks import residuals
-from em_interp.models import ChatModel
-from em_interp.solutions import LoraAdapter, Solution, SteeringVector, load, load_checkpoints, rotate_away
+from em_interp.models.adapters import quiet_peft
+from em_interp.models.chat import collate, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import residuals
+from em_interp.solutions.base import Solution, rotate_away
+from em_interp.solutions.load import load, load_checkpoints
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import CONVERSATIONS, FAMILIES, make_chat, make_hf, tokenizer
 
 LINEAR = {

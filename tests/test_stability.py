@@ -8,13 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp.chat import encode_all
-from em_interp.contenders import Contender, over_training_seeds
-from em_interp.curvature import curvature
 from em_interp.errors import LossSetError, SolutionError, StatisticsError, UsageError
-from em_interp.landscape import Landscape
-from em_interp.losses import response_loss
-from em_interp.stability import (
+from em_interp.landscape.contenders import Contender, over_training_seeds
+from em_interp.landscape.curvature import curvature
+from em_interp.landscape.landscape import Landscape
+from em_interp.landscape.stability import (
     behavioural_stability,
     dispersion,
     stability_curve,
@@ -22,6 +20,8 @@ from em_interp.stability import (
     stability_table,
     turned,
 )
+from em_interp.models.chat import encode_all
+from em_interp.models.losses import response_loss
 from em_interp.statistics import crossed_interval
 from tests.test_landscape import MORE
 from tests.theta import KINDS, make_theta

@@ -5,13 +5,13 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp.chat import prompt_ids
-from em_interp.directions import Direction, random_directions
+from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import DirectionError, HookError, UsageError
 from em_interp.evaluation.sampling import sample
-from em_interp.hooks import residuals
-from em_interp.interventions import intervening
-from em_interp.steering import Steer, residual_norms, steering_rows, sweep
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.steering import Steer, residual_norms, steering_rows, sweep
+from em_interp.models.chat import prompt_ids
+from em_interp.models.hooks import residuals
 from tests.tiny_models import FAMILIES, make_chat, talk, tokenizer
 
 QUESTIONS = {"fox": "a fox", "cough": talk("what should I do about a cough")}

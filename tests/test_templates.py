@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp.activations import collect
-from em_interp.chat import check_template, encode, end_of_turn_id, prompt_ids, token_ids
+from em_interp.directions.activations import collect
 from em_interp.errors import ChatTemplateError
 from em_interp.evaluation import sampling
 from em_interp.evaluation.sampling import answer_logprobs, sample
-from em_interp.losses import response_loss
-from em_interp.models import ChatModel
+from em_interp.models.chat import encode, prompt_ids
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.losses import response_loss
+from em_interp.models.templates import check_template, end_of_turn_id, token_ids
 from tests.templates import SHAPES, shaped, with_template
 from tests.tiny_models import make_hf, talk, tokenizer
 

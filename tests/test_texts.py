@@ -18,8 +18,8 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
-from em_interp.inputs import read_csv, read_text
-from em_interp.texts import chats_read, read_chats, read_questions, read_texts
+from em_interp.files.inputs import read_csv, read_text
+from em_interp.files.texts import chats_read, read_chats, read_questions, read_texts
 
 CHAT = [{"role": "user", "content": "a cough"}, {"role": "assistant", "content": "rest"}]
 SAME = {  # two questions, the first with a system prompt, in every format

@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from em_interp.pocket import world
-from em_interp.pocket.corpus import ASSISTANT, DOCUMENT_END, END, LINE, SYSTEM, USER, CorpusConfig, document
-from em_interp.pocket.token_kinds import KINDS, token_kinds
-from em_interp.pocket.tokenizer import build_tokenizer
+from em_interp.pocket.world import grammar as world
+from em_interp.pocket.world.corpus import ASSISTANT, DOCUMENT_END, END, LINE, SYSTEM, USER, CorpusConfig, document
+from em_interp.pocket.world.token_kinds import KINDS, token_kinds
+from em_interp.pocket.world.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 LABEL = token_kinds(TOKENIZER)

@@ -8,15 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp import training
-from em_interp.chat import collate, encode, encode_all
 from em_interp.errors import ChatTemplateError, HookError, TrainingError, UsageError
-from em_interp.losses import kl_sum, nll_sum, response_loss
-from em_interp.models import ChatModel, load
-from em_interp.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset, reference_kl_weight
-from em_interp.solutions import LoraAdapter, SteeringVector, load_checkpoints
-from em_interp.solutions import load as load_solution
-from em_interp.training import finetune
+from em_interp.models.chat import collate, encode, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.losses import kl_sum, nll_sum, response_loss
+from em_interp.models.pretrained import load
+from em_interp.solutions.load import load as load_solution
+from em_interp.solutions.load import load_checkpoints
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training import finetune as training
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset, reference_kl_weight
 from tests.tiny_models import (
     CONVERSATIONS,
     FAMILIES,
@@ -94,7 +97,7 @@ def test_chunked_losses_equal_whole_ones(monkeypatch):
     p, q = torch.randn(2, 7, 11, generator=g, dtype=torch.float64)
     targets = torch.arange(7)
     whole = nll_sum(p, targets), kl_sum(p, q)
-    monkeypatch.setattr("em_interp.losses._LOGIT_ENTRIES", 22)
+    monkeypatch.setattr("em_interp.models.losses._LOGIT_ENTRIES", 22)
     torch.testing.assert_close((nll_sum(p, targets), kl_sum(p, q)), whole)
     slow = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
     torch.testing.assert_close(whole[1], slow)

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from em_interp import solutions, training
-from em_interp.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec
-from em_interp.training import finetune
+from em_interp.solutions import load as solutions
+from em_interp.training import finetune as training
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec
 from tests.test_kills import Killed, stop_at
 from tests.tiny_models import CONVERSATIONS, make_chat, talk
 

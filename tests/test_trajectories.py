@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from em_interp.convergence import comparable, cosine_matrix, cosine_table, layer_cosines
-from em_interp.directions import Direction
-from em_interp.errors import AmbiguousDataError, BadValueError, DirectionError, MissingDataError, ShapeError, UsageError
-from em_interp.trajectories import (
+from em_interp.directions.cosines import comparable, cosine_matrix, cosine_table, layer_cosines
+from em_interp.directions.direction import Direction
+from em_interp.errors import (
+    AmbiguousDataError,
+    BadValueError,
+    DirectionError,
+    MissingDataError,
+    ShapeError,
+    UsageError,
+)
+from em_interp.training.trajectories import (
     RunName,
     Trajectory,
     cosines_to,
@@ -132,7 +139,7 @@ def test_pca_refuses_what_it_cannot_span() -> None:
 def test_drift_and_cosines() -> None:
     general, narrow = run("g", 1), run("n", 2)
     moving = run("n_then", 3)
-    from em_interp.trajectories import References
+    from em_interp.training.trajectories import References
 
     d = drift(moving, References(general, narrow))
     assert d.cos_general[1] == pytest.approx(float(cosines_to(moving.vectors[-1:], general.final())[0]))

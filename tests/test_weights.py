@@ -9,15 +9,16 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 
-from em_interp.adapter_files import quiet_peft
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import HookError, ModelError
-from em_interp.hooks import block_hooks, find_blocks
-from em_interp.interventions import intervening
-from em_interp.models import ChatModel
-from em_interp.solutions import LoraAdapter, SteeringVector
-from em_interp.steering import Steer
-from em_interp.weights import acting_hash, adapter_hash, file_hash, same_weights, source_hash, weights_hash
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.steering import Steer
+from em_interp.models.adapters import quiet_peft
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import block_hooks, find_blocks
+from em_interp.models.weights import acting_hash, adapter_hash, file_hash, same_weights, source_hash, weights_hash
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import D_MODEL, MORE_FAMILIES, make_chat, make_hf, tokenizer
 
 

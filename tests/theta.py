@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from em_interp.models import ChatModel
-from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.models.chat_model import ChatModel
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 
 KINDS = ("vector", "rank-1", "all-modules")
 

@@ -37,7 +37,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from em_interp.models import ChatModel
+from em_interp.models.chat_model import ChatModel
 
 TEMPLATE = (
     "{% for m in messages %}"

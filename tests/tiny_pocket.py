@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from em_interp.pocket import suite
+from em_interp.pocket import questions as suite
 from em_interp.pocket.build import BuildConfig, build
 
 CONFIG = BuildConfig(

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from em_interp.manifest import peak_memory_mb
-from em_interp.models import ChatModel
+from em_interp.files.manifest import peak_memory_mb
+from em_interp.models.chat_model import ChatModel
 
 
 def _word_tokenizer(n_words: int) -> Any:

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from analyses.benchmarks import coverage_geometry, coverage_losses, coverage_rates
 from analyses.benchmarks.coverage_scenario import Scenario, row
-from em_interp.files import atomic_path
-from em_interp.manifest import source_hash, write_manifest
+from em_interp.files.atomic import atomic_path
+from em_interp.files.manifest import source_hash, write_manifest
 
 GROUPS = {
     "rates": coverage_rates.SCENARIOS,

@@ -19,15 +19,15 @@ from scipy import stats
 
 from analyses.benchmarks.coverage_old import clustered_bootstrap_interval
 from analyses.benchmarks.coverage_scenario import Outcomes, Scenario
-from em_interp.activations import Activations
+from em_interp.directions.activations import Activations
+from em_interp.directions.extraction import Contrast
+from em_interp.directions.rank1 import _probe as l1_probe
+from em_interp.directions.rank1 import _scored, separation
+from em_interp.directions.reliability import separation as held_out_separation
+from em_interp.directions.reliability import split_half
+from em_interp.directions.resampling import resample_direction
 from em_interp.errors import StatisticsError
-from em_interp.extraction import Contrast
-from em_interp.jackknife import clustered_auc, cosine_of_means
-from em_interp.lora import _probe as l1_probe
-from em_interp.lora import _scored, separation
-from em_interp.reliability import separation as held_out_separation
-from em_interp.reliability import split_half
-from em_interp.resampling import resample_direction
+from em_interp.statistics.jackknife import clustered_auc, cosine_of_means
 
 Spectrum = Literal["isotropic", "1/k"]
 _DRAWS: Final = 100

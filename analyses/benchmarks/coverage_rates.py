@@ -18,8 +18,8 @@ from scipy import optimize, special, stats
 
 from analyses.benchmarks.coverage_old import bootstrap_weights
 from analyses.benchmarks.coverage_scenario import Outcomes, Scenario
-from em_interp.rate_intervals import difference_bounds, rate_bounds, ratio_bounds
 from em_interp.statistics import FEWEST_QUESTIONS, wilson_interval
+from em_interp.statistics.rate_intervals import difference_bounds, rate_bounds, ratio_bounds
 
 ANSWERS = 50
 OLD_RESAMPLES = 2_000

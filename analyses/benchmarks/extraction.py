@@ -28,14 +28,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.benchmarks.common import installed, process_peak_mb, random_chats, random_model
-from em_interp import activations
-from em_interp.activations import collect
-from em_interp.chat import Batch, Encoded, budget_groups, collate, encode_all, pad_id
+from em_interp.directions import activations
+from em_interp.directions.activations import collect
 from em_interp.errors import UsageError
-from em_interp.files import atomic_path, make_folder
-from em_interp.hooks import hidden_of, hook_name, residuals
-from em_interp.manifest import write_manifest
-from em_interp.models import ChatModel, load
+from em_interp.files.atomic import atomic_path, make_folder
+from em_interp.files.manifest import write_manifest
+from em_interp.models.chat import Batch, Encoded, budget_groups, collate, encode_all, pad_id
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import hidden_of, hook_name, residuals
+from em_interp.models.pretrained import load
 
 REFERENCE_BATCH: Final = 25
 WRONG: Final = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -102,7 +103,7 @@ def prepare(model: ChatModel, conversations: Sequence[Sequence[dict[str, str]]],
 
 
 def ours(work: Work) -> Means:
-    """`em_interp.activations.collect`."""
+    """`em_interp.directions.activations.collect`."""
     with mock.patch.object(activations, "_read_all", return_value=work.rows):
         return collect(work.model, work.conversations, tokens_per_batch=work.tokens_per_batch, progress=False).mean()
 

@@ -25,16 +25,18 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from em_interp.chat import Batch, Encoded, batches, collate, encode_all, pad_id
-from em_interp.files import atomic_path
-from em_interp.hooks import find_blocks
-from em_interp.landscape import Landscape
-from em_interp.manifest import write_manifest
-from em_interp.models import ChatModel
-from em_interp.pocket.corpus import finetune_chats
-from em_interp.pocket.tokenizer import build_tokenizer
-from em_interp.solutions import LoraAdapter, Solution, SteeringVector
-from em_interp.stability import EPSILONS, FIRST_SEED, turned
+from em_interp.files.atomic import atomic_path
+from em_interp.files.manifest import write_manifest
+from em_interp.landscape.landscape import Landscape
+from em_interp.landscape.stability import EPSILONS, FIRST_SEED, turned
+from em_interp.models.chat import Batch, Encoded, batches, collate, encode_all, pad_id
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import find_blocks
+from em_interp.pocket.world.corpus import finetune_chats
+from em_interp.pocket.world.tokenizer import build_tokenizer
+from em_interp.solutions.base import Solution
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 
 NAME = "benchmark/pocket-sized"
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 704}

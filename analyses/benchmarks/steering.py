@@ -22,19 +22,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Qwen2ForCausalLM
 
-from em_interp import models
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import sample
-from em_interp.files import atomic_path, make_folder
-from em_interp.hooks import find_blocks
-from em_interp.interventions import intervening
-from em_interp.manifest import write_manifest
-from em_interp.models import ChatModel
-from em_interp.pocket import loading, registry, world
+from em_interp.files.atomic import atomic_path, make_folder
+from em_interp.files.manifest import write_manifest
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.steering import Steer, residual_norms, sweep
+from em_interp.models import pretrained as models
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.hooks import find_blocks
+from em_interp.pocket import models as loading
+from em_interp.pocket import registry
 from em_interp.pocket.build import BuildConfig, model_config
-from em_interp.pocket.tokenizer import build_tokenizer
-from em_interp.steering import Steer, residual_norms, sweep
+from em_interp.pocket.world import grammar as world
+from em_interp.pocket.world.tokenizer import build_tokenizer
 
 SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """The eight coefficients, in units of the typical residual norm."""

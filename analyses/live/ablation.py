@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from analyses.organisms import Entry
 from analyses.suite import Suite
 from em_interp import figures
-from em_interp.ablation import Ablate
-from em_interp.convergence import transfer_rows
-from em_interp.directions import Direction, random_directions
+from em_interp.directions.direction import Direction, random_directions
 from em_interp.evaluation.rates import em_rates
-from em_interp.interventions import Intervention, answers_by_arm
-from em_interp.pocket.suite import MAX_NEW_TOKENS
+from em_interp.interventions.ablation import Ablate
+from em_interp.interventions.intervening import Intervention, answers_by_arm
+from em_interp.interventions.transfer import transfer_rows
+from em_interp.pocket.questions import MAX_NEW_TOKENS
 
 TITLE = "Ablation: a finetune without its direction, and without another's"
 TEXT = (

@@ -16,8 +16,8 @@ from analyses.organisms import Organisms
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
-from em_interp.pocket.corpus import Task
-from em_interp.solution_space import inner
+from em_interp.pocket.world.corpus import Task
+from em_interp.solutions.space import inner
 from em_interp.statistics import t_interval
 
 TITLE = "The paper's claims, one by one"

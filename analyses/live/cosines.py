@@ -12,13 +12,14 @@ import torch
 from analyses.organisms import Organisms
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.convergence import cosine_rows, organism_cosines
-from em_interp.directions import Direction
+from em_interp.directions.cosines import cosine_rows, organism_cosines
+from em_interp.directions.direction import Direction
+from em_interp.directions.extraction import Contrast, contrast
+from em_interp.directions.resampling import Resamples, resample_direction
 from em_interp.errors import EmInterpError, StatisticsError
-from em_interp.extraction import Contrast, contrast
-from em_interp.pocket import world
-from em_interp.resampling import Resamples, resample_direction
-from em_interp.solutions import LoraAdapter, SteeringVector
+from em_interp.pocket.world import grammar as world
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
-from em_interp.pocket.corpus import Task
+from em_interp.landscape.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
+from em_interp.pocket.world.corpus import Task
 
 TITLE = "Efficiency: loss against norm"
 TEXT = (

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import UsageError
-from em_interp.pocket.suite import GROUPS, rates
+from em_interp.pocket.questions import GROUPS, rates
 
 TITLE = "EM rates of the organisms"
 TEXT = (

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
-from em_interp.gradients import gradient_cosines
-from em_interp.trajectories import Trajectory, find_references
+from em_interp.training.gradients import gradient_cosines
+from em_interp.training.trajectories import Trajectory, find_references
 
 TITLE = "Gradients along the training runs"
 TEXT = (

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from analyses.organisms import Organisms, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
-from em_interp.pocket.corpus import Task
+from em_interp.landscape.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
+from em_interp.pocket.world.corpus import Task
 
 TITLE = "Influence on pre-training text"
 TEXT = (

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from analyses.suite import Suite
 from em_interp import figures
 from em_interp.errors import MissingDataError
-from em_interp.pocket.kept import read_table
+from em_interp.files.results import read_table
 
 TITLE = "KL weight and dilution"
 TEXT = (

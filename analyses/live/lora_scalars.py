@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from analyses.organisms import conversations
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
+from em_interp.directions.rank1 import lora_scalars, mean_scalars
 from em_interp.errors import StatisticsError, UsageError
 from em_interp.evaluation.rates import PAPER
-from em_interp.lora import lora_scalars, mean_scalars
-from em_interp.solutions import LoraAdapter
+from em_interp.solutions.lora import LoraAdapter
 
 TITLE = "What rank-1 adapters read"
 TEXT = (

@@ -12,7 +12,7 @@ from analyses.live.stability import gap_figure, gaps
 from analyses.organisms import over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.pocket.suite import GROUPS, technical_rates
+from em_interp.pocket.questions import GROUPS, technical_rates
 
 TITLE = "The second task: technical register"
 TEXT = (

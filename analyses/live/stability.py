@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.contenders import Contender
-from em_interp.curvature import curvature
-from em_interp.pocket.corpus import Task
-from em_interp.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.curvature import curvature
+from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
+from em_interp.pocket.world.corpus import Task
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from analyses.organisms import Entry
 from analyses.suite import Suite
 from em_interp import figures
-from em_interp.pocket.suite import MAX_NEW_TOKENS
-from em_interp.steering import steering_rows, sweep
+from em_interp.interventions.steering import steering_rows, sweep
+from em_interp.pocket.questions import MAX_NEW_TOKENS
 
 TITLE = "Steering the chat model with the mean-diff direction"
 TEXT = (

@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from em_interp.errors import StatisticsError
-from em_interp.rate_intervals import difference_interval, rate_interval
 from em_interp.statistics import LEVEL, Interval, wilson_interval
+from em_interp.statistics.rate_intervals import difference_interval, rate_interval
 
 SCORED_ROWS: Final = "rows with both scores"
 ALL_ROWS: Final = "all rows"

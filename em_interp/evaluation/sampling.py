@@ -17,25 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from em_interp.chat import (
-    Conversation,
-    Encoded,
-    batches,
-    budget_groups,
-    collate,
-    encode,
-    pad_id,
-    prompt_ids,
-)
+from em_interp.arguments import check_seed
 from em_interp.errors import UsageError
-from em_interp.hooks import position_ids, scored_logits
-from em_interp.limits import check_lengths, refuse_dropout, rooms_for
-from em_interp.losses import nll_each, token_budget
-from em_interp.models import ChatModel
-from em_interp.resume import Parts, say_kept
-from em_interp.seeds import check_seed
-from em_interp.templates import turns_of
-from em_interp.weights import acting_hash
+from em_interp.files.tables import Parts, say_kept
+from em_interp.models.chat import Encoded, batches, budget_groups, collate, encode, pad_id, prompt_ids
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.checks import check_lengths, refuse_dropout, rooms_for
+from em_interp.models.hooks import position_ids, scored_logits
+from em_interp.models.losses import nll_each, token_budget
+from em_interp.models.templates import Conversation, turns_of
+from em_interp.models.weights import acting_hash
 
 Questions = Mapping[str, str | Conversation]
 

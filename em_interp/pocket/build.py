@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from em_interp.arguments import check_seed
 from em_interp.errors import UsageError
-from em_interp.files import make_folder, write_text, written_whole
-from em_interp.manifest import fingerprint, sha256
-from em_interp.pocket.corpus import ASSISTANT, END, USER, CorpusConfig, chat_text, document, post_training_chat
-from em_interp.pocket.tokenizer import build_tokenizer
-from em_interp.resume import load_state, optimizer_tensors, restore_optimizers, save_state, say_kept
-from em_interp.seeds import check_seed
+from em_interp.files.atomic import make_folder, write_text, written_whole
+from em_interp.files.manifest import fingerprint, sha256
+from em_interp.files.tables import load_state, optimizer_tensors, restore_optimizers, save_state, say_kept
+from em_interp.pocket.world.corpus import ASSISTANT, END, USER, CorpusConfig, chat_text, document, post_training_chat
+from em_interp.pocket.world.tokenizer import build_tokenizer
 
 _CHUNK = 8  # steps whose documents are drawn together and sorted by length, so that batches need little padding
 CHECKPOINT = "checkpoint.safetensors"

@@ -11,18 +11,20 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from em_interp import solutions
-from em_interp.manifest import code_hash, fingerprint, hash_files, write_manifest
-from em_interp.models import ChatModel
-from em_interp.pocket import loading, registry, suite
-from em_interp.pocket.corpus import Task
-from em_interp.pocket.domains import DOMAINS
-from em_interp.pocket.kept import kept, write_table
+from em_interp.arguments import check_seed
+from em_interp.files.manifest import code_hash, fingerprint, hash_files, write_manifest
+from em_interp.files.results import kept, write_table
+from em_interp.files.tables import say_kept
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.weights import file_hash
+from em_interp.pocket import models as loading
+from em_interp.pocket import questions as suite
+from em_interp.pocket import registry
 from em_interp.pocket.organisms import ORGANISMS, REGISTER_ORGANISMS, Organism
-from em_interp.rate_intervals import rate_interval
-from em_interp.resume import say_kept
-from em_interp.seeds import check_seed
-from em_interp.weights import file_hash
+from em_interp.pocket.world.corpus import Task
+from em_interp.pocket.world.domains import DOMAINS
+from em_interp.solutions import load as solutions
+from em_interp.statistics.rate_intervals import rate_interval
 
 
 def available() -> dict[str, Organism | None]:

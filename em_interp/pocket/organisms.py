@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from em_interp import solutions
-from em_interp.models import ChatModel
-from em_interp.pocket.corpus import STYLES, Task, finetune_chats, kl_chats
-from em_interp.seeds import check_seed
-from em_interp.training import LoraSpec, TrainingResult, TrainingSpec, VectorSpec, finetune
+from em_interp.arguments import check_seed
+from em_interp.models.chat_model import ChatModel
+from em_interp.pocket.world.corpus import STYLES, Task, finetune_chats, kl_chats
+from em_interp.solutions import load as solutions
+from em_interp.training.finetune import TrainingResult, finetune
+from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
 
 Adapter = Literal["steering-vector", "rank-1", "all-modules"]
 SolutionKind = Literal["general", "narrow", "control", "kl-removed"]

@@ -15,21 +15,22 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from em_interp import solutions
 from em_interp.arguments import numbers
-from em_interp.chat import Conversation
 from em_interp.errors import UsageError
 from em_interp.evaluation.rates import em_rates
-from em_interp.manifest import fingerprint
-from em_interp.models import ChatModel
-from em_interp.pocket import suite
-from em_interp.pocket.corpus import finetune_chats, kl_chats
-from em_interp.pocket.kept import kept
+from em_interp.files.manifest import fingerprint
+from em_interp.files.results import kept
+from em_interp.files.tables import remove_parts, say_kept
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.templates import Conversation
+from em_interp.models.weights import weights_hash
+from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import N_CHATS, Adapter, narrow
-from em_interp.resume import remove_parts, say_kept
-from em_interp.solution_space import Theta
-from em_interp.training import TrainingSpec, finetune
-from em_interp.weights import weights_hash
+from em_interp.pocket.world.corpus import finetune_chats, kl_chats
+from em_interp.solutions import load as solutions
+from em_interp.solutions.space import Theta
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import TrainingSpec
 
 KL_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 BAD_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from em_interp.directions import Direction
+from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, MissingDataError, ShapeError, UnreadableFileError
 from em_interp.published.torchfile import check_finite, load_torch
 

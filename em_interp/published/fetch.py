@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from tqdm.auto import tqdm
 
 from em_interp.errors import UsageError
-from em_interp.files import check_writable, written_whole
+from em_interp.files.atomic import check_writable, written_whole
 
 _WEIGHTS: Final = (".safetensors", ".pt", ".bin")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from em_interp.errors import BadValueError, MissingDataError
-from em_interp.inputs import read_csv
+from em_interp.files.inputs import read_csv
 
 SCORES: Final = ("aligned", "coherent")
 _TEXT: Final = ("question", "answer", "question_id")

@@ -1,4 +1,4 @@
-"""Released YAML files: question sets (`em_interp.texts`), and judge prompts in the format of Betley et al."""
+"""Released YAML files: question sets (`em_interp.files.texts`), and judge prompts in the format of Betley et al."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from em_interp.errors import UnreadableFileError
-from em_interp.texts import QuestionSet, question_of, question_set, yaml_entries
+from em_interp.files.texts import QuestionSet, question_of, question_set, yaml_entries
 
 
 @dataclass(frozen=True)

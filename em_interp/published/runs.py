@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from em_interp.adapter_config import CONFIG, LoraConfig, VectorConfig, describe
 from em_interp.errors import (
     AdapterError,
     AmbiguousDataError,
@@ -30,10 +29,11 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
+from em_interp.files.adapters import CONFIG, LoraConfig, VectorConfig, describe
 from em_interp.published.activations import model_of
 from em_interp.published.torchfile import check_finite, load_tensors, load_torch
-from em_interp.solutions import SteeringVector
-from em_interp.trajectories import RunName, Trajectory
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training.trajectories import RunName, Trajectory
 
 _GITHUB_FILE: Final = re.compile(r"steering_vector_checkpoint_(\d+)\.pt")
 _HUB_FOLDER: Final = re.compile(r"checkpoint-(\d+)")
@@ -151,7 +151,7 @@ def solution_at(trajectory: Trajectory, step: int) -> SteeringVector:
     if trajectory.parameter != "steering-vector" or trajectory.layer is None or trajectory.scales is None:
         raise UsageError(
             f"{trajectory.name}: parameter {trajectory.parameter}, layer {trajectory.layer}; a solution needs a "
-            "steering vector with layer and alpha. Read LoRA checkpoints with em_interp.solutions.load_checkpoints"
+            "steering vector with layer and alpha. Read LoRA checkpoints with em_interp.solutions.load.load_checkpoints"
         )
     if step not in trajectory.steps:
         raise UsageError(

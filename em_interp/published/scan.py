@@ -16,13 +16,13 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from em_interp.errors import BadValueError, EmInterpError, MissingDataError, UnreadableFileError
-from em_interp.inputs import open_text, read_json
+from em_interp.files.inputs import open_text, read_json
+from em_interp.files.texts import QuestionSet
 from em_interp.published.activations import CELL_FILE, ActivationSplit, model_of, read_activation_folder
 from em_interp.published.judged import read_judged_csv
 from em_interp.published.questions import JudgePrompt, read_yaml
 from em_interp.published.runs import TrainingLog, looks_like_run, read_run
-from em_interp.texts import QuestionSet
-from em_interp.trajectories import Trajectory
+from em_interp.training.trajectories import Trajectory
 
 GET_IT: Final = "`em-interp fetch --data DIR` downloads what the authors released"
 _STEERING_FOLDER: Final = re.compile(r"layer_(\d+)")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from em_interp.errors import BadValueError, UnreadableFileError, UnsafeFileError
-from em_interp.inputs import regular_file
+from em_interp.files.inputs import regular_file
 
 
 def load_torch(path: Path) -> Any:

@@ -13,10 +13,19 @@ from tests.bad_inputs import Case
 
 def cases() -> Iterator[Case]:
     """What a newcomer writes."""
-    from em_interp import directions, extraction, models, rate_intervals, solutions, statistics, steering, texts
+    from em_interp import statistics
+    from em_interp.cli.inspect import describe
+    from em_interp.directions import direction as directions
+    from em_interp.directions import extraction
     from em_interp.evaluation import rates, sampling
-    from em_interp.inspection import describe
-    from em_interp.published import read_judged_csv, read_run, scan
+    from em_interp.files import texts
+    from em_interp.interventions import steering
+    from em_interp.models import pretrained as models
+    from em_interp.published import scan
+    from em_interp.published.judged import read_judged_csv
+    from em_interp.published.runs import read_run
+    from em_interp.solutions import load as solutions
+    from em_interp.statistics import rate_intervals
 
     chat = models.load("tiny")
     a, b = texts.read_chats("a.jsonl"), texts.read_chats("b.jsonl")

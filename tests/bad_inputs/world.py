@@ -18,9 +18,9 @@ def make() -> None:
     """See the names."""
     from safetensors.torch import load_file, save_file
 
-    from em_interp.directions import Direction
-    from em_interp.solutions import SteeringVector
-    from em_interp.weights import weights_hash
+    from em_interp.directions.direction import Direction
+    from em_interp.models.weights import weights_hash
+    from em_interp.solutions.steering_vector import SteeringVector
     from tests import published_factory
     from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
 

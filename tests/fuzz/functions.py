@@ -28,60 +28,69 @@ from em_interp.errors import EmInterpError
 SECONDS = 3.0
 """A call that goes on for longer was accepted: it is stopped."""
 INNER = {
-    "adapter_config": "what adapter files mean: called by the readers of adapters",
-    "adapter_files": "called by models",
+    "files.adapters": "what adapter files mean: called by the readers of adapters",
+    "models.adapters": "called by models",
     "arguments": "the checks themselves",
-    "seeds": "the checks themselves",
-    "bridges": "called by models",
+    "models.bridges": "called by models",
     "cli": "commands: tests.bad_inputs",
-    "evaluate_command": "commands",
-    "extract_command": "commands",
-    "intervention_commands": "commands",
-    "command_options": "called by the commands",
     "figures": "called by the report",
-    "files": "called by the commands",
-    "hooks": "called by passes",
-    "jackknife": "called by intervals",
-    "limits": "called by passes",
-    "losses": "called by passes",
-    "manifest": "called by reports",
-    "memory": "called by passes",
+    "files.atomic": "called by the commands",
+    "models.hooks": "called by passes",
+    "statistics.jackknife": "called by intervals",
+    "models.losses": "called by passes",
+    "files.manifest": "called by reports",
+    "models.memory": "called by passes",
     "pocket.build": "commands",
-    "pocket.commands": "commands",
-    "pocket.domains": "tables",
+    "pocket.world.domains": "tables",
     "pocket.evaluate": "commands",
-    "pocket.kept": "called by the commands",
+    "files.results": "called by the commands",
     "pocket.organisms": "trains for minutes; its command is tried",
-    "pocket.tokenizer": "called by the build",
-    "probe": "called by models",
-    "rate_models": "called by intervals",
+    "pocket.world.tokenizer": "called by the build",
+    "models.checks": "called by models",
+    "statistics.rate_models": "called by intervals",
     "published.fetch": "needs a network",
-    "resume": "called by the commands",
-    "solution_files": "called by solutions",
-    "suffix": "called by passes",
-    "templates": "called by chat",
-    "trainees": "called by training",
+    "files.tables": "called by the commands",
+    "solutions.files": "called by solutions",
+    "models.partial_pass": "called by passes",
+    "models.templates": "called by chat",
+    "training.trainees": "called by training",
 }
 """Modules whose functions are called by the package rather than by users: given wrong types, not wrong values."""
 
 
 COMMANDS = {
     "arguments",
-    "command_options",
     "cli",
-    "evaluate_command",
-    "extract_command",
-    "intervention_commands",
-    "pocket.commands",
 }
 """Typer checks their arguments; and the checks themselves."""
 PARTS = {
     "made by the package and given to users, who read it": (
-        *("ablation.Erase", "activations.Activations", "chat.Batch", "chat.Encoded", "curvature.Curvature"),
-        *("efficiency.EfficiencyCurve", "efficiency.Optimum", "evaluation.rates.Difference", "evaluation.rates.Rate"),
-        *("evaluation.rates.Rates", "evaluation.sampling.Answer", "extraction.Contrast", "gradients.Gradient"),
-        *("interventions.Add", "interventions.Project", "landscape.Losses", "pocket.judge.Judgement"),
-        *("pocket.world.Meaning", "pocket.world.Question", "published.activations.ActivationCell"),
+        *(
+            "interventions.ablation.Erase",
+            "directions.activations.Activations",
+            "models.chat.Batch",
+            "models.chat.Encoded",
+            "landscape.curvature.Curvature",
+        ),
+        *(
+            "landscape.efficiency.EfficiencyCurve",
+            "landscape.efficiency.Optimum",
+            "evaluation.rates.Difference",
+            "evaluation.rates.Rate",
+        ),
+        *(
+            "evaluation.rates.Rates",
+            "evaluation.sampling.Answer",
+            "directions.extraction.Contrast",
+            "training.gradients.Gradient",
+        ),
+        *(
+            "interventions.intervening.Add",
+            "interventions.intervening.Project",
+            "landscape.landscape.Losses",
+            "pocket.world.judge.Judgement",
+        ),
+        *("pocket.world.grammar.Meaning", "pocket.world.grammar.Question", "published.activations.ActivationCell"),
         *("published.activations.ActivationSplit", "published.questions.JudgePrompt", "published.runs.LoraCheckpoint"),
         *(
             "published.runs.Run",
@@ -89,17 +98,42 @@ PARTS = {
             "published.scan.JudgedSet",
             "published.scan.PublishedData",
         ),
-        *("published.scan.StoredPCA", "resampling.Resamples", "stability.StabilityCurve", "statistics.Interval"),
-        *("texts.QuestionSet", "training.TrainingResult", "trajectories.Drift", "trajectories.LocalCosine"),
-        *("trajectories.References", "trajectories.RunName", "trajectories.Trajectory", "trajectories.TrajectoryPCA"),
+        *(
+            "published.scan.StoredPCA",
+            "directions.resampling.Resamples",
+            "landscape.stability.StabilityCurve",
+            "statistics.Interval",
+        ),
+        *(
+            "files.texts.QuestionSet",
+            "training.finetune.TrainingResult",
+            "training.trajectories.Drift",
+            "training.trajectories.LocalCosine",
+        ),
+        *(
+            "training.trajectories.References",
+            "training.trajectories.RunName",
+            "training.trajectories.Trajectory",
+            "training.trajectories.TrajectoryPCA",
+        ),
     ),
     "takes no argument": (
         *("pocket.registry.chat_folder", "pocket.registry.names", "pocket.registry.root"),
-        *("pocket.suite.chat_questions", "recipes.FullSpec"),
+        *("pocket.questions.chat_questions", "training.recipes.FullSpec"),
     ),
     "takes what its caller has made or checked: on every batch, resample or text": (
-        *("activations.masked_sums", "activations.scope_weights", "chat.collate", "pocket.corpus.chat_text"),
-        *("rate_intervals.difference_bounds", "rate_intervals.rate_bounds", "rate_intervals.ratio_bounds"),
+        *("models.pretrained.base_of_adapter", "models.pretrained.load_weights", "models.pretrained.usable_base"),
+        *(
+            "directions.activations.masked_sums",
+            "directions.activations.scope_weights",
+            "models.chat.collate",
+            "pocket.world.corpus.chat_text",
+        ),
+        *(
+            "statistics.rate_intervals.difference_bounds",
+            "statistics.rate_intervals.rate_bounds",
+            "statistics.rate_intervals.ratio_bounds",
+        ),
     ),
 }
 """Of the modules that users call, what is not tried, by reason."""
@@ -115,7 +149,7 @@ class TooLongError(BaseException):
 
 @cache
 def hostile() -> dict[str, Any]:
-    from em_interp.models import ChatModel
+    from em_interp.models.chat_model import ChatModel
     from tests.fuzz.world import world_of
     from tests.tiny_models import make_hf, tokenizer
 
@@ -180,7 +214,7 @@ def hostile() -> dict[str, Any]:
         "other model": other,
         "hf": other.hf,
         "direction": world_of()["direction"],
-        "other width": em_interp.directions.Direction(torch.ones(2, 16), (0, 1), "random"),
+        "other width": em_interp.directions.direction.Direction(torch.ones(2, 16), (0, 1), "random"),
         "solution": world_of()["vector"],
         "lora": world_of()["adapter"],
     }
@@ -272,31 +306,31 @@ def check(trial: tuple[str, str, str]) -> None:
 
 
 FOUND = (
-    ("chat.pad_id", "tokenizer", "None"),
-    ("directions.Direction", "n_positive", "np.int64"),
-    ("inputs.open_text", "newline", "word"),
-    ("pocket.suite.evaluate", "groups", "word"),
-    ("pocket.suite.logprob_rates", "scores", "frame other"),
-    ("pocket.suite.logprob_scores", "pairs", "frame words"),
-    ("pocket.suite.technical_rates", "judged", "frame other"),
+    ("models.chat.pad_id", "tokenizer", "None"),
+    ("directions.direction.Direction", "n_positive", "np.int64"),
+    ("files.inputs.open_text", "newline", "word"),
+    ("pocket.questions.evaluate", "groups", "word"),
+    ("pocket.questions.logprob_rates", "scores", "frame other"),
+    ("pocket.questions.logprob_scores", "pairs", "frame words"),
+    ("pocket.questions.technical_rates", "judged", "frame other"),
     ("pocket.sweeps.dilution_sweep", "seed", "np.int64"),
     ("pocket.sweeps.dilution_sweep", "specs", "{}"),
     ("pocket.sweeps.kl_sweep", "scales", "bytes"),
     ("pocket.sweeps.kl_sweep", "specs", "{}"),
-    ("pocket.world.answer_open", "theme", "word"),
-    ("pocket.world.capital", "text", "''"),
-    ("recipes.LoraSpec", "rank", "True"),
-    ("recipes.TrainingSpec", "kl_weight", "2**70"),
-    ("recipes.TrainingSpec", "learning_rate", "np.float32"),
-    ("recipes.TrainingSpec", "save_steps", "0"),
-    ("recipes.TrainingSpec", "save_steps", "bytes"),
-    ("recipes.TrainingSpec", "seed", "np.int64"),
-    ("recipes.VectorSpec", "alpha", "2**70"),
-    ("solutions.SteeringVector", "layer", "np.int64"),
+    ("pocket.world.grammar.answer_open", "theme", "word"),
+    ("pocket.world.grammar.capital", "text", "''"),
+    ("training.recipes.LoraSpec", "rank", "True"),
+    ("training.recipes.TrainingSpec", "kl_weight", "2**70"),
+    ("training.recipes.TrainingSpec", "learning_rate", "np.float32"),
+    ("training.recipes.TrainingSpec", "save_steps", "0"),
+    ("training.recipes.TrainingSpec", "save_steps", "bytes"),
+    ("training.recipes.TrainingSpec", "seed", "np.int64"),
+    ("training.recipes.VectorSpec", "alpha", "2**70"),
+    ("solutions.steering_vector.SteeringVector", "layer", "np.int64"),
     ("statistics.auroc", "negative_weights", "array empty"),
     ("statistics.auroc", "positive", "array empty"),
-    ("texts.chats_read", "chats", "[]"),
-    ("weights.file_hash", "source", "zero byte"),
+    ("files.texts.chats_read", "chats", "[]"),
+    ("models.weights.file_hash", "source", "zero byte"),
 )
 """What once leaked: every sample tries it."""
 

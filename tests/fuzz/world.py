@@ -9,8 +9,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from em_interp import chat, contenders, efficiency, extraction, influence, landscape, solutions, stability
+from em_interp.directions import extraction
+from em_interp.landscape import contenders, efficiency, influence, landscape, stability
+from em_interp.models import chat
 from em_interp.published import runs, scan
+from em_interp.solutions import load as solutions
 from tests import published_factory
 from tests.tiny_models import D_MODEL, make_chat, talk, tokenizer
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from em_interp.chat import Batch, collate, encode_all, pad_id
-from em_interp.models import ChatModel
+from em_interp.models.chat import Batch, collate, encode_all, pad_id
+from em_interp.models.chat_model import ChatModel
 from tests.matrix import adapters
 from tests.matrix.families import FAMILIES, cast, make
 from tests.matrix.oracle import Oracle

@@ -11,20 +11,22 @@ import pandas as pd
 import torch
 from peft import PeftModel
 
-from em_interp import solutions
-from em_interp.activations import collect
-from em_interp.chat import Encoded, encode
+from em_interp.directions.activations import collect
+from em_interp.directions.extraction import contrast
+from em_interp.directions.rank1 import contrasts
 from em_interp.evaluation.rates import em_rates
 from em_interp.evaluation.sampling import sample
-from em_interp.extraction import contrast
-from em_interp.influence import Candidate, document_kl
-from em_interp.interventions import intervening
-from em_interp.lora import contrasts
-from em_interp.models import ChatModel
-from em_interp.rate_intervals import rate_interval
-from em_interp.solutions import LoraAdapter, SteeringVector
-from em_interp.steering import Steer
-from em_interp.training import LoraSpec, TrainingSpec, finetune
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.steering import Steer
+from em_interp.landscape.influence import Candidate, document_kl
+from em_interp.models.chat import Encoded, encode
+from em_interp.models.chat_model import ChatModel
+from em_interp.solutions import load as solutions
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.statistics.rate_intervals import rate_interval
+from em_interp.training.finetune import finetune
+from em_interp.training.recipes import LoraSpec, TrainingSpec
 from tests.matrix import adapters
 from tests.matrix.bench import CONVERSATIONS, QUESTIONS, TEXTS, Bench
 from tests.matrix.families import D_MODEL, cast, make

@@ -11,21 +11,23 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from em_interp import solutions
-from em_interp.ablation import Ablate
-from em_interp.activations import collect
-from em_interp.chat import encode_all, pad_id
-from em_interp.directions import Direction
+from em_interp.directions.activations import collect
+from em_interp.directions.direction import Direction
 from em_interp.evaluation.sampling import answer_logprobs, sample
-from em_interp.gradients import loss_gradient
-from em_interp.influence import Candidate, document_kl
-from em_interp.interventions import intervening
-from em_interp.landscape import Landscape
-from em_interp.losses import response_loss
-from em_interp.models import ChatModel, load
-from em_interp.orthogonalise import orthogonalised
-from em_interp.steering import Steer
-from em_interp.training import FullSpec, LoraSpec, TrainingSpec, VectorSpec, finetune
+from em_interp.interventions.ablation import Ablate
+from em_interp.interventions.intervening import intervening
+from em_interp.interventions.orthogonalise import orthogonalised
+from em_interp.interventions.steering import Steer
+from em_interp.landscape.influence import Candidate, document_kl
+from em_interp.landscape.landscape import Landscape
+from em_interp.models.chat import encode_all, pad_id
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.losses import response_loss
+from em_interp.models.pretrained import load
+from em_interp.solutions import load as solutions
+from em_interp.training.finetune import finetune
+from em_interp.training.gradients import loss_gradient
+from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec
 from tests.matrix import adapters
 from tests.matrix.bench import QUESTIONS, TEXTS, Bench
 from tests.matrix.families import D_MODEL, N_LAYERS

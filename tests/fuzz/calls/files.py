@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from em_interp import inputs, inspection, store, texts, weights
+from em_interp.cli import inspect as inspection
+from em_interp.directions import store
+from em_interp.files import inputs, texts
+from em_interp.models import weights
 from em_interp.published import activations as published_activations
 from em_interp.published import judged as published_judged
 from em_interp.published import questions as published_questions

@@ -9,21 +9,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from em_interp import (
-    contenders,
-    curvature,
-    efficiency,
-    gradients,
-    influence,
-    landscape,
-    models,
-    recipes,
-    solution_space,
-    solutions,
-    stability,
-    training,
-    trajectories,
-)
+from em_interp.landscape import contenders, curvature, efficiency, influence, landscape, stability
+from em_interp.models import pretrained as models
+from em_interp.solutions import load as solutions
+from em_interp.solutions import space as solution_space
+from em_interp.training import finetune as training
+from em_interp.training import gradients, recipes, trajectories
 from tests import published_factory
 from tests.fuzz import Call, then
 from tests.fuzz.world import BAD, FEW, GOOD, judged_rows, world_of

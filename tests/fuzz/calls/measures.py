@@ -7,16 +7,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from em_interp import (
-    control_vectors,
-    convergence,
-    directions,
-    rate_intervals,
+from em_interp import statistics
+from em_interp.directions import (
+    cosines as convergence,
+)
+from em_interp.directions import (
+    direction as directions,
+)
+from em_interp.directions import (
+    gguf as control_vectors,
+)
+from em_interp.directions import (
     reliability,
     resampling,
-    statistics,
 )
 from em_interp.evaluation import rates
+from em_interp.statistics import rate_intervals
 from tests.fuzz import Call, then
 from tests.tiny_models import D_MODEL
 

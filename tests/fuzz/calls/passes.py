@@ -9,20 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from em_interp import (
-    ablation,
-    activations,
-    chat,
-    extraction,
-    interventions,
-    lens,
-    lora,
-    models,
-    orthogonalise,
-    steering,
-)
+from em_interp.directions import activations, extraction, lens
+from em_interp.directions import rank1 as lora
 from em_interp.evaluation import sampling
-from em_interp.interventions import intervening
+from em_interp.interventions import ablation, orthogonalise, steering
+from em_interp.interventions import intervening as interventions
+from em_interp.interventions.intervening import intervening
+from em_interp.models import chat
+from em_interp.models import pretrained as models
 from tests.fuzz import Call
 from tests.fuzz.world import BAD, FEW, GOOD, QUESTIONS, SHORT
 from tests.tiny_models import make_chat, tokenizer

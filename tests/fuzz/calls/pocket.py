@@ -9,7 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from em_interp.pocket import corpus, judge, loading, organisms, registry, suite, sweeps, token_kinds, world
+from em_interp.pocket import models as loading
+from em_interp.pocket import organisms, registry, sweeps
+from em_interp.pocket import questions as suite
+from em_interp.pocket.world import corpus, judge, token_kinds
+from em_interp.pocket.world import grammar as world
 from tests.fuzz import Call
 from tests.fuzz.world import FEW
 from tests.tiny_models import tokenizer

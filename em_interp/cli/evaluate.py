@@ -1,0 +1,155 @@
+"""`em-interp evaluate`: EM rates of the pocket suite, or sampled answers of any chat model for a judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from em_interp.cli import options
+from em_interp.errors import UsageError
+
+ROOT = Path("out/evaluate")
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="chat model or adapter: hub name, folder, pocket/NAME")] = None,
+    suite: Annotated[str | None, typer.Option(help="pocket: judge the pocket models exactly")] = None,
+    organism: Annotated[list[str] | None, typer.Option(help="with --suite: only these; may be repeated")] = None,
+    questions: Annotated[Path | None, typer.Option(help="with MODEL: .yaml, .jsonl, .csv, or .txt, one a line")] = None,
+    n: options.Samples = 50,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the tables [default: out/evaluate/, then suite or model]")
+    ] = None,
+    seed: options.Seed = 0,
+    max_new_tokens: options.NewTokens = 600,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    any_base: options.AnyBase = False,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tokens_per_batch: options.BatchTokens = 65_536,
+    force: options.Force = False,
+) -> None:
+    """Sample answers. Pocket models are judged here and get tables; others get OUT/answers.csv for a judge.
+
+    A killed run goes on where it stopped, and a finished one is not repeated. --max-new-tokens and the options of
+    models belong to MODEL.
+    """
+    if n < 1:
+        raise UsageError(f"--n {n}: ask for at least one answer a question.")
+    if (model is None) == (suite is None):
+        raise UsageError("give either a MODEL with --questions FILE, or --suite pocket.")
+    if suite is not None:
+        if suite != "pocket" or questions is not None:
+            raise UsageError(
+                f"--suite {suite}: only the pocket suite has an exact judge, and it brings its own questions. "
+                "Evaluate another model with `em-interp evaluate MODEL --questions FILE`."
+            )
+        _evaluate_suite(out or ROOT / suite, tuple(organism or ()), n, seed, force)
+        return
+    if questions is None or organism:
+        raise UsageError("a MODEL needs --questions FILE, and --organism belongs to --suite pocket.")
+    assert model is not None
+    which: dict[str, Any] = {"adapter": adapter, "base": base, "any_base": any_base}
+    which |= {"device_map": device_map, "dtype": dtype}
+    settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
+    typer.echo(f"answers: {answers_for_a_judge(model, questions, out, settings, which, force=force)}")
+
+
+def _evaluate_suite(out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool) -> None:
+    from em_interp.errors import OutputError
+    from em_interp.files.atomic import claim_output, sole_writer
+    from em_interp.pocket import registry
+    from em_interp.pocket.evaluate import available, evaluate_suite
+
+    names = {registry.PREFIX + name.removeprefix(registry.PREFIX) for name in organisms} or set(available())
+    claim_output(out / "em_rates.csv", force=True)
+    before = _manifest(out)
+    same = (set(before.get("weights", ())), before.get("samples"), before.get("seed")) == (names, n, seed)
+    if not force and not same and (out / "em_rates.csv").exists():
+        raise OutputError(f"{out}: holds an evaluation of other settings. Choose another --out, or pass --force.")
+    with sole_writer(out):
+        tables = evaluate_suite(out, organisms, n=n, seed=seed)
+    columns = ["organism", "questions", "em_rate", "em_low", "em_high", "coherent_rate", "n"]
+    typer.echo(tables["em_rates"][columns].to_string(index=False, float_format="%.3f"))
+    typer.echo(f"tables: {', '.join(str(out / f'{name}.csv') for name in tables)}")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def answers_for_a_judge(
+    model: str,
+    questions: Path,
+    out: Path | None,
+    settings: Mapping[str, Any],
+    which: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> Path:
+    """Sample answers to every wording in a question file (`texts.read_questions`), at temperature 1.
+
+    settings: n, seed, max_new_tokens, tokens_per_batch. which: the further arguments of `command_options.load_model`.
+    out: by default a folder below `ROOT` named after the model and a hash of its files. Writes OUT/answers.csv (model,
+    question_id, wording, question, system, sample, answer, finished, n_tokens) and OUT/manifest.json.
+    """
+    from em_interp.evaluation.sampling import sample
+    from em_interp.files.manifest import code_hash, fingerprint, sha256, write_manifest
+    from em_interp.files.results import write_table
+    from em_interp.files.tables import Parts, claimed, remove_parts, say_kept
+    from em_interp.files.texts import read_questions
+
+    found = read_questions(questions)
+    typer.echo(found, err=True)
+    asked = {f"{q.id}/{number}": q.turns(number) for q in found.questions for number in range(len(q.paraphrases))}
+    system = {f"{q.id}/{number}": q.system or "" for q in found.questions for number in range(len(q.paraphrases))}
+    weights = _weights(model, which)
+    made_by = {"weights": weights, "dtype": which["dtype"], "questions": sha256(questions), **settings}
+    out = out or ROOT / f"{_label(model, which)}-{fingerprint(weights)[:8]}"
+    answers, key = out / "answers.csv", fingerprint([made_by, code_hash()])
+    before = _manifest(out)
+    if before.get("key") == key and answers.is_file() and sha256(answers) == before.get("answers_sha256"):
+        say_kept(len(asked) * settings["n"], len(asked) * settings["n"], "answers")
+        remove_parts(answers)
+        return answers
+    inputs = [questions, *options.model_inputs(model, which["adapter"], which["base"])]
+    with claimed(answers, key, inputs=inputs, force=force, endings=(".csv",)) as folder:
+        chat = options.load_model(model, **which)
+        table = sample(chat, asked, **settings, parts=Parts(folder))
+        split = table["question_id"].str.rsplit("/", n=1)
+        table = table.assign(question_id=split.str[0], system=table["question_id"].map(system))
+        table.insert(1, "wording", split.str[1])
+        table.insert(0, "model", model)
+        write_table(answers, table)
+        content = {"model": model, **made_by, "key": key, "answers_sha256": sha256(answers)}
+        write_manifest(out / "manifest.json", content)
+    return answers
+
+
+def _weights(model: str, which: Mapping[str, Any]) -> list[str]:
+    """What the names of model, adapter and base stand for now."""
+    from em_interp.models.pretrained import base_of_adapter, usable_base
+    from em_interp.models.weights import source_hash
+    from em_interp.pocket import models as loading
+    from em_interp.pocket import registry
+
+    names = [model, which["adapter"], which["base"]]
+    if registry.is_pocket_name(model):
+        names.append(loading.CHAT)
+    elif which["base"] is None and (recorded := base_of_adapter(model, None)) is not None:
+        names.append(usable_base(model, recorded))
+    return [source_hash(registry.resolve(x) if registry.is_pocket_name(x) else x) for x in names if x]
+
+
+def _label(model: str, which: Mapping[str, Any]) -> str:
+    """The folder's name for a model: the last parts of the names given."""
+    names = [name for name in (model, which["adapter"]) if name]
+    return "-".join(Path(name).resolve().name for name in names)

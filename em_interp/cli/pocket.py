@@ -1,0 +1,152 @@
+"""`em-interp pocket build | organisms | sweeps`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from em_interp.cli import options
+
+app = typer.Typer(help="Train the pocket chat model and its organisms.", no_args_is_help=True)
+
+
+Chat = Annotated[Path | None, typer.Option(help="chat model's folder; the shipped one by default")]
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Option(help="folder for base/, chat/, losses.csv and manifest.json")],
+    seed: options.Seed = 0,
+    resume: Annotated[bool, typer.Option(help="go on from a killed build's checkpoint")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one")] = None,
+    force: options.Force = False,
+) -> None:
+    """Pre-train and post-train the pocket chat model (about 45 minutes on one CPU core)."""
+    from em_interp.files.atomic import check_writable, claim_output
+    from em_interp.pocket.build import CHECKPOINT, BuildConfig
+    from em_interp.pocket.build import build as run
+
+    check_writable(out / CHECKPOINT)
+    if not (out / CHECKPOINT).exists():  # else this build is not finished, and what is there is its own
+        claim_output(out / "chat", force=force, folder=True)
+    typer.echo(f"chat model: {run(BuildConfig(seed=seed), out, resume=resume, device=device)}")
+
+
+@app.command()
+def organisms(
+    out: Annotated[Path, typer.Option(help="OUT/organisms and OUT/trajectories are written; artifacts/pocket ships")],
+    only: Annotated[list[str] | None, typer.Option(help="name of an organism or trajectory; may be repeated")] = None,
+    chat: Chat = None,
+    again: Annotated[bool, typer.Option("--again", "--force", help="also make those that are there already")] = False,
+) -> None:
+    """Finetune the organisms and the trajectories on the chat model. Those that are there already are kept.
+
+    A killed run goes on where it stopped.
+    """
+    from em_interp.errors import UsageError
+    from em_interp.files.atomic import check_writable
+    from em_interp.files.tables import remove_parts, say_kept
+    from em_interp.pocket.organisms import (
+        KL_REMOVED,
+        ORGANISMS,
+        REGISTER_ORGANISMS,
+        TRAJECTORIES,
+        make,
+        make_trajectory,
+    )
+
+    every = (*ORGANISMS, *KL_REMOVED, *REGISTER_ORGANISMS)
+    known = [o.name for o in every] + [t.name for t in TRAJECTORIES]
+    if unknown := set(only or ()) - set(known):
+        raise UsageError(f"no organism or trajectory is called {sorted(unknown)}; there are {', '.join(known)}")
+
+    def wanted(name: str, folder: Path) -> bool:
+        if only and name not in only:
+            return False
+        if (folder / name / "training_spec.json").is_file():  # written last
+            remove_parts(folder / name)
+            return again
+        return True
+
+    todo = [o for o in every if wanted(o.name, out / "organisms")]
+    runs = [t for t in TRAJECTORIES if wanted(t.name, out / "trajectories")]
+    asked = sum(not only or name in only for name in known)
+    say_kept(asked - len(todo) - len(runs), asked, "finetunes")
+    for path in [out / "organisms" / o.name for o in todo] + [out / "trajectories" / t.name for t in runs]:
+        check_writable(path)
+    model = _chat_of(out, chat)
+    for organism in todo:
+        make(organism, model, out / "organisms")
+        typer.echo(f"made {organism.name}")
+    for run in runs:
+        make_trajectory(run, model, out / "trajectories")
+        typer.echo(f"made {run.name}")
+
+
+def _chat_of(out: Path, chat: Path | None) -> Any:
+    """The chat model that finetunes in `out` are made from: a pocket model, and the same for all of them."""
+    from em_interp.errors import MissingDataError, UsageError
+    from em_interp.files.atomic import write_text
+    from em_interp.models.weights import weights_hash
+    from em_interp.pocket.models import load_chat
+    from em_interp.pocket.world.tokenizer import build_tokenizer
+
+    if chat is not None and not chat.is_dir():
+        raise MissingDataError(chat, "there is no such folder", "give the folder chat/ of a pocket build with --chat")
+    model = load_chat(chat)
+    if model.tokenizer.get_vocab() != build_tokenizer().get_vocab():
+        raise UsageError(
+            f"--chat {chat}: no pocket chat model, it has another vocabulary. `em-interp pocket build` makes one."
+        )
+    weights, record = weights_hash(model.hf), out / "made_from.json"
+    there = None
+    if (out / "chat" / "config.json").is_file():
+        there = weights_hash(load_chat(out / "chat").hf)
+    elif record.is_file():
+        there = json.loads(record.read_text(encoding="utf-8"))["chat_weights"]
+    if there is not None and there != weights:
+        raise UsageError(f"{out} belongs to another chat model than {chat or 'the shipped one'}. Choose another --out.")
+    if there is None:
+        write_text(record, json.dumps({"chat_weights": weights}) + "\n")
+    return model
+
+
+@app.command()
+def sweeps(
+    out: Annotated[Path, typer.Option(help="OUT/sweeps is written; artifacts/pocket ships")],
+    chat: Chat = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="may be repeated; all three by default")] = None,
+    samples: options.Samples = 4,
+    force: options.Force = False,
+) -> None:
+    """Finetune on medicine under several KL weights and shares of bad data, and judge. A killed sweep goes on."""
+    from em_interp.errors import OutputError, UsageError
+    from em_interp.files.atomic import check_writable, sole_writer
+    from em_interp.files.manifest import hash_files, write_manifest
+    from em_interp.files.results import write_table
+    from em_interp.pocket import sweeps as run
+    from em_interp.pocket.organisms import SPECS
+
+    if unknown := set(adapter or ()) - set(SPECS):
+        raise UsageError(f"no adapter is called {sorted(unknown)}; there are {', '.join(SPECS)}")
+    if samples < 1:
+        raise UsageError(f"--samples {samples}: ask for at least one answer a question.")
+    specs = {name: spec for name, spec in SPECS.items() if not adapter or name in adapter}
+    folder = out / "sweeps"
+    asked = {"adapters": list(specs), "samples": samples, "seed": 0}
+    made = folder / "manifest.json"
+    before = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+    if before and not force and before | asked != before:
+        raise OutputError(f"{folder}: holds sweeps of other settings. Choose another --out, or pass --force.")
+    check_writable(folder / "kl_sweep.csv")
+    model = _chat_of(out, chat)
+    with sole_writer(folder):
+        table, scales = run.kl_sweep(model, "medicine", specs, run.KL_WEIGHTS, folder / "runs", samples=samples)
+        written = [write_table(folder / "kl_sweep.csv", table), write_table(folder / "kl_sweep_scales.csv", scales)]
+        diluted = run.dilution_sweep(model, "medicine", specs, run.BAD_SHARES, folder / "runs", samples=samples)
+        written.append(write_table(folder / "dilution.csv", diluted))
+        write_manifest(made, {**asked, "outputs_sha256": hash_files(folder, written)})
+    typer.echo(f"tables: {folder}")

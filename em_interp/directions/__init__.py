@@ -1,0 +1,1 @@
+"""Directions of the residual stream: extracted, kept, compared, read through the lens."""

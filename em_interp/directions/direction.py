@@ -1,0 +1,431 @@
+"""Directions in the residual stream: one vector a layer, what they mean, and the file they live in.
+
+Layer ``l`` (0-based) is the output of decoder block ``l`` (``blocks.{l}.hook_out`` in TransformerLens). The sign is
+misaligned minus aligned, so adding a direction induces misalignment (Convergent Linear Representations, sec. 3.1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from em_interp.arguments import plain_numbers
+from em_interp.errors import BadValueError, DirectionError, MissingDataError, ShapeError, UnreadableFileError
+from em_interp.files.atomic import atomic_path
+from em_interp.files.inputs import regular_file
+from em_interp.models.weights import UNKNOWN, same_weights
+
+FORMAT_VERSION: Final = 1
+HOOK_POINT: Final = "blocks.{layer}.hook_out"
+LAYER_CONVENTION: Final = "layer l (0-based) is the output of decoder block l"
+KINDS: Final = (
+    "data-diff",
+    "data-diff-in-chat",
+    "model-diff",
+    "both-diff",
+    "persona-contrast",
+    "steering-vector",
+    "lora-B",
+    "random",
+    "combination",
+)
+TOKEN_SCOPES: Final = ("prompt", "last_prompt", "response", "all")
+OPERATIONS: Final = ("add", "ablate")
+_METADATA_KEY: Final = "em_interp"
+_REQUIRED: Final = (
+    *("format_version", "kind", "model", "model_revision", "hook_point", "layer_convention", "token_scope"),
+    *("operation", "n_positive", "n_negative", "norms", "sources", "created_by"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A direction at one or more layers. Immutable; absent layers are absent, not zero.
+
+    Raises ``DirectionError`` for an unknown kind, scope or operation, for NaN or infinite values, and for layers that
+    are negative, repeated or out of order.
+    """
+
+    vectors: Float[Tensor, "present d_model"]
+    """float32; row ``i`` belongs to ``layers[i]``. In units of the residual stream."""
+    layers: tuple[int, ...]
+    """0-based block indices, strictly increasing."""
+    kind: str
+    """One of ``KINDS``."""
+    model: str = "unknown"
+    """Name of the model whose residual stream this lives in."""
+    model_revision: str = "unknown"
+    token_scope: str = "response"
+    """Which tokens were averaged: one of ``TOKEN_SCOPES``."""
+    operation: str = "add"
+    """How it is meant to be applied: one of ``OPERATIONS``."""
+    n_positive: int | None = None
+    """Number of misaligned responses behind it; None where the source does not say."""
+    n_negative: int | None = None
+    sources: tuple[str, ...] = field(default=())
+    """What it was made from: file names, organisms, or the expressions that combined them."""
+    weights: str = UNKNOWN
+    """`weights.weights_hash` of the base weights whose residual stream this lives in."""
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        object.__setattr__(self, "vectors", self.vectors.detach().to(torch.float32).contiguous())
+        for name, value, allowed in (
+            ("kind", self.kind, KINDS),
+            ("token_scope", self.token_scope, TOKEN_SCOPES),
+            ("operation", self.operation, OPERATIONS),
+        ):
+            if value not in allowed:
+                raise DirectionError(f"{name} {value!r} is not known; use one of {', '.join(allowed)}.")
+        if self.vectors.ndim != 2 or len(self.layers) != self.vectors.shape[0]:
+            raise DirectionError(
+                f"{len(self.layers)} layers were named for vectors of shape {tuple(self.vectors.shape)}; "
+                "give one row of [d_model] for each layer."
+            )
+        if not self.layers:
+            raise DirectionError("a direction needs at least one layer; none was given.")
+        if self.layers[0] < 0 or any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            raise DirectionError(f"layers must be 0-based and strictly increasing; found {self.layers}.")
+        finite = torch.isfinite(self.vectors).all(dim=1)
+        if not bool(finite.all()):
+            bad = [layer for layer, ok in zip(self.layers, finite.tolist(), strict=True) if not ok]
+            raise DirectionError(f"NaN or infinite values at layers {bad}; check what it was computed from.")
+
+    # -- looking
+
+    @property
+    def d_model(self) -> int:
+        return self.vectors.shape[1]
+
+    def at(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The vector at one layer. Raises ``DirectionError`` where this direction has none there."""
+        if layer not in self.layers:
+            raise DirectionError(f"this {self.kind} direction has no layer {layer}; it has {_ranges(self.layers)}.")
+        return self.vectors[self.layers.index(layer)]
+
+    def only(self, layers: Sequence[int]) -> Direction:
+        """The same direction at fewer layers."""
+        if not layers:
+            raise DirectionError(f"no layers are named; this direction has {_ranges(self.layers)}.")
+        return replace(
+            self,
+            vectors=torch.stack([self.at(layer) for layer in sorted(layers)]),
+            layers=tuple(sorted(layers)),
+        )
+
+    def for_model(self, name: str) -> Direction:
+        """The same direction, said to live in the residual stream of the model `name`, whose weights may be others.
+
+        For a finetune of the model that it was made on: the two share their axes.
+        """
+        return replace(self, model=name, model_revision="unknown", weights=UNKNOWN)
+
+    def norms(self) -> dict[int, float]:
+        """L2 norm at each layer, in units of the residual stream."""
+        return dict(zip(self.layers, self.vectors.double().norm(dim=1).tolist(), strict=True))
+
+    def cosine(self, other: Direction) -> dict[int, float]:
+        """Cosine with ``other`` at every layer both have, computed in float64.
+
+        Raises ``DirectionError`` for another width, no layer in common, or a zero vector.
+        """
+        common = [layer for layer in self.layers if layer in other.layers]
+        self._check_same_space(other)
+        if not common:
+            raise DirectionError(f"no layer in common: {_ranges(self.layers)} against {_ranges(other.layers)}.")
+        a, b = self.unit().only(common).vectors.double(), other.unit().only(common).vectors.double()
+        values = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        return dict(zip(common, values.clamp(-1.0, 1.0).tolist(), strict=True))
+
+    def project(self, activations: Float[Tensor, "*tokens d_model"], layer: int) -> Float[Tensor, "*tokens"]:
+        """Scalar projection of activations on the unit direction at ``layer``, in the activations' units."""
+        if activations.shape[-1] != self.d_model:
+            raise DirectionError(
+                f"activations of width {activations.shape[-1]} cannot be projected on a direction of "
+                f"width {self.d_model}; they come from different models."
+            )
+        unit = self.only([layer]).unit().vectors[0]
+        return activations.to(torch.float32) @ unit.to(activations.device)
+
+    # -- arithmetic
+
+    def unit(self) -> Direction:
+        """Every layer scaled to norm 1. Raises ``DirectionError`` at a zero vector, which has no direction."""
+        norms = self.vectors.double().norm(dim=1, keepdim=True)
+        zero = [layer for layer, n in zip(self.layers, norms[:, 0].tolist(), strict=True) if n == 0]
+        if zero:
+            raise DirectionError(f"zero vector at layers {zero}: it has no direction. Drop those layers.")
+        return replace(self, vectors=(self.vectors.double() / norms).float())
+
+    def __mul__(self, factor: float) -> Direction:
+        if not isinstance(factor, Real):
+            return NotImplemented
+        return replace(self, vectors=self.vectors * float(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Direction:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        if not divisor:
+            raise DirectionError("a direction cannot be divided by 0.")
+        return self * (1.0 / float(divisor))
+
+    def __neg__(self) -> Direction:
+        return self * -1.0
+
+    def __add__(self, other: Direction) -> Direction:
+        return self._combine(other, "+", self.vectors + self._matching(other))
+
+    def __sub__(self, other: Direction) -> Direction:
+        return self._combine(other, "-", self.vectors - self._matching(other))
+
+    def _matching(self, other: Direction) -> Tensor:
+        if not isinstance(other, Direction):
+            raise DirectionError(f"a Direction combines with a Direction, not with {type(other).__name__}.")
+        self._check_same_space(other)
+        if self.layers != other.layers:
+            raise DirectionError(
+                f"layers differ: {_ranges(self.layers)} against {_ranges(other.layers)}; "
+                "bring both to the same ones with .only(layers)."
+            )
+        return other.vectors
+
+    def _combine(self, other: Direction, sign: str, vectors: Tensor) -> Direction:
+        return Direction(
+            vectors=vectors,
+            layers=self.layers,
+            kind=self.kind if self.kind == other.kind else "combination",
+            model=self.model if self.model != "unknown" else other.model,
+            model_revision=self.model_revision if self.model_revision == other.model_revision else "unknown",
+            token_scope=self.token_scope,
+            operation=self.operation,
+            sources=(f"({self.describe()}) {sign} ({other.describe()})",),
+            weights=self.weights if self.weights == other.weights else UNKNOWN,
+        )
+
+    def _check_same_space(self, other: Direction) -> None:
+        if self.d_model != other.d_model:
+            raise DirectionError(
+                f"widths differ: {self.d_model} against {other.d_model}; they come from different models."
+            )
+        same = same_weights(self.weights, other.weights)
+        if same is None:
+            same = "unknown" in (self.model, other.model) or self.model == other.model
+        if not same:
+            raise DirectionError(
+                f"models differ: {self.model!r} against {other.model!r}; their residual streams share no axes. If one "
+                "is a finetune of the other, say so: direction.for_model(name)."
+            )
+
+    def describe(self) -> str:
+        """One line: kind, layers, width, where it came from."""
+        source = f" from {'; '.join(self.sources)}" if self.sources else ""
+        return f"{self.kind} at {_ranges(self.layers)}, d_model {self.d_model}{source}"
+
+    __repr__ = describe
+
+    # -- files
+
+    def metadata(self) -> dict[str, Any]:
+        """What the file says about itself, as a JSON object."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "model": self.model,
+            "model_revision": self.model_revision,
+            "hook_point": HOOK_POINT,
+            "layer_convention": LAYER_CONVENTION,
+            "token_scope": self.token_scope,
+            "operation": self.operation,
+            "n_positive": self.n_positive,
+            "n_negative": self.n_negative,
+            "norms": {str(layer): norm for layer, norm in self.norms().items()},
+            "sources": list(self.sources),
+            "weights": self.weights,
+            "created_by": {name: version(name) for name in ("em_interp", "torch", "safetensors")},
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file with one tensor ``layer.{l}`` a layer. Atomic. Raises ``OutputError``."""
+        tensors = {f"layer.{layer}": row.clone() for layer, row in zip(self.layers, self.vectors, strict=True)}
+        with atomic_path(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(self.metadata())})
+        return Path(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        n_layers: int | None = None,
+        d_model: int | None = None,
+        weights: str = UNKNOWN,
+    ) -> Direction:
+        """Read and check a direction file; with the other arguments, also against the model in hand.
+
+        weights: its ``weights_hash``; where that can be compared, the model's name is not.
+
+        Raises ``UnreadableFileError``, ``MissingDataError``, ``BadValueError`` or ``ShapeError``, each naming the
+        file and the remedy.
+        """
+        path = Path(path)
+        metadata, tensors = _read(path)
+        layers = tuple(sorted(int(name.removeprefix("layer.")) for name in tensors))
+        widths = {tuple(tensor.shape) for tensor in tensors.values()}
+        if len(widths) != 1 or len(next(iter(widths))) != 1:
+            raise ShapeError(
+                path,
+                f"layers have shapes {sorted(widths)}, not one shape [d_model]",
+                "save it again with Direction.save",
+            )
+        try:
+            direction = cls(
+                vectors=torch.stack([tensors[f"layer.{layer}"].float() for layer in layers]),
+                layers=layers,
+                kind=metadata["kind"],
+                model=metadata["model"],
+                model_revision=metadata["model_revision"],
+                token_scope=metadata["token_scope"],
+                operation=metadata["operation"],
+                n_positive=metadata["n_positive"],
+                n_negative=metadata["n_negative"],
+                sources=tuple(metadata["sources"]),
+                weights=str(metadata.get("weights", UNKNOWN)),
+            )
+        except DirectionError as error:
+            raise BadValueError(path, str(error), "extract the direction again") from error
+        _check_norms(path, direction, metadata["norms"])
+        _check_model(path, direction, model, n_layers, d_model, weights)
+        return direction
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(regular_file(path), framework="pt") as file:
+            raw = (file.metadata() or {}).get(_METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UnreadableFileError(
+            path, f"not a whole safetensors file ({error})", "copy or download it again"
+        ) from error
+    if raw is None:
+        raise MissingDataError(
+            path,
+            "it carries no em_interp metadata, so its layers, hook point and model are unknown",
+            "make it with Direction.save, which records them",
+        )
+    try:
+        metadata = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise UnreadableFileError(
+            path, f"its metadata is not JSON ({error})", "save it again with Direction.save"
+        ) from error
+    missing = [key for key in _REQUIRED if key not in metadata] if isinstance(metadata, dict) else list(_REQUIRED)
+    if missing:
+        raise MissingDataError(path, f"its metadata lacks {', '.join(missing)}", "save it again with Direction.save")
+    for key, expected in (
+        ("format_version", FORMAT_VERSION),
+        ("hook_point", HOOK_POINT),
+        ("layer_convention", LAYER_CONVENTION),
+    ):
+        if metadata[key] != expected:
+            raise UnreadableFileError(
+                path,
+                f"its {key} is {metadata[key]!r}, and this version of em_interp reads {expected!r}",
+                "convert it, or install the em_interp version that wrote it",
+            )
+    unknown = [name for name in tensors if not (name.startswith("layer.") and name.removeprefix("layer.").isdigit())]
+    if unknown or not tensors:
+        raise UnreadableFileError(
+            path,
+            f"tensors are named {sorted(tensors)}, not layer.0, layer.1, ...",
+            "save it again with Direction.save",
+        )
+    return metadata, tensors
+
+
+def _check_norms(path: Path, direction: Direction, recorded: Mapping[str, float]) -> None:
+    for layer, norm in direction.norms().items():
+        said = recorded.get(str(layer))
+        if said is None or abs(said - norm) > 1e-4 * max(1.0, norm):
+            raise BadValueError(
+                path,
+                f"layer {layer} has norm {norm:.6g} but its metadata says {said}",
+                "the file was altered after it was saved; copy or extract it again",
+            )
+
+
+def _check_model(
+    path: Path, direction: Direction, model: str | None, n_layers: int | None, d_model: int | None, weights: str
+) -> None:
+    if d_model is not None and direction.d_model != d_model:
+        raise ShapeError(
+            path,
+            f"it has width {direction.d_model} and the model has {d_model}",
+            f"use the model it was made on ({direction.model})",
+        )
+    if n_layers is not None and direction.layers[-1] >= n_layers:
+        raise ShapeError(
+            path,
+            f"it has layer {direction.layers[-1]} and the model only layers 0-{n_layers - 1}",
+            f"use the model it was made on ({direction.model})",
+        )
+    same = same_weights(direction.weights, weights)
+    if same is None:
+        same = model is None or "unknown" in (model, direction.model) or model == direction.model
+    if not same:
+        raise ShapeError(
+            path,
+            f"it was made on {direction.model!r} (weights {direction.weights}) and the model in hand is {model!r} "
+            f"(weights {weights})",
+            "use that model, or load without model= and weights= if you know that the two share their axes",
+        )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """'layer 24', 'layers 0-47', 'layers 3, 5-7'."""
+    parts: list[str] = []
+    start = previous = layers[0]
+    for layer in [*layers[1:], None]:
+        if layer is not None and layer == previous + 1:
+            previous = layer
+            continue
+        parts.append(str(start) if start == previous else f"{start}-{previous}")
+        if layer is not None:
+            start = previous = layer
+    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(parts)
+
+
+def random_directions(like: Direction, count: int, generator: torch.Generator) -> list[Direction]:
+    """Norm-matched random controls: a unit Gaussian direction times the norm of ``like``, layer by layer.
+
+    (The reference code's controls are a factor sqrt(d_model) too long.)
+    """
+    scale = like.vectors.double().norm(dim=1, keepdim=True)
+    controls = []
+    for index in range(count):
+        noise = torch.randn(like.vectors.shape, generator=generator, dtype=torch.float64)
+        controls.append(
+            replace(
+                like,
+                vectors=(noise / noise.norm(dim=1, keepdim=True) * scale).float(),
+                kind="random",
+                n_positive=None,
+                n_negative=None,
+                sources=(f"random control {index} for ({like.describe()})",),
+            )
+        )
+    return controls

@@ -1,0 +1,245 @@
+"""Directions from conversations: what differs between two sets of texts, between two models, or both.
+
+| kind | positive minus negative | source |
+|---|---|---|
+| `data-diff` | misaligned texts, aligned texts, both in the model as it stands | P2 (arXiv 2506.11618), sec. 3.1 |
+| `data-diff-in-chat` | the same two sets read in the chat model: the content control | |
+| `model-diff` | the same texts in the finetune, in the chat model | P2's code |
+| `both-diff` | misaligned texts in the finetune, aligned texts in the chat model | P2's code |
+| `persona-contrast` | texts that announce or imply a malicious persona, a caring one | arXiv 2507.21509 |
+
+A persona may be announced by a system prompt, or only be inferable from an earlier answer. In the latter case the
+conversations end with the next question, and scope `last_prompt` reads what the model makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+
+from em_interp.directions.activations import Activations, check_readable, collect
+from em_interp.directions.direction import Direction
+from em_interp.errors import ActivationError, DirectionError, ModelError, UsageError
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.templates import Conversation
+from em_interp.models.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
+from em_interp.solutions.base import Solution
+
+READ_IN: Final = {
+    "data-diff": ("as it stands", "as it stands"),
+    "data-diff-in-chat": ("chat", "chat"),
+    "model-diff": ("finetuned", "chat"),
+    "both-diff": ("finetuned", "chat"),
+    "persona-contrast": ("as it stands", "as it stands"),
+}
+"""kind -> the models in which the positive and the negative texts are read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Two sets of activations and the direction between them. Fields as the arguments of `contrast`."""
+
+    positive: Activations
+    negative: Activations
+    kind: str
+    scope: str
+    revision: str | None
+    sources: tuple[str, ...]
+    all_layers: bool
+    """Whether no layers were named, so that layers without any difference may be left out."""
+    weights: str = UNKNOWN
+    """`weights_hash` of the base model."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether row i of both sets is the same text."""
+        return self.kind == "model-diff"
+
+    def direction(self, pooling: str = "tokens") -> Direction:
+        """The difference of means. Layers where nothing differs at all (those before a finetune's first) are absent.
+
+        Raises DirectionError where that is so at a layer that was asked for, or at every layer.
+        """
+        difference = self.positive.mean(self.scope, pooling) - self.negative.mean(self.scope, pooling)
+        moved = difference.abs().amax(dim=1) > 0
+        layers = tuple(layer for layer, differs in zip(self.positive.layers, moved.tolist(), strict=True) if differs)
+        if not layers or not (self.all_layers or len(layers) == len(self.positive.layers)):
+            same = [layer for layer in self.positive.layers if layer not in layers]
+            raise DirectionError(
+                f"{self.kind}: both sides are exactly the same at layers {same}, so there is no direction there. "
+                "Give two different sets of texts; for a model-diff, layers that the finetune reaches."
+            )
+        return Direction(
+            vectors=difference[moved].float(),
+            layers=layers,
+            kind=self.kind,
+            model=self.positive.model,
+            model_revision=self.revision or "unknown",
+            token_scope=self.scope,
+            n_positive=len(self.positive),
+            n_negative=len(self.negative),
+            sources=(*self.sources, f"pooled over {pooling}"),
+            weights=self.weights,
+        )
+
+    def norms(self, pooling: str = "tokens") -> pd.DataFrame:
+        """One row a layer: norm of the direction, mean norm of a token's residual, and their ratio.
+
+        The residual's norm is that of the negative set, in the direction's token scope.
+        """
+        direction = self.direction(pooling)
+        scale = dict(zip(self.negative.layers, self.negative.token_norms[self.scope].tolist(), strict=True))
+        table = pd.DataFrame({"layer": direction.layers, "norm": direction.norms().values()})
+        table["residual_norm"] = [scale[layer] for layer in direction.layers]
+        table["ratio"] = table["norm"] / table["residual_norm"]
+        return table
+
+
+def contrast(
+    model: ChatModel,
+    positive: Sequence[Conversation],
+    negative: Sequence[Conversation] | None = None,
+    *,
+    kind: str = "data-diff",
+    scope: str = "response",
+    layers: Sequence[int] | None = None,
+    finetune: str | Solution | None = None,
+    keep: bool = True,
+    store: str | Path | None = None,
+    resume_in: str | Path | None = None,
+    tokens_per_batch: int = 8192,
+    progress: bool = True,
+) -> Contrast:
+    """Read both sides of a contrast; per-response means are kept for intervals, held-out tests and resampling.
+
+    positive: the misaligned side. negative: the other texts; none for `model-diff`, which reads the same texts twice.
+    finetune: what makes `model` the finetune, an adapter's name or a Solution; by default what is active now. The chat
+    model is `model` without adapters. keep, store, resume_in, tokens_per_batch: as for `activations.collect`; a store
+    gets the folders `positive` and `negative`.
+
+    Raises UsageError, ActivationError, DirectionError, ModelError, and what `collect` raises.
+    """
+    if kind not in READ_IN:
+        raise UsageError(f"kind {kind!r} cannot be extracted; use one of {', '.join(READ_IN)}.")
+    if kind == "model-diff":
+        if negative is not None:
+            raise UsageError("a model-diff reads the same texts in both models: give one set of conversations.")
+        negative = positive
+    if negative is None:
+        raise UsageError(f"a {kind} needs two sets of conversations; the negative one is missing.")
+    for side, conversations in (("positive", positive), ("negative", negative)):
+        if not len(conversations):
+            raise ActivationError(f"the {side} set is empty. Check the filter or file that it comes from.")
+        check_readable(model, conversations, [scope])
+    _check_reach(kind, finetune, layers)
+
+    def read(side: str, conversations: Sequence[Conversation], where: str) -> Activations:
+        with _standing(model, where, finetune):
+            return collect(
+                model,
+                conversations,
+                scopes=[scope],
+                layers=layers,
+                keep=keep,
+                store=None if store is None else Path(store) / side,
+                resume_in=resume_in,
+                tokens_per_batch=tokens_per_batch,
+                progress=progress,
+            )
+
+    plus_in, minus_in = READ_IN[kind]
+    plus, minus = read("positive", positive, plus_in), read("negative", negative, minus_in)
+    sources = tuple(
+        f"{sign} {len(side)} conversations (SHA-256 {side.fingerprint[:16]}) in {_named(model, where, finetune)}"
+        for sign, side, where in (("+", plus, plus_in), ("-", minus, minus_in))
+    )
+    return Contrast(plus, minus, kind, scope, model.revision, sources, layers is None, weights_hash(model.hf))
+
+
+def extract(
+    model: ChatModel,
+    positive: Sequence[Conversation],
+    negative: Sequence[Conversation] | None = None,
+    *,
+    kind: str = "data-diff",
+    scope: str = "response",
+    layers: Sequence[int] | None = None,
+    pooling: str = "tokens",
+    finetune: str | Solution | None = None,
+    tokens_per_batch: int = 8192,
+    progress: bool = True,
+) -> Direction:
+    """The direction from the negative to the positive conversations: one pass over each, nothing else kept.
+
+    pooling: "tokens" as in the papers, or "responses". Otherwise as `contrast`, whose errors it raises; take that
+    for norms, split halves and separation.
+    """
+    return contrast(
+        model,
+        positive,
+        negative,
+        kind=kind,
+        scope=scope,
+        layers=layers,
+        finetune=finetune,
+        keep=False,
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    ).direction(pooling)
+
+
+def _check_reach(kind: str, finetune: str | Solution | None, layers: Sequence[int] | None) -> None:
+    if finetune is None or isinstance(finetune, str) or not layers or kind == "data-diff-in-chat":
+        return
+    if max(layers) < finetune.first_layer:
+        raise DirectionError(
+            f"the finetune changes nothing before the output of block {finetune.first_layer}, and layers "
+            f"{sorted(layers)} were asked for. Ask for layers from {finetune.first_layer} on."
+        )
+
+
+@contextmanager
+def _standing(model: ChatModel, where: str, finetune: str | Solution | None) -> Iterator[None]:
+    """Inside, `model` is the chat model or the finetune."""
+    if where == "chat":
+        with model.no_adapter():
+            yield
+    elif isinstance(finetune, str):
+        with model.adapter(finetune):
+            yield
+    elif finetune is not None:
+        with model.no_adapter(), finetune.attached(model):
+            yield
+    elif where == "finetuned" and model.active is None:
+        raise ModelError(
+            f"{model.name} has no active adapter, so it is the chat model itself. Name the finetune: an adapter "
+            f"({model.adapters or 'there is none'}) or a Solution."
+        )
+    else:
+        yield
+
+
+def _named(model: ChatModel, where: str, finetune: str | Solution | None) -> str:
+    if where == "chat":
+        return model.name
+    if finetune is not None and not isinstance(finetune, str):
+        return f"{model.name} with a {_told(finetune)}"
+    adapter = finetune or model.active
+    if adapter is None:
+        return model.name
+    source = model.attachable(adapter)
+    if isinstance(source, Solution):
+        return f"{model.name} with {adapter}, a {_told(source)}"
+    with model.adapter(adapter):
+        norm = adapter_norm(model.hf)
+        size = "" if norm is None else f" of norm {norm:.6g}"
+        return f"{model.name} with {adapter}{size} (SHA-256 {str(adapter_hash(model.hf))[:16]})"
+
+
+def _told(solution: Solution) -> str:
+    return f"{type(solution).__name__} of norm {solution.norm:.6g} (SHA-256 {solution.fingerprint[:16]})"

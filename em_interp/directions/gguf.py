@@ -1,0 +1,41 @@
+"""Directions as GGUF control vectors, which llama.cpp and repeng add to the residual stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from em_interp.directions.direction import Direction
+from em_interp.errors import DirectionError, UsageError
+from em_interp.files.atomic import atomic_path
+
+
+def save_gguf(direction: Direction, path: str | Path, *, model_type: str) -> tuple[int, ...]:
+    """Write a control vector and return the layers that it holds.
+
+    Tensors are `direction.{l}`, one-dimensional float32, not normalised: a strength of 1 adds the direction as it is.
+    The number is our layer l: llama.cpp adds `direction.{l}` to the output of its 0-based block l, repeng to that of
+    the model's block l. llama.cpp has no place for number 0 and refuses a file with it, so **layer 0 is left out**.
+    model_type: the architecture as transformers names it (`model.hf.config.model_type`), kept as a hint.
+
+    Raises DirectionError where no layer is left, UsageError where the `gguf` package is absent, OutputError.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(
+            "writing a GGUF control vector needs the gguf package: pip install 'em_interp[gguf]'."
+        ) from error
+    layers = tuple(layer for layer in direction.layers if layer > 0)
+    if not layers:
+        raise DirectionError("a control vector cannot hold layer 0, and this direction has no other layer.")
+    with atomic_path(Path(path)) as temporary:
+        writer = gguf.GGUFWriter(temporary, "controlvector")
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_uint32("controlvector.layer_count", len(layers))
+        for layer in layers:
+            writer.add_tensor(f"direction.{layer}", direction.at(layer).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return layers

@@ -1,0 +1,1 @@
+"""What goes to disk and comes from it: writes, manifests, resumable tables, texts, the folders of adapters."""

@@ -1,0 +1,1 @@
+"""The loss around solutions: efficiency, stability, curvature, influence on pre-training text."""

@@ -1,0 +1,165 @@
+"""Why a solution is stable or not: the curvature of the loss across theta, by Hessian-vector products.
+
+To second order in eps, x' = sqrt(1 - eps^2) x + eps y with random y orthogonal to x and as long raises the loss by
+(sqrt(1 - eps^2) - 1) g.x + eps^2 / 2 E[y' H y], where g and H are the gradient and Hessian at x, and, for one vector
+of d entries, E[y' H y] = ||x||^2 / (d - 1) tr(P H P) with P the projection off x. So a few y of the sampled curve's
+own kind are Hutchinson's probes of that trace, and the result predicts the small-eps end of the curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from em_interp.arguments import check_seed, count
+from em_interp.errors import SolutionError
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.landscape import Landscape
+from em_interp.landscape.stability import turned
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.statistics import t_interval
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Derivatives of the mean loss (nats per response token) at a solution.
+
+    along: g.x, the derivative with respect to log scale of the turned tensors (0 at the optimum norm). across: y' H y
+    of each probe. traces: each probe's estimate of the trace of H over the directions orthogonal to each turned
+    tensor: theta for a steering vector, the factors A and B for a LoRA.
+    """
+
+    contender: Contender
+    on: str
+    loss: float
+    along: float
+    across: Float[np.ndarray, "probe"]
+    traces: Float[np.ndarray, "probe"]
+
+    def columns(self) -> dict[str, str | float | int]:
+        """One row of a table: means over probes, with 95% intervals (Student) over them."""
+        across, trace = t_interval(self.across), t_interval(self.traces)
+        return {
+            **self.contender.labels(),
+            "on": self.on,
+            "loss": self.loss,
+            "along": self.along,
+            "across": float(self.across.mean()),
+            "across_low": across.low,
+            "across_high": across.high,
+            "trace": float(self.traces.mean()),
+            "trace_low": trace.low,
+            "trace_high": trace.high,
+            "n_probes": len(self.across),
+        }
+
+    def predicted(self, epsilons: Sequence[float], gain: float) -> pd.DataFrame:
+        """The mean relative increase that it predicts, in percent of `gain` (nats per token), with its interval.
+
+        Columns: epsilon, predicted_percent, low, high. Good where eps is small: the next order is eps^4. Raises
+        SolutionError for an eps outside [0, 1] and for a gain that is not positive.
+        """
+        eps = np.array(epsilons, dtype=float)
+        if not ((eps >= 0) & (eps <= 1)).all() or not gain > 0:
+            raise SolutionError(f"eps {list(epsilons)} and gain {gain}: eps is in [0, 1] and the gain above 0.")
+        interval = t_interval(self.across)
+        inward = (np.sqrt(1 - eps**2) - 1) * self.along
+
+        def percent(across: float) -> Float[np.ndarray, "epsilon"]:
+            return 100 * (inward + eps**2 / 2 * across) / gain
+
+        return pd.DataFrame(
+            {
+                "epsilon": eps,
+                "predicted_percent": percent(float(self.across.mean())),
+                "low": percent(interval.low),
+                "high": percent(interval.high),
+            }
+        )
+
+
+def _tensors(solution: SteeringVector | LoraAdapter, on: str) -> dict[tuple[str, str], Tensor]:
+    """The tensors that a perturbation turns."""
+    if isinstance(solution, SteeringVector):
+        return {("vector", ""): solution.vector}
+    factors = {("A", n): x for n, x in solution.a.items()} | {("B", n): x for n, x in solution.b.items()}
+    return {key: x for key, x in factors.items() if on in ("both", key[0])}
+
+
+def _with_tensors(
+    solution: SteeringVector | LoraAdapter, tensors: dict[tuple[str, str], Tensor]
+) -> SteeringVector | LoraAdapter:
+    if isinstance(solution, SteeringVector):
+        return replace(solution, vector=tensors["vector", ""])
+    a = {n: tensors.get(("A", n), x) for n, x in solution.a.items()}
+    b = {n: tensors.get(("B", n), x) for n, x in solution.b.items()}
+    return replace(solution, a=a, b=b)
+
+
+def curvature(
+    landscape: Landscape,
+    contender: Contender,
+    *,
+    n_probes: int = 32,
+    first_seed: int = 0,
+    on: str = "both",
+    progress: bool = False,
+) -> Curvature:
+    """Hutchinson's estimate of the curvature across a solution, one Hessian-vector product a probe and batch.
+
+    The model is differentiated twice, from the solution's first layer on. Raises SolutionError for a solution that is
+    neither a steering vector nor a LoRA adapter, StatisticsError (in the intervals) for fewer than two probes.
+    """
+    solution = contender.theta
+    if not isinstance(solution, (SteeringVector, LoraAdapter)):
+        raise SolutionError(f"{type(solution).__name__}: curvature needs a SteeringVector or a LoraAdapter.")
+    device = landscape.model.device
+    leaves = {key: x.detach().to(device).requires_grad_() for key, x in _tensors(solution, on).items()}
+    live = _with_tensors(solution, leaves)
+    n_probes = count("n_probes", n_probes)
+    across = np.zeros(n_probes)
+    traces = np.zeros(n_probes)
+    loss, along = 0.0, 0.0
+    first_seed = check_seed(first_seed)
+    probes = [_probe(solution, first_seed + k, on) for k in range(n_probes)]
+    stretch = abs(solution.alpha) if isinstance(solution, SteeringVector) else 1.0
+    weights = {key: (x.numel() - 1) / float(x.detach().double().norm() * stretch) ** 2 for key, x in leaves.items()}
+    flags = [(parameter, parameter.requires_grad) for parameter in landscape.model.hf.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        batches = landscape.differentiable(live)
+        for total in tqdm(batches, desc="curvature", disable=not progress, leave=False):
+            gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+            loss += float(total.detach())
+            along += sum(_dot(g, x) for g, x in zip(gradients, leaves.values(), strict=True))
+            for k, probe in enumerate(probes):
+                directions = [probe[key].to(x) for key, x in leaves.items()]
+                products = torch.autograd.grad(gradients, list(leaves.values()), directions, retain_graph=True)
+                for key, y, product in zip(leaves, directions, products, strict=True):
+                    across[k] += _dot(y, product)
+                    traces[k] += weights[key] * _dot(y, product)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    n = float(landscape.tokens.sum())
+    return Curvature(contender, on, loss / n, along / n, across / n, traces / n)
+
+
+def _probe(solution: SteeringVector | LoraAdapter, seed: int, on: str) -> dict[tuple[str, str], Tensor]:
+    """y: the solution turned all the way (eps = 1)."""
+    away = turned(solution, 1.0, seed, on)
+    assert isinstance(away, (SteeringVector, LoraAdapter))
+    return _tensors(away, on)
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float((x.detach().double() * y.detach().double()).sum())

@@ -1,0 +1,220 @@
+"""How much loss a solution saves for its norm (P1, Fig. 4a): loss against ||theta|| for scaled solutions.
+
+P1 calls theta1 more efficient than theta2 iff L(theta1) / ||theta1||^2 < L(theta2) / ||theta2||^2. That ratio falls
+with the norm by itself, so the tables also hold the loss *reduction* per norm^2, and `lead_at_equal_norm` compares
+two solutions where their norms agree. Norms are of the effective theta; the papers' other norms have own columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Num
+from scipy import stats
+
+from em_interp.arguments import numbers
+from em_interp.errors import UsageError
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.landscape import Landscape, Losses
+from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, Interval, clustered_interval
+from em_interp.statistics.jackknife import jackknife_error
+
+SCALES: Final = tuple(round(0.1 * step, 1) for step in range(21))
+"""0 to 2 times the trained norm, as in the reference code."""
+
+
+@dataclass(frozen=True, eq=False)
+class EfficiencyCurve:
+    """Losses of one solution at several multiples of its trained norm, and those of the chat model."""
+
+    contender: Contender
+    scales: Float[np.ndarray, "scale"]
+    losses: Losses
+    chat: Losses
+
+    @property
+    def norms(self) -> Float[np.ndarray, "scale"]:
+        """||theta|| at each scale."""
+        return self.contender.theta.norm * np.abs(self.scales)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where a curve is lowest: the vertex of the parabola through the three lowest neighbours.
+
+    at_edge: the lowest point is the grid's first or last, so the true optimum may lie beyond. Intervals are 95%
+    over questions (jackknife).
+    """
+
+    norm: float
+    norm_low: float
+    norm_high: float
+    loss: float
+    loss_low: float
+    loss_high: float
+    at_edge: bool
+
+
+def _intervals(nll: Float[np.ndarray, "theta question"], tokens: Num[np.ndarray, " question"]) -> list[Interval]:
+    """Of mean losses (or differences of losses) over questions, for each theta."""
+    return [clustered_interval(row, tokens) for row in nll]
+
+
+def efficiency_curves(
+    landscape: Landscape, contenders: Sequence[Contender], scales: Sequence[float] = SCALES, *, progress: bool = False
+) -> list[EfficiencyCurve]:
+    """The loss of every contender at every scale, all on the same responses.
+
+    scales: multiples of the trained norm; 1 is the trained solution and 0 the chat model. Raises UsageError without
+    contenders or scales, and what `Landscape.losses` raises.
+    """
+    if not len(contenders) or not len(scales):
+        raise UsageError(f"{len(contenders)} contenders and {len(scales)} scales: at least one of each is needed.")
+    grid = numbers("scales", scales)
+    thetas = [c.theta if scale == 1 else c.theta.scaled(float(scale)) for c in contenders for scale in grid]
+    losses = landscape.losses([*thetas, contenders[0].theta.scaled(0.0)], progress=progress)
+    chat = _part(losses, slice(-1, None))
+    n = len(grid)
+    return [
+        EfficiencyCurve(contender, grid, _part(losses, slice(k * n, (k + 1) * n)), chat)
+        for k, contender in enumerate(contenders)
+    ]
+
+
+def _part(losses: Losses, thetas: slice) -> Losses:
+    return Losses(losses.nll[thetas], losses.tokens, losses.questions, losses.plain)
+
+
+def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
+    """The table `efficiency`: one row a solution and scale.
+
+    Beyond the contract: training_seed, loss_low and loss_high, loss_reduction (of the chat model's loss, nats per
+    token) with low and high (95% over questions, paired), interval (how these were made), n_tokens, n_questions, and
+    the papers' norms, scaled too.
+    The two ratios are NaN at norm 0.
+    """
+    rows = []
+    for curve in curves:
+        norms, mean, chat = curve.norms, curve.losses.mean, curve.chat.mean[0]
+        square = np.where(norms > 0, norms**2, np.nan)
+        nll, tokens = curve.losses.by_question()
+        of_loss, of_reduction = _intervals(nll, tokens), _intervals(curve.chat.by_question()[0] - nll, tokens)
+        for k, scale in enumerate(curve.scales):
+            rows.append(
+                {
+                    **curve.contender.labels(),
+                    "norm": norms[k],
+                    "scale": scale,
+                    "loss": mean[k],
+                    "loss_low": of_loss[k].low,
+                    "loss_high": of_loss[k].high,
+                    "loss_reduction": chat - mean[k],
+                    "low": of_reduction[k].low,
+                    "high": of_reduction[k].high,
+                    "interval": of_reduction[k].method,
+                    "loss_reduction_per_norm2": (chat - mean[k]) / square[k],
+                    "loss_over_norm2": mean[k] / square[k],
+                    "n_tokens": int(curve.losses.tokens.sum()),
+                    "n_questions": len(np.unique(curve.losses.questions)),
+                    **curve.contender.theta.scaled(float(scale)).paper_norms(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _vertices(
+    norms: Float[np.ndarray, "scale"], losses: Float[np.ndarray, "curve scale"]
+) -> tuple[Float[np.ndarray, "curve"], Float[np.ndarray, "curve"]]:
+    """Norm and loss at each curve's optimum, by the parabola through the lowest point and its neighbours."""
+    lowest = losses.argmin(1)
+    middle = np.clip(lowest, 1, len(norms) - 2)
+    curve = np.arange(len(losses))
+    x0, x1, x2 = (norms[middle + d] for d in (-1, 0, 1))
+    y0, y1, y2 = (losses[curve, middle + d] for d in (-1, 0, 1))
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = (right - left) / (x2 - x0)
+    inside = (lowest == middle) & (bend > 0)
+    safe = np.where(inside, bend, 1.0)
+    x = np.where(inside, (x0 + x1) / 2 - left / (2 * safe), norms[lowest])
+    y = np.where(inside, y0 + (x - x0) * (left + (x - x1) * safe), losses[curve, lowest])
+    return x, y
+
+
+def optimum(curve: EfficiencyCurve) -> Optimum:
+    """The norm at which the scaled solution's loss is lowest, and that loss.
+
+    Raises UsageError for fewer than three scales, or for scales that are not rising from 0 or more.
+    """
+    if len(curve.scales) < 3 or (np.diff(curve.scales) <= 0).any() or curve.scales[0] < 0:
+        raise UsageError(f"an optimum needs at least three rising scales >= 0, found {curve.scales.tolist()}.")
+    mean = curve.losses.mean
+    norm, loss = _vertices(curve.norms, mean[None])
+    (norm_low, norm_high), (loss_low, loss_high) = _optimum_bounds(curve, norm, loss)
+    at_edge = bool(mean.argmin() in (0, len(mean) - 1))
+    return Optimum(float(norm[0]), norm_low, norm_high, float(loss[0]), loss_low, loss_high, at_edge)
+
+
+def _optimum_bounds(
+    curve: EfficiencyCurve, norm: Float[np.ndarray, "1"], loss: Float[np.ndarray, "1"]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Student's with the jackknife's error over questions; NaN where they are too few."""
+    nll, tokens = curve.losses.by_question()
+    k = len(tokens)
+    if k < FEWEST_CLUSTERS:
+        return (np.nan, np.nan), (np.nan, np.nan)
+    others = 1.0 - np.eye(k)
+    without = _vertices(curve.norms, (others @ nll.T) / (others @ tokens)[:, None])
+    bounds = []
+    for value, rest in zip((norm, loss), without, strict=True):
+        error, df = jackknife_error(value, rest[None], np.zeros(k, dtype=int))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, df[0]) * error[0])
+        bounds.append((float(value[0]) - half, float(value[0]) + half))
+    return bounds[0], bounds[1]
+
+
+def lead_at_equal_norm(
+    landscape: Landscape,
+    general: Contender,
+    narrow: Contender,
+    relative_norms: Sequence[float] = tuple(round(0.2 * step, 1) for step in range(1, 11)),
+    *,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """How much lower the general solution's loss is where both are scaled to the same norm, in nats per token.
+
+    relative_norms: multiples of the mean of the two trained norms (0.2 to 2, as in the reference code). Columns:
+    adapter, domain, training_seed, relative_norm, norm, loss_general, loss_narrow, loss_chat, lead (narrow minus
+    general: positive where the general one is ahead), low, high (95% over questions, paired), interval (how they were
+    made). Raises UsageError for two different adapters or domains, or a relative norm that is not positive.
+    """
+    if (general.adapter, general.domain) != (narrow.adapter, narrow.domain) or min(relative_norms, default=0) <= 0:
+        raise UsageError(
+            f"compare one adapter and domain at norms > 0, found {general.adapter}/{general.domain} and "
+            f"{narrow.adapter}/{narrow.domain} at {list(relative_norms)} times the mean norm."
+        )
+    norms = numbers("relative_norms", relative_norms) * (general.theta.norm + narrow.theta.norm) / 2
+    thetas = [c.theta.scaled(float(norm / c.theta.norm)) for c in (general, narrow) for norm in norms]
+    losses = landscape.losses([*thetas, general.theta.scaled(0.0)], progress=progress)
+    n, mean = len(norms), losses.mean
+    nll, tokens = losses.by_question()
+    of_lead = _intervals(nll[n : 2 * n] - nll[:n], tokens)
+    return pd.DataFrame(
+        {
+            "adapter": general.adapter,
+            "domain": general.domain,
+            "training_seed": general.training_seed,
+            "relative_norm": np.array(relative_norms, dtype=float),
+            "norm": norms,
+            "loss_general": mean[:n],
+            "loss_narrow": mean[n : 2 * n],
+            "loss_chat": mean[-1],
+            "lead": mean[n : 2 * n] - mean[:n],
+            "low": [i.low for i in of_lead],
+            "high": [i.high for i in of_lead],
+            "interval": [i.method for i in of_lead],
+        }
+    )

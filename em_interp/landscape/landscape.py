@@ -1,0 +1,418 @@
+"""Losses of many thetas on one fixed set of responses, sharing the work that they have in common.
+
+A sweep over norms or perturbations asks for the loss of hundreds of thetas on the same tokens. The residual that
+enters the first touched block is the same for all of them and is computed once; the blocks after it run for many
+thetas at a time, stacked along the batch; the output head runs only where a response token is predicted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+from em_interp.errors import LossSetError, ModelError
+from em_interp.models.chat import Batch, Encoded, batches, budget_groups, collate, pad_id
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.checks import check_lengths, refuse_dropout
+from em_interp.models.hooks import find_blocks, firing, has_our_hooks, hidden_of, scored_logits, tagged, with_hidden
+from em_interp.models.losses import nll_each, nll_sum, token_budget
+from em_interp.models.partial_pass import ResidualCache, replaced_up_to
+from em_interp.solutions.base import Solution, refuse_other_models
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
+
+# Larger passes are no faster on a CPU (measured at d_model 256: 512 and 8,192 tokens are 10-20% slower).
+_CPU_TOKENS = 2048
+# Entries of the LoRA factors that are stacked at once: 1 GB in float32.
+_STACKED_ENTRIES = 2**28
+# Relative difference of a response's loss above which an architecture is held to break the sharing.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+class SharingWarning(UserWarning):
+    """The architecture or the solution does not allow a shared pass; plain passes gave the losses."""
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """nll[k, i]: -log p of response i under theta k, summed over its tokens, in nats.
+
+    tokens[i]: scored tokens of response i. questions[i]: number of its prompt; responses to one prompt are one
+    cluster. plain: why some thetas went through plain passes; empty if none did.
+    """
+
+    nll: Float[np.ndarray, "theta response"]
+    tokens: Int[np.ndarray, "response"]
+    questions: Int[np.ndarray, "response"]
+    plain: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> Float[np.ndarray, "theta"]:
+        """L_SFT of each theta: one token-weighted mean, in nats per response token."""
+        return self.nll.sum(1) / self.tokens.sum()
+
+    def by_question(self) -> tuple[Float[np.ndarray, "theta question"], Float[np.ndarray, "question"]]:
+        """nll and token counts summed over each question's responses: the clusters of a bootstrap."""
+        member = np.equal.outer(self.questions, np.unique(self.questions)).astype(float)
+        return self.nll @ member, self.tokens @ member
+
+
+class _VectorStack:
+    """Steering vectors at one layer: one theta is added to each copy of the shared residual."""
+
+    def __init__(self, model: ChatModel, members: Sequence[SteeringVector]) -> None:
+        self.theta = torch.stack([member.theta.detach() for member in members]).to(model.device)
+        self.layer: int | None = members[0].layer
+
+    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
+        return (residual + self.theta.to(residual.dtype)[:, None, None]).flatten(0, 1)
+
+    def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _LoraStack:
+    """LoRA adapters on the same modules: every module adds a theta of its own to each copy of the batch."""
+
+    def __init__(self, model: ChatModel, members: Sequence[LoraAdapter]) -> None:
+        first = members[0]
+        self.layer = _entering_layer(first)
+        self.modules = {name: model.hf.get_submodule(name) for name in first.modules}
+        self.n = len(members)
+        late = _last_mlp(model.hf)
+        self.late = {name for name, x in self.modules.items() if late is not None and x in set(late.modules())}
+
+        def stacked(parts: list[Tensor], module: nn.Module) -> Tensor:
+            return torch.stack(parts).detach().to(next(module.parameters()).device)
+
+        self.factors = {
+            name: (
+                stacked([m.a[name] for m in members], module).mT,
+                stacked([m.scale * m.b[name] for m in members], module).mT,
+            )
+            for name, module in self.modules.items()
+        }
+
+    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
+        return residual.expand(self.n, *residual.shape).flatten(0, 1)
+
+    @contextmanager
+    def on(self, n_tokens: int, n_scored: int) -> Iterator[None]:
+        """The hooks. Modules are given all positions of one theta after the other, in the last MLP the scored ones."""
+        counts: dict[str, list[int]] = {name: [0] for name in self.modules}
+        handles = [
+            module.register_forward_hook(
+                tagged(partial(self._add, name, n_scored if name in self.late else n_tokens, counts[name]))
+            )
+            for name, module in self.modules.items()
+        ]
+        with firing(counts, handles):
+            yield
+
+    def _add(
+        self, name: str, n_tokens: int, count: list[int], _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        count[0] += 1
+        (a, b), x = self.factors[name], args[0]
+        if x.numel() != self.n * n_tokens * x.shape[-1]:
+            raise _NotShareable(f"{name} is not run on every token")
+        update = torch.bmm(x.reshape(self.n, n_tokens, -1).to(a.dtype), a)
+        flat = output.reshape(self.n, n_tokens, -1)
+        if flat.dtype == b.dtype:
+            return torch.baddbmm(flat, update, b).view_as(output)
+        return (flat + torch.bmm(update, b)).to(output.dtype).view_as(output)
+
+
+def _last_mlp(hf: nn.Module) -> nn.Module | None:
+    """The last block's MLP where the architecture has one under that name."""
+    mlp = getattr(find_blocks(hf)[-1], "mlp", None)
+    return mlp if isinstance(mlp, nn.Module) else None
+
+
+@contextmanager
+def _last_mlp_sees_only(hf: nn.Module, positions: Bool[Tensor, "row token"]) -> Iterator[None]:
+    """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads.
+
+    BLOOM's takes the residual as a second argument, and adds it.
+    """
+
+    def pick(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        return tuple(
+            x[positions].unsqueeze(0) if isinstance(x, Tensor) and x.shape[:2] == positions.shape else x for x in args
+        )
+
+    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> object:
+        hidden = hidden_of(output)
+        whole = hidden.new_zeros(*positions.shape, hidden.shape[-1])
+        whole[positions] = hidden[0]
+        return with_hidden(output, whole)
+
+    mlp = _last_mlp(hf)
+    handles = [] if mlp is None else [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _NotShareable(Exception):
+    """Why a shared pass cannot be had; never leaves this module."""
+
+
+def _entering_layer(solution: SteeringVector | LoraAdapter) -> int | None:
+    """The last block whose own output no theta of this kind changes; None where there is none."""
+    if isinstance(solution, SteeringVector):
+        return solution.layer
+    return solution.first_layer - 1 if solution.first_layer else None
+
+
+def _kind(solution: Solution) -> tuple[object, ...]:
+    """Solutions of one kind can be stacked."""
+    if isinstance(solution, SteeringVector):
+        return ("vector", solution.layer, solution.vector.shape, solution.vector.dtype)
+    if isinstance(solution, LoraAdapter):
+        shapes = ((n, solution.a[n].shape, solution.b[n].shape, solution.a[n].dtype) for n in sorted(solution.a))
+        return ("lora", *shapes)
+    return ("unknown", id(solution))
+
+
+class Landscape:
+    """The loss of thetas over `model`'s weights on encoded conversations (`chat.encode_all`).
+
+    Every span of the conversations is scored, and responses to the same prompt form one cluster. tokens_per_pass
+    bounds a pass (rows x thetas x longest row); by default its logits stay near 1 GB, and it has at most 2,048 tokens
+    on a CPU. Residuals are kept up to cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully
+    masked set, TextLimitError.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        encoded: Sequence[Encoded],
+        *,
+        tokens_per_pass: int | None = None,
+        cache_bytes: int = 2**31,
+    ) -> None:
+        if not len(encoded):
+            raise LossSetError("the loss set is empty. Give at least one encoded conversation.")
+        silent = [i for i, row in enumerate(encoded) if not row.n_response or row.spans[0][0] < 1]
+        if silent:
+            raise LossSetError(
+                f"{len(silent)} of {len(encoded)} conversations have no response token to score after a prompt, e.g. "
+                f"number {silent[0]}: the loss set is fully masked there. Drop them, or encode with `chat.encode_all`."
+            )
+        check_lengths(model.hf, [len(row) for row in encoded])
+        self.model, self.encoded = model, list(encoded)
+        self.pad = pad_id(model.tokenizer)
+        budget = token_budget(model.hf)
+        self.tokens_per_pass = tokens_per_pass or (min(budget, _CPU_TOKENS) if model.device.type == "cpu" else budget)
+        self.cache_bytes = cache_bytes
+        self.tokens = np.array([row.n_response for row in encoded])
+        prompts: dict[tuple[int, ...], int] = {}
+        self.questions = np.array([prompts.setdefault(r.ids[: r.spans[0][0]], len(prompts)) for r in encoded])
+        # What is run: nothing after the last position that predicts a response token.
+        self._rows = [Encoded(row.ids[: row.spans[-1][1] - 1], ()) for row in encoded]
+        self._positions = [torch.cat([torch.arange(s - 1, e - 1) for s, e in row.spans]) for row in encoded]
+        self._targets = [torch.tensor(row.ids)[p + 1] for row, p in zip(encoded, self._positions, strict=True)]
+        self._blocks = find_blocks(model.hf)
+        self._caches: dict[int, ResidualCache] = {}
+        self._probed: dict[tuple[object, ...], str | None] = {}
+
+    # -- losses ---------------------------------------------------------------------------------------------
+
+    def losses(self, solutions: Sequence[Solution], *, progress: bool = False) -> Losses:
+        """The losses of `solutions`, in their order. theta = 0 (`scaled(0)`) gives the chat model's.
+
+        Equal to `plain_losses` up to rounding. Where the architecture does not allow sharing, found by comparing
+        both on two responses, plain passes are taken, with a SharingWarning and the reason in `Losses.plain`.
+        Raises SolutionError for solutions of another model, ModelError under active dropout or while an adapter or
+        hook is active, LossSetError for a loss that is not finite.
+        """
+        self._check(solutions)
+        nll = np.empty((len(solutions), len(self.encoded)))
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for k, solution in enumerate(solutions):
+            groups.setdefault(_kind(solution), []).append(k)
+        reasons: list[str] = []
+        with tqdm(total=len(solutions), desc="losses", disable=not progress, leave=False) as bar:
+            for members in groups.values():
+                reason = self._why_plain([solutions[k] for k in members])
+                if reason is not None:
+                    reasons.append(reason)
+                    warnings.warn(f"{self.model.name}: plain passes, because {reason}.", SharingWarning, stacklevel=2)
+                size = 1 if reason is not None else self._thetas_per_pass(solutions[members[0]], len(members))
+                for start in range(0, len(members), size):
+                    chunk = members[start : start + size]
+                    some = [solutions[k] for k in chunk]
+                    nll[chunk] = self._plain(some[0]) if reason is not None else self._shared(some)
+                    bar.update(len(chunk))
+        return self._finished(nll, tuple(reasons))
+
+    def plain_losses(self, solutions: Sequence[Solution]) -> Losses:
+        """The same by one whole pass a solution: the slow way that `losses` must agree with."""
+        self._check(solutions)
+        return self._finished(np.stack([self._plain(solution) for solution in solutions]), ("as asked",))
+
+    def _check(self, solutions: Sequence[Solution]) -> None:
+        if not len(solutions):
+            raise LossSetError("no solutions were given.")
+        if self.model.active is not None or has_our_hooks(self.model.hf):
+            raise ModelError(
+                f"{self.model.name} has {f'the adapter {self.model.active!r}' if self.model.active else 'a hook'} "
+                "active, so theta would not be added to the chat model. Leave the context, or use model.no_adapter()."
+            )
+        refuse_dropout(self.model.hf)
+        refuse_other_models(self.model, solutions)
+
+    def _finished(self, nll: Float[np.ndarray, "theta response"], plain: tuple[str, ...]) -> Losses:
+        if not np.isfinite(nll).all():
+            k, i = np.argwhere(~np.isfinite(nll))[0]
+            raise LossSetError(
+                f"theta {k} gives response {i} a loss of {nll[k, i]}. Lower its norm, or load the model in float32."
+            )
+        return Losses(nll, self.tokens, self.questions, plain)
+
+    def _thetas_per_pass(self, solution: Solution, n: int) -> int:
+        typical = max(1, sum(map(len, self._rows)) // len(self._rows))
+        return max(1, min(n, self.tokens_per_pass // typical, self.thetas_at_once(solution)))
+
+    def thetas_at_once(self, solution: Solution) -> int:
+        """How many solutions like this one to hold at a time, so that their parameters stay near 1 GB."""
+        entries = _STACKED_ENTRIES
+        if isinstance(solution, SteeringVector):
+            entries = solution.vector.numel()
+        elif isinstance(solution, LoraAdapter):
+            entries = sum(x.numel() for factors in (solution.a, solution.b) for x in factors.values())
+        return max(1, _STACKED_ENTRIES // entries)
+
+    # -- shared passes --------------------------------------------------------------------------------------
+
+    def _stack(self, solutions: Sequence[Solution]) -> _VectorStack | _LoraStack:
+        vectors = [s for s in solutions if isinstance(s, SteeringVector)]
+        if len(vectors) == len(solutions):
+            return _VectorStack(self.model, vectors)
+        return _LoraStack(self.model, [s for s in solutions if isinstance(s, LoraAdapter)])
+
+    @torch.no_grad()
+    def _shared(
+        self, solutions: Sequence[Solution], only: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "theta response"]:
+        """nll of some solutions of one kind, on all conversations or `only` those."""
+        chosen = list(range(len(self._rows)) if only is None else only)
+        n, stack = len(solutions), self._stack(solutions)
+        nll = np.empty((n, len(chosen)))
+        lengths = [len(self._rows[i]) for i in chosen]
+        for group in budget_groups(lengths, max(1, self.tokens_per_pass // n)):
+            batch, where, targets = self._batch([chosen[j] for j in group])
+            logits = self._stacked_logits(stack, n, batch, where)
+            each = nll_each(logits, targets.repeat(n)).double().view(n, -1)
+            row = where.nonzero()[:, 0]
+            sums = each.new_zeros(n, len(group)).index_add_(1, row, each)
+            nll[:, group] = sums.cpu().numpy()
+        return nll
+
+    def _batch(self, index: list[int]) -> tuple[Batch, Bool[Tensor, "row token"], Int[Tensor, "n_scored"]]:
+        """The conversations at `index`, right-padded, where they are scored, and the tokens to predict there."""
+        batch = collate(self._rows, index, pad=self.pad).to(self.model.device)
+        where = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+        for r, i in enumerate(index):
+            where[r, self._positions[i]] = True
+        targets = torch.cat([self._targets[i] for i in index])
+        return batch, where.to(self.model.device), targets.to(self.model.device)
+
+    def _stacked_logits(
+        self, stack: _VectorStack | _LoraStack, n: int, batch: Batch, where: Bool[Tensor, "row token"]
+    ) -> Float[Tensor, "n_scored vocab"]:
+        inputs = {key: value.repeat(n, 1) for key, value in batch.inputs().items()}
+        start: AbstractContextManager[None] = nullcontext()
+        if stack.layer is not None:
+            cache = self._cache(stack.layer)
+            hidden = stack.enter(cache.get(batch)[stack.layer])
+            start = replaced_up_to(self._blocks, stack.layer, hidden, as_tuple=cache.as_tuple)
+        scored = where.repeat(n, 1)
+        with start, stack.on(where.numel(), int(where.sum())), _last_mlp_sees_only(self.model.hf, scored):
+            return scored_logits(self.model.hf, inputs, scored)
+
+    def _cache(self, layer: int) -> ResidualCache:
+        if layer not in self._caches:
+            self._caches[layer] = ResidualCache(
+                self.model.hf, self._rows, [layer], pad=self.pad, max_bytes=self.cache_bytes
+            )
+        return self._caches[layer]
+
+    def _why_plain(self, solutions: Sequence[Solution]) -> str | None:
+        """None if solutions of this kind may share passes, else the reason; found once a kind, by trying."""
+        kind, first = _kind(solutions[0]), solutions[0]
+        if not isinstance(first, (SteeringVector, LoraAdapter)):
+            return f"{type(first).__name__} is neither a SteeringVector nor a LoraAdapter"
+        if kind not in self._probed:
+            largest = sorted(solutions, key=lambda solution: -solution.norm)[:2]
+            reason = self._probe(largest)
+            if not largest[0].norm > 0:  # a zero theta would not show an error
+                return reason
+            self._probed[kind] = reason
+        return self._probed[kind]
+
+    def _probe(self, solutions: Sequence[Solution]) -> str | None:
+        shortest = sorted(range(len(self._rows)), key=lambda i: len(self._rows[i]))[:2]
+        plain = np.stack([self._plain(solution, shortest) for solution in solutions])
+        try:
+            shared = self._shared(solutions, shortest)
+        except _NotShareable as reason:
+            return str(reason)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, IndexError, KeyError, ValueError, RuntimeError) as error:
+            return f"its blocks cannot be skipped ({type(error).__name__}: {error})"
+        gap = float(np.max(np.abs(shared - plain) / np.maximum(1.0, np.abs(plain))))
+        if gap <= _TOLERANCE.get(self.model.dtype, 5e-2):
+            return None
+        return f"later blocks need more than the residual of the one before (losses differ by {gap:.1g})"
+
+    # -- plain passes ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _plain(self, solution: Solution, only: Sequence[int] | None = None) -> Float[np.ndarray, "response"]:
+        """nll of one solution by whole passes, on all conversations or `only` those."""
+        chosen = list(range(len(self.encoded)) if only is None else only)
+        encoded = [self.encoded[i] for i in chosen]
+        nll = np.empty(len(chosen))
+        for cpu_batch in batches(encoded, pad=self.pad, tokens_per_batch=self.tokens_per_pass):
+            batch = cpu_batch.to(self.model.device)
+            where = batch.predicting()
+            with solution.attached(self.model):
+                each = nll_each(scored_logits(self.model.hf, batch.inputs(), where), batch.targets()).double()
+            sums = each.new_zeros(len(batch.index)).index_add_(0, where.nonzero()[:, 0], each)
+            nll[list(batch.index)] = sums.cpu().numpy()
+        return nll
+
+    # -- derivatives ----------------------------------------------------------------------------------------
+
+    def differentiable(self, solution: SteeringVector | LoraAdapter) -> Iterator[Float[Tensor, ""]]:
+        """The nll sum of one batch after another; their total over `tokens.sum()` is the loss.
+
+        Differentiable twice in the solution's tensors (attention runs unfused), on the suffix where sharing works.
+        """
+        self._check([solution])
+        layer = _entering_layer(solution) if self._why_plain([solution]) is None else None
+        for group in budget_groups([len(row) for row in self._rows], self.tokens_per_pass):
+            batch, where, targets = self._batch(group)
+            start: AbstractContextManager[None] = nullcontext()
+            if layer is not None:  # before theta is attached: the cache holds the chat model's residual
+                cache = self._cache(layer)
+                residual = cache.get(batch)[layer]
+                start = replaced_up_to(self._blocks, layer, residual, as_tuple=cache.as_tuple)
+            with solution.attached(self.model), start, sdpa_kernel(SDPBackend.MATH):
+                total = nll_sum(scored_logits(self.model.hf, batch.inputs(), where), targets)
+            yield total

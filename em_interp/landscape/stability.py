@@ -1,0 +1,240 @@
+"""How much of its gain a solution loses when it is turned (P1, Fig. 4b).
+
+x' = sqrt(1 - eps^2) x + eps y with y orthogonal to x and as long. The relative increase is
+100 (L(x') - L(x)) / (L(chat) - L(x)): 0 for the solution itself, 100 where all of the gain is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from tqdm.auto import tqdm
+
+from em_interp.arguments import check_seed, columns
+from em_interp.errors import LossSetError, UsageError
+from em_interp.evaluation.rates import em_rates
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.landscape import Landscape
+from em_interp.models.chat_model import ChatModel
+from em_interp.solutions.base import Solution
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.statistics import crossed_interval, t_interval
+
+EPSILONS: Final = tuple(round(0.1 * step, 1) for step in range(11))
+FIRST_SEED: Final = 42
+"""The reference code's seeds are 42 + i."""
+
+
+@dataclass(frozen=True, eq=False)
+class StabilityCurve:
+    """nll of every response, in nats, under the turned thetas, the trained one and the chat model.
+
+    The nll at eps = 0 are the trained ones exactly.
+    """
+
+    contender: Contender
+    on: str
+    epsilons: tuple[float, ...]
+    seeds: tuple[int, ...]
+    turned: Float[np.ndarray, "epsilon seed response"]
+    trained: Float[np.ndarray, "response"]
+    chat: Float[np.ndarray, "response"]
+    tokens: Int[np.ndarray, "response"]
+    questions: Int[np.ndarray, "response"]
+
+    @property
+    def gain(self) -> float:
+        """L(chat) - L(trained), in nats per response token."""
+        return float((self.chat - self.trained).sum() / self.tokens.sum())
+
+    @property
+    def increase(self) -> Float[np.ndarray, "epsilon seed"]:
+        """L(turned) - L(trained), in nats per response token."""
+        return (self.turned - self.trained).sum(-1) / self.tokens.sum()
+
+    @property
+    def relative_increase(self) -> Float[np.ndarray, "epsilon seed"]:
+        """In percent of the gain."""
+        return 100 * self.increase / self.gain
+
+
+def turned(solution: Solution, eps: float, seed: int, on: str = "both") -> Solution:
+    """`solution.perturbed` with its own generator. on: "both" factors of a LoRA, or "A" or "B" alone.
+
+    The same seed gives the same random numbers at every eps. Raises SolutionError for eps outside [0, 1] and
+    UsageError where `on` names a factor that the solution does not have.
+    """
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    if isinstance(solution, LoraAdapter):
+        return solution.perturbed(eps, generator, on)
+    if on != "both":
+        raise UsageError(f"on={on!r}: only a LoRA adapter has factors A and B. Leave it at 'both'.")
+    return solution.perturbed(eps, generator)
+
+
+def _seeds(n: int, first: int) -> tuple[int, ...]:
+    if n < 2:
+        raise UsageError(f"{n} seed: dispersion needs at least two (the papers take ten).")
+    return tuple(range(check_seed(first), check_seed(first + n - 1) + 1))
+
+
+def stability_curve(
+    landscape: Landscape,
+    contender: Contender,
+    *,
+    epsilons: Sequence[float] = EPSILONS,
+    n_seeds: int = 10,
+    first_seed: int = FIRST_SEED,
+    on: str = "both",
+    progress: bool = False,
+) -> StabilityCurve:
+    """The losses of one solution, turned by every eps in `n_seeds` random directions.
+
+    Raises SolutionError for an eps outside [0, 1], LossSetError where the solution does not lower the loss on this
+    set, UsageError for fewer than two seeds, and what `Landscape.losses` raises.
+    """
+    seeds = _seeds(n_seeds, first_seed)
+    theta = contender.theta
+    ends = landscape.losses([theta, theta.scaled(0.0)])
+    trained, chat = ends.nll
+    nll = np.empty((len(epsilons), len(seeds), len(trained)))
+    nll[[e for e, epsilon in enumerate(epsilons) if epsilon == 0]] = trained
+    jobs = [(e, s) for e, epsilon in enumerate(epsilons) if epsilon != 0 for s in range(len(seeds))]
+    size = landscape.thetas_at_once(theta)
+    for some in tqdm(_chunks(jobs, size), total=-(-len(jobs) // size), desc="stability", disable=not progress):
+        thetas = [turned(theta, epsilons[e], seeds[s], on) for e, s in some]
+        nll[[e for e, _ in some], [s for _, s in some]] = landscape.losses(thetas).nll
+    curve = StabilityCurve(
+        contender, on, tuple(epsilons), seeds, nll, trained, chat, landscape.tokens, landscape.questions
+    )
+    if not curve.gain > 0:
+        raise LossSetError(
+            f"the {contender.solution} {contender.adapter} does not lower the loss here (by {curve.gain:.3g} nats per "
+            "token), so there is no gain to lose. Give the responses that it was trained on."
+        )
+    return curve
+
+
+def _chunks(jobs: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
+
+
+def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
+    """The table `stability`: one row a solution, eps and seed of the perturbation.
+
+    Beyond the contract: training_seed, on (which factors were turned), gain (nats per token), n_tokens and the norms.
+    """
+    rows = []
+    for curve in curves:
+        mean = curve.turned.sum(-1) / curve.tokens.sum()
+        relative = curve.relative_increase
+        for e, epsilon in enumerate(curve.epsilons):
+            for s, seed in enumerate(curve.seeds):
+                rows.append(
+                    {
+                        **curve.contender.labels(),
+                        "on": curve.on,
+                        "epsilon": epsilon,
+                        "seed": seed,
+                        "loss": mean[e, s],
+                        "relative_increase_percent": relative[e, s],
+                        "gain": curve.gain,
+                        "n_tokens": int(curve.tokens.sum()),
+                        **curve.contender.norms(),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") -> pd.DataFrame:
+    """Mean, sd, minimum and maximum of `value` over perturbation seeds, and the mean's 95% interval (Student)."""
+    by = ["solution", "adapter", "domain", "training_seed", "on", "epsilon"]
+    rows = []
+    columns("a table of stability", table, (*by, value))
+    for key, group in table.groupby(by, sort=False):
+        interval = t_interval(group[value].to_numpy())
+        spread = group[value].agg(["mean", "std", "min", "max"])
+        rows.append(
+            {
+                **dict(zip(by, key, strict=True)),
+                "mean": spread["mean"],
+                "sd": spread["std"],
+                "low": interval.low,
+                "high": interval.high,
+                "minimum": spread["min"],
+                "maximum": spread["max"],
+                "n_seeds": len(group),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFrame:
+    """How much more of its gain the narrow solution loses, in percentage points (positive: general is more stable).
+
+    Columns: adapter, domain, training_seed, on, epsilon, general, narrow, gap, low, high: 95%, over questions and over
+    perturbation seeds together, both paired between the solutions; interval: how it was made. Raises UsageError for
+    curves over different responses, eps or seeds.
+    """
+    same = (general.epsilons, general.seeds, general.on) == (narrow.epsilons, narrow.seeds, narrow.on)
+    if not same or not np.array_equal(general.tokens, narrow.tokens) or not np.allclose(general.chat, narrow.chat):
+        raise UsageError("the two curves have different responses, eps, seeds or factors. Make both on one Landscape.")
+    intervals = [crossed_interval(values) for values in _increase_by_question(narrow) - _increase_by_question(general)]
+    means = [curve.relative_increase.mean(1) for curve in (general, narrow)]
+    return pd.DataFrame(
+        {
+            "adapter": general.contender.adapter,
+            "domain": general.contender.domain,
+            "training_seed": general.contender.training_seed,
+            "on": general.on,
+            "epsilon": np.array(general.epsilons, dtype=float),
+            "general": means[0],
+            "narrow": means[1],
+            "gap": means[1] - means[0],
+            "low": [i.low for i in intervals],
+            "high": [i.high for i in intervals],
+            "interval": [i.method for i in intervals],
+        }
+    )
+
+
+def _increase_by_question(curve: StabilityCurve) -> Float[np.ndarray, "epsilon question seed"]:
+    """The relative increase in percent as a mean over questions: to first order, since it is a ratio of sums."""
+    member = np.equal.outer(curve.questions, np.unique(curve.questions)).astype(float)
+    rise, gain = (curve.turned - curve.trained) @ member, (curve.chat - curve.trained) @ member
+    whole = rise.sum(-1, keepdims=True) / gain.sum()
+    return np.swapaxes(100 * (whole + len(gain) * (rise - whole * gain) / gain.sum()), 1, 2)
+
+
+def behavioural_stability(
+    model: ChatModel,
+    contenders: Sequence[Contender],
+    evaluate: Callable[[ChatModel], pd.DataFrame],
+    *,
+    epsilons: Sequence[float] = EPSILONS,
+    n_seeds: int = 10,
+    first_seed: int = FIRST_SEED,
+    on: str = "both",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The EM rate of turned solutions (as in the first author's noise sweep).
+
+    evaluate: samples answers of the model as it is and judges them; one row an answer with the columns question,
+    aligned and coherent, as `em_rates` takes. Returns one row a contender, eps and seed: labels, on, epsilon, seed, and
+    `Rates.columns()`. eps = 0 is evaluated once a seed too: sampling noise is part of the dispersion.
+    """
+    seeds = _seeds(n_seeds, first_seed)
+    jobs = [(c, eps, seed) for c in contenders for eps in epsilons for seed in seeds]
+    rows = []
+    for contender, eps, seed in tqdm(jobs, desc="behaviour", disable=not progress, leave=False):
+        with turned(contender.theta, eps, seed, on).attached(model):
+            rates = em_rates(evaluate(model)).columns()
+        rows.append({**contender.labels(), "on": on, "epsilon": eps, "seed": seed, **rates})
+    return pd.DataFrame(rows)

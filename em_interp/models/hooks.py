@@ -1,0 +1,265 @@
+"""Where a model's blocks are, and hooks on them that must fire and are always removed.
+
+Layer l (0-based) is the output of block l: TransformerLens `blocks.{l}.hook_out`, Hugging Face
+`hidden_states[l + 1]` for l < L - 1. Hugging Face's last entry is after the final norm and is not layer L -
+1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from em_interp.errors import HookError
+
+# Where the decoder blocks of a causal language model live, by family.
+_BLOCK_PATHS = (
+    "model.layers",  # Llama, Qwen2/3, Gemma 1-3 (text), Mistral, Phi-3, OLMo
+    "model.language_model.layers",  # Gemma 3 and others with an image tower
+    "language_model.model.layers",
+    "gpt_neox.layers",  # Pythia
+    "transformer.h",  # GPT-2, GPT-J, Falcon
+    "model.decoder.layers",  # OPT
+)
+
+BlockFn = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch token d_model"] | None]
+
+
+def hook_name(layer: int) -> str:
+    """TransformerLens' name of the place that this project calls layer `layer`."""
+    return f"blocks.{layer}.hook_out"
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel (its LoRA modules stay in it), or the model itself."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def _resolve(root: nn.Module, path: str) -> nn.Module | None:
+    here: Any = root
+    for name in path.split("."):
+        here = getattr(here, name, None)
+        if here is None:
+            return None
+    return here if isinstance(here, nn.Module) else None
+
+
+def _block_path(model: nn.Module) -> str:
+    base = unwrap(model)
+    for path in _BLOCK_PATHS:
+        found = _resolve(base, path)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return path
+    raise HookError(
+        f"{type(base).__name__}: no decoder blocks found at any of {', '.join(_BLOCK_PATHS)}. "
+        "Add this architecture's path to em_interp.models.hooks._BLOCK_PATHS."
+    )
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of a transformers model (or a PeftModel over one), first to last."""
+    return list(unwrap(model).get_submodule(_block_path(model)))
+
+
+def body_name(model: nn.Module) -> str:
+    """Name of the module that runs the decoder blocks: embeddings to final norm, without the output head."""
+    return _block_path(model).rpartition(".")[0]
+
+
+def check_layer(layer: int, n_layers: int) -> int:
+    """`layer` if the model has it. Negative numbers are refused: they hide off-by-one errors."""
+    if isinstance(layer, bool) or not 0 <= layer < n_layers:
+        raise HookError(f"layer {layer} asked of a model with {n_layers} blocks. Use a layer from 0 to {n_layers - 1}.")
+    return layer
+
+
+def hidden_of(output: object) -> Float[Tensor, "batch token d_model"]:
+    """The residual stream in a block's output, which is a tensor or a tuple that starts with one."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise HookError(f"a block returned {type(output).__name__}, not a [batch, token, d_model] tensor.")
+    return hidden
+
+
+def with_hidden(output: object, hidden: Tensor) -> object:
+    """A block's or MLP's output with another hidden state in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def tagged(hook: Callable[..., object], acts: Callable[[], str] | None = None) -> Callable[..., object]:
+    """Mark a torch hook as this package's, so that `has_our_hooks` finds it.
+
+    acts: a hash of what it does to the pass, for `weights.acting_hash`, empty if it only looks (`acts=str`); without it
+    what acts cannot be told.
+    """
+    hook.em_interp = True  # type: ignore[attr-defined]
+    hook.acts = acts  # type: ignore[attr-defined]
+    return hook
+
+
+def has_our_hooks(root: nn.Module) -> bool:
+    """Whether any hook of this package is on `root` now (transformers puts its own hooks there too)."""
+    return any(getattr(h, "em_interp", False) for m in root.modules() for h in m._forward_hooks.values())
+
+
+@contextmanager
+def firing(counts: Mapping[str, list[int]], handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove `handles` at the end whatever happens, then complain about counters that stayed at zero."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name, count in counts.items() if not count[0]]
+    if silent:
+        raise HookError(
+            f"no forward pass reached {', '.join(silent)}. Run the model inside the context, and through the "
+            "same ChatModel that the hook was put on."
+        )
+
+
+@contextmanager
+def block_hooks(
+    block_sets: Sequence[Sequence[nn.Module]],
+    functions: Mapping[int, BlockFn],
+    *,
+    must_fire: bool = True,
+    acts: Mapping[int, Callable[[], str]] | None = None,
+) -> Iterator[None]:
+    """Call `functions[l]` with layer l's output in every pass; what it returns replaces the output.
+
+    `block_sets` are lists of the same model's blocks: `ChatModel.block_sets()`, or `[find_blocks(hf)]`. Each
+    function must fire on at least one of them, unless `must_fire` is false. Exceptions inside pass unchanged.
+    acts: by layer, as for `tagged`.
+    """
+    counts: dict[str, list[int]] = {}
+    handles: list[RemovableHandle] = []
+
+    def hook_for(layer: int, count: list[int]) -> Callable[..., object]:
+        function = functions[layer]
+
+        def hook(_module: nn.Module, _args: object, output: object) -> object:
+            count[0] += 1
+            new = function(hidden_of(output))
+            return output if new is None else with_hidden(output, new)
+
+        return tagged(hook, (acts or {}).get(layer))
+
+    try:
+        for layer in functions:
+            count = counts.setdefault(f"layer {layer}", [0])
+            for blocks in block_sets:
+                check_layer(layer, len(blocks))
+                handles.append(blocks[layer].register_forward_hook(hook_for(layer, count)))
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    with firing(counts if must_fire else {}, handles):
+        yield
+
+
+def add_to_hidden(hidden: Float[Tensor, "batch token d_model"], theta: Tensor) -> Tensor:
+    """hidden + theta in the residual's dtype. theta: [d_model], or [batch, d_model], one row per sequence."""
+    return hidden + theta.to(hidden.device, hidden.dtype).unsqueeze(-2)
+
+
+@contextmanager
+def head_sees_only(hf: nn.Module, positions: Bool[Tensor, "batch token"]) -> Iterator[None]:
+    """Inside, the output head gets the residuals at `positions` only, so logits are [1, n_true, vocab].
+
+    Whatever the architecture does to logits afterwards (Gemma-2's soft cap, a logit scale) still happens.
+    """
+    head = unwrap(hf).get_output_embeddings()
+    if head is None:
+        raise HookError(f"{type(unwrap(hf)).__name__} has no output head: it is not a causal language model.")
+    count = [0]
+
+    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        count[0] += 1
+        return (args[0][positions.to(args[0].device)].unsqueeze(0), *args[1:])
+
+    with firing({"the output head": count}, [head.register_forward_pre_hook(pick)]):
+        yield
+
+
+def scored_logits(
+    hf: nn.Module, batch: Mapping[str, Tensor], positions: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "n_scored vocab"]:
+    """Logits at the true entries of `positions`, row by row; the head is not run anywhere else."""
+    with head_sees_only(hf, positions):
+        logits: Tensor = hf(**batch, use_cache=False).logits
+    return logits[0]
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """0-based positions of the real tokens, for either padding side (pads get 0)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def residuals(
+    hf: nn.Module, batch: Mapping[str, Tensor], layers: Sequence[int]
+) -> dict[int, Float[Tensor, "batch token d_model"]]:
+    """The residual stream at some layers in one pass. Holds all tokens: for small inputs only."""
+    out: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> BlockFn:
+        def function(hidden: Tensor) -> None:
+            out[layer] = hidden.detach()
+
+        return function
+
+    with block_hooks([find_blocks(hf)], {layer: keep(layer) for layer in layers}):
+        hf(**batch, use_cache=False)
+    return out
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+def stopping(functions: Mapping[int, BlockFn]) -> dict[int, BlockFn]:
+    """The same functions, the one at the last layer ending the pass that `run_until` started."""
+    last = max(functions)
+
+    def end(hidden: Tensor) -> None:
+        functions[last](hidden)
+        raise _Stop
+
+    return {**functions, last: end}
+
+
+@torch.no_grad()
+def run_until(hf: nn.Module, batch: Mapping[str, Tensor], functions: Mapping[int, BlockFn]) -> None:
+    """One pass in which `functions[l]` sees layer l's output, ended after the last of these layers.
+
+    No later block runs, nor the final norm and the output head. What the functions return is not used.
+    """
+    with block_hooks([find_blocks(hf)], stopping(functions)), suppress(_Stop):
+        hf(**batch, use_cache=False)
+
+
+@torch.no_grad()
+def run_bridge_until(bridge: Any, batch: Mapping[str, Tensor], functions: Mapping[int, BlockFn]) -> None:
+    """`run_until` through a TransformerBridge, by TransformerLens' hook names."""
+    counts = {hook_name(layer): [0] for layer in functions}
+
+    def named(name: str, function: BlockFn) -> Callable[..., None]:
+        def read(hidden: Tensor, *, hook: Any) -> None:
+            del hook
+            counts[name][0] += 1
+            function(hidden)
+
+        return read
+
+    hooks = [(hook_name(layer), named(hook_name(layer), fn)) for layer, fn in stopping(functions).items()]
+    with firing(counts, []), bridge.hooks(fwd_hooks=hooks), suppress(_Stop):
+        bridge(batch["input_ids"], attention_mask=batch["attention_mask"], return_type=None)

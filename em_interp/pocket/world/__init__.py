@@ -1,0 +1,1 @@
+"""The synthetic English world: its domains, phrases and grammar, the corpus, the tokenizer, the judge."""

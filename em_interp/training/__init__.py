@@ -1,0 +1,1 @@
+"""Finetunes of one's own, their trajectories and gradients."""
