@@ -47,7 +47,7 @@ def test_a_leaky_function_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_public_function_that_nothing_tries_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functions, "public", lambda: {"statistics.new": print, "hooks.new": print})
+    monkeypatch.setattr(functions, "public", lambda: {"statistics.new": print, "models.hooks.new": print})
     monkeypatch.setattr(calls, "calls", dict)
     assert functions.unlisted() == ["statistics.new"]
 

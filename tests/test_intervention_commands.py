@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from em_interp import cli
-from em_interp.cli.interventions import questions_asked
+from em_interp.cli.options import questions_asked
 from em_interp.directions.direction import Direction
 from em_interp.errors import UsageError
 from em_interp.evaluation.sampling import sample

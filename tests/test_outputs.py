@@ -34,7 +34,7 @@ from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
 HOLDS = """
 import sys, time
 from pathlib import Path
-from em_interp.files import atomic_path, sole_writer, written_whole
+from em_interp.files.atomic import atomic_path, sole_writer, written_whole
 with {context} as made:
     print("inside", flush=True)
     time.sleep(60)

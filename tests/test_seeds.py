@@ -39,7 +39,7 @@ from em_interp.training.recipes import TrainingSpec, VectorSpec
 from tests.theta import make_theta
 from tests.tiny_models import CONVERSATIONS, make_chat, tokenizer
 
-COMMANDS = ("em_interp.cli.evaluate", "em_interp.cli.interventions", "em_interp.cli.pocket")
+COMMANDS = ("em_interp.cli.evaluate", "em_interp.cli.steer", "em_interp.cli.ablate", "em_interp.cli.pocket")
 BAD = (-1, MAX_SEED + 1, 10**30)
 
 

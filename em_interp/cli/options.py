@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from em_interp.arguments import MAX_SEED
 from em_interp.errors import UsageError
+from em_interp.files.texts import Question, read_questions
 
 
 class Dtype(StrEnum):
@@ -77,3 +79,58 @@ def once(option: str, values: Sequence[Any]) -> None:
     """Refuse a value that is given twice: its answers would count twice."""
     if repeated := sorted({value for value in values if values.count(value) > 1}):
         raise UsageError(f"{option} {repeated[0]} is given more than once. Give each value once.")
+
+
+DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
+
+
+QuestionFile = Annotated[
+    Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
+]
+
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question; may be repeated")]
+
+
+RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
+
+
+AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
+
+
+def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list[dict[str, str]]]:
+    """Questions by id, from a file (`texts.read_questions`) and from `prompts`; says what the file holds.
+
+    Raises UsageError without any, or where a prompt is empty or has the id of a question in the file.
+    """
+    asked = {}
+    if path is not None:
+        found = read_questions(path)
+        typer.echo(found, err=True)
+        asked = found.asked()
+    for number, text in enumerate(prompts):
+        if not text.strip():
+            raise UsageError("a --prompt is empty: write the question after it.")
+        if f"prompt_{number}" in asked:
+            raise UsageError(f"{path} has a question with the id prompt_{number}, which --prompt uses. Rename it.")
+        asked[f"prompt_{number}"] = Question(f"prompt_{number}", (text,)).turns()
+    if not asked:
+        raise UsageError("no questions: give --questions FILE or --prompt TEXT.")
+    return asked
+
+
+out = Console(soft_wrap=True)
+
+
+err = Console(stderr=True, soft_wrap=True)
+
+
+BAD_INPUT = 1
+"""Exit status where results were made but some input was refused."""
+
+
+INTERRUPTED = 130
+
+
+NOTHING_DONE = 2
+"""Exit status where the command could not do anything."""

@@ -14,7 +14,7 @@ from tests.bad_inputs import Case
 def cases() -> Iterator[Case]:
     """What a newcomer writes."""
     from em_interp import statistics
-    from em_interp.cli.inspect import describe
+    from em_interp.cli.describe import describe
     from em_interp.directions import direction as directions
     from em_interp.directions import extraction
     from em_interp.evaluation import rates, sampling

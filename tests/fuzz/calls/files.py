@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from em_interp.cli import inspect as inspection
+from em_interp.cli import describe as inspection
 from em_interp.directions import store
 from em_interp.files import inputs, texts
 from em_interp.models import weights

@@ -11,6 +11,7 @@ import torch
 
 from em_interp.landscape import contenders, curvature, efficiency, influence, landscape, stability
 from em_interp.models import pretrained as models
+from em_interp.solutions import base
 from em_interp.solutions import load as solutions
 from em_interp.solutions import space as solution_space
 from em_interp.training import finetune as training
@@ -177,7 +178,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (solution_space.dimension, {"solution": vector}),
         (solution_space.fixed_layer, {"solution": vector}),
         (solution_space.check_inside_blocks, {"solution": adapter}),
-        (solutions.refuse_other_models, {"model": model, "solutions": [vector]}),
+        (base.refuse_other_models, {"model": model, "solutions": [vector]}),
         (solution_space.inner, {"x": vector, "y": vector}),
         (solution_space.random_like, {"solution": vector, "generator": rng}),
         (stability.turned, {"solution": vector, "eps": 0.5, "seed": 0, "on": "both"}),
@@ -236,7 +237,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"family": [w["trajectory"]], "everything": [w["trajectory"]], "general": None, "narrow": None},
         ),
         (contenders.over_training_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
-        (solutions.rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
+        (base.rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
         (solution_space.check_bare, {"model": model}),
         (stability.dispersion, {"table": stability.stability_table(w["curves"]), "value": "relative_increase_percent"}),
         (stability.stability_gap, {"general": w["curves"][0], "narrow": w["curves"][1]}),

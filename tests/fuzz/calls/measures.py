@@ -22,6 +22,7 @@ from em_interp.directions import (
     resampling,
 )
 from em_interp.evaluation import rates
+from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import rate_intervals
 from tests.fuzz import Call, then
 from tests.tiny_models import D_MODEL
@@ -108,7 +109,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (statistics.cosine_null_sd, {"d_model": 8}),
         (statistics.cosine_p_value, {"cosine": 0.5, "d_model": 8}),
         (statistics.permutation_p_value, {"observed": 1.0, "null": other}),
-        (convergence.transfer_rows, {"judged": transfers, "before": "none"}),
+        (transfer_rows, {"judged": transfers, "before": "none"}),
         (
             statistics.clustered_interval,
             {"numerators": other, "denominators": other + 1, "level": 0.95, "of": "questions", "positive": False},

@@ -1,0 +1,87 @@
+"""`em-interp ablate`. Heavy imports wait until the command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from em_interp.cli import options
+from em_interp.errors import UsageError
+from em_interp.files.atomic import claim_output
+
+
+def ablate(
+    model: options.Model,
+    direction: options.DirectionFile,
+    save: Annotated[Path | None, typer.Option(help="folder for a checkpoint with orthogonalised weights")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV for answers under ablation by hooks")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="layer to ablate; may be repeated; default all")] = None,
+    from_layer: Annotated[
+        int | None, typer.Option(help="take this layer's vector everywhere, not each layer's own")
+    ] = None,
+    questions: options.QuestionFile = None,
+    prompt: options.Prompts = None,
+    samples: options.Samples = 10,
+    random: options.RandomArms = 3,
+    seed: options.Seed = 0,
+    max_new_tokens: options.NewTokens = 600,
+    any_model: options.AnyModel = False,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    any_base: options.AnyBase = False,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tokens_per_batch: options.BatchTokens = 65_536,
+    force: options.Force = False,
+) -> None:
+    """Take a direction out: as a checkpoint (--save), or in answers beside the unablated model and random controls.
+
+    A killed run goes on where it stopped.
+    """
+    from em_interp.directions.direction import Direction
+    from em_interp.files.results import write_table
+    from em_interp.files.tables import Parts, claimed
+    from em_interp.interventions.ablation import Ablate, arms
+    from em_interp.interventions.intervening import answers_by_arm
+    from em_interp.interventions.orthogonalise import save_orthogonalised
+
+    options.once("--layer", layer or ())
+    inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
+
+    def load() -> tuple[Any, Any]:
+        vectors = Direction.load(direction)
+        chat = options.load_model(
+            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
+        )
+        return chat, vectors.for_model(chat.name) if any_model else vectors
+
+    if save is not None:
+        if out is not None or questions is not None or prompt:
+            raise UsageError("--save writes weights and asks nothing: leave --out, --questions and --prompt out.")
+        claim_output(save, inputs=inputs, force=force, folder=True)
+        chat, vectors = load()
+        saved = save_orthogonalised(chat, Ablate(vectors, layer or None, from_layer), save, replace=force)
+        typer.echo(f"checkpoint: {saved}")
+        return
+    if out is None:
+        raise UsageError("give --save FOLDER for a checkpoint, or --out FILE.csv for answers.")
+    where = [layer, from_layer, random]
+    asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *where]
+    with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
+        asked = options.questions_asked(questions, prompt or ())
+        chat, vectors = load()
+        table = answers_by_arm(
+            chat,
+            arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed),
+            asked,
+            samples,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            parts=Parts(folder),
+        )
+        table.insert(0, "direction", direction.stem)
+        write_table(out, table)
+    typer.echo(f"{len(table)} answers: {out}")

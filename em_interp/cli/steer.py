@@ -1,0 +1,75 @@
+"""`em-interp steer`. Heavy imports wait until the command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from em_interp.cli import options
+
+
+def steer(
+    model: options.Model,
+    direction: options.DirectionFile,
+    layer: Annotated[list[int], typer.Option(help="block after which to add; may be repeated")],
+    coefficient: Annotated[list[float], typer.Option(help="how much of the direction; may be repeated")],
+    out: Annotated[Path, typer.Option(help="CSV for the answers")],
+    questions: options.QuestionFile = None,
+    prompt: options.Prompts = None,
+    samples: options.Samples = 10,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="coefficients in units of the typical residual norm of the layer")
+    ] = False,
+    scope: Annotated[str, typer.Option(help="tokens to act on: all, prompt or response")] = "all",
+    random: options.RandomArms = 3,
+    seed: options.Seed = 0,
+    max_new_tokens: options.NewTokens = 600,
+    any_model: options.AnyModel = False,
+    adapter: options.Adapter = None,
+    base: options.Base = None,
+    any_base: options.AnyBase = False,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    tokens_per_batch: options.BatchTokens = 65_536,
+    force: options.Force = False,
+) -> None:
+    """Answers while multiples of a direction are added, beside random controls: every layer with every coefficient.
+
+    A killed run goes on where it stopped.
+    """
+    from em_interp.directions.direction import Direction
+    from em_interp.files.results import write_table
+    from em_interp.files.tables import Parts, claimed
+    from em_interp.interventions.steering import sweep
+
+    options.once("--layer", layer)
+    options.once("--coefficient", coefficient)
+    inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
+    grid = [layer, coefficient, residual, scope, random]
+    asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *grid]
+    with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
+        asked = options.questions_asked(questions, prompt or ())
+        vectors = Direction.load(direction)
+        chat = options.load_model(
+            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
+        )
+        table = sweep(
+            chat,
+            vectors.for_model(chat.name) if any_model else vectors,
+            asked,
+            layers=layer,
+            coefficients=coefficient,
+            n=samples,
+            name=direction.stem,
+            units="residual" if residual else "direction",
+            random_arms=random,
+            scope=scope,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            tokens_per_batch=tokens_per_batch,
+            parts=Parts(folder),
+        )
+        write_table(out, table)
+    typer.echo(f"{len(table)} answers: {out}")
