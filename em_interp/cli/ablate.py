@@ -40,30 +40,19 @@ def ablate(
 
     A killed run goes on where it stopped.
     """
-    from em_interp.directions.direction import Direction
     from em_interp.files.results import write_table
     from em_interp.files.tables import Parts, claimed
-    from em_interp.interventions.ablation import Ablate, arms
+    from em_interp.interventions.ablation import arms
     from em_interp.interventions.intervening import answers_by_arm
-    from em_interp.interventions.orthogonalise import save_orthogonalised
 
     options.once("--layer", layer or ())
-    inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
-
-    def load() -> tuple[Any, Any]:
-        vectors = Direction.load(direction)
-        chat = options.load_model(
-            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
-        )
-        return chat, vectors.for_model(chat.name) if any_model else vectors
-
+    chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
+    inputs = [direction, questions, *chosen.folders()]
     if save is not None:
         if out is not None or questions is not None or prompt:
             raise UsageError("--save writes weights and asks nothing: leave --out, --questions and --prompt out.")
         claim_output(save, inputs=inputs, force=force, folder=True)
-        chat, vectors = load()
-        saved = save_orthogonalised(chat, Ablate(vectors, layer or None, from_layer), save, replace=force)
-        typer.echo(f"checkpoint: {saved}")
+        _save(*options.model_and_direction(chosen, direction, any_model=any_model), layer, from_layer, save, force)
         return
     if out is None:
         raise UsageError("give --save FOLDER for a checkpoint, or --out FILE.csv for answers.")
@@ -71,17 +60,18 @@ def ablate(
     asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *where]
     with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
         asked = options.questions_asked(questions, prompt or ())
-        chat, vectors = load()
-        table = answers_by_arm(
-            chat,
-            arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed),
-            asked,
-            samples,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            tokens_per_batch=tokens_per_batch,
-            parts=Parts(folder),
-        )
+        chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
+        named = arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed)
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
+        table = answers_by_arm(chat, named, asked, samples, seed=seed, **limits, parts=Parts(folder))
         table.insert(0, "direction", direction.stem)
         write_table(out, table)
     typer.echo(f"{len(table)} answers: {out}")
+
+
+def _save(chat: Any, vectors: Any, layer: list[int] | None, from_layer: int | None, to: Path, force: bool) -> None:
+    from em_interp.interventions.ablation import Ablate
+    from em_interp.interventions.orthogonalise import save_orthogonalised
+
+    saved = save_orthogonalised(chat, Ablate(vectors, layer or None, from_layer), to, replace=force)
+    typer.echo(f"checkpoint: {saved}")

@@ -54,10 +54,9 @@ def evaluate(
     if questions is None or organism:
         raise UsageError("a MODEL needs --questions FILE, and --organism belongs to --suite pocket.")
     assert model is not None
-    which: dict[str, Any] = {"adapter": adapter, "base": base, "any_base": any_base}
-    which |= {"device_map": device_map, "dtype": dtype}
+    chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
     settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
-    typer.echo(f"answers: {answers_for_a_judge(model, questions, out, settings, which, force=force)}")
+    typer.echo(f"answers: {answers_for_a_judge(chosen, questions, out, settings, force=force)}")
 
 
 def _evaluate_suite(out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool) -> None:
@@ -87,19 +86,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def answers_for_a_judge(
-    model: str,
+    chosen: options.ModelChoice,
     questions: Path,
     out: Path | None,
     settings: Mapping[str, Any],
-    which: Mapping[str, Any],
     *,
     force: bool = False,
 ) -> Path:
     """Sample answers to every wording in a question file (`texts.read_questions`), at temperature 1.
 
-    settings: n, seed, max_new_tokens, tokens_per_batch. which: the further arguments of `command_options.load_model`.
-    out: by default a folder below `ROOT` named after the model and a hash of its files. Writes OUT/answers.csv (model,
-    question_id, wording, question, system, sample, answer, finished, n_tokens) and OUT/manifest.json.
+    settings: n, seed, max_new_tokens, tokens_per_batch. out: by default a folder below `ROOT` named after the model and
+    a hash of its files. Writes OUT/answers.csv (model, question_id, wording, question, system, sample, answer,
+    finished, n_tokens) and OUT/manifest.json.
     """
     from em_interp.evaluation.sampling import sample
     from em_interp.files.manifest import code_hash, fingerprint, sha256, write_manifest
@@ -111,45 +109,24 @@ def answers_for_a_judge(
     typer.echo(found, err=True)
     asked = {f"{q.id}/{number}": q.turns(number) for q in found.questions for number in range(len(q.paraphrases))}
     system = {f"{q.id}/{number}": q.system or "" for q in found.questions for number in range(len(q.paraphrases))}
-    weights = _weights(model, which)
-    made_by = {"weights": weights, "dtype": which["dtype"], "questions": sha256(questions), **settings}
-    out = out or ROOT / f"{_label(model, which)}-{fingerprint(weights)[:8]}"
+    weights = chosen.weights()
+    made_by = {"weights": weights, "dtype": chosen.dtype, "questions": sha256(questions), **settings}
+    out = out or ROOT / f"{chosen.label}-{fingerprint(weights)[:8]}"
     answers, key = out / "answers.csv", fingerprint([made_by, code_hash()])
     before = _manifest(out)
     if before.get("key") == key and answers.is_file() and sha256(answers) == before.get("answers_sha256"):
         say_kept(len(asked) * settings["n"], len(asked) * settings["n"], "answers")
         remove_parts(answers)
         return answers
-    inputs = [questions, *options.model_inputs(model, which["adapter"], which["base"])]
+    inputs = [questions, *chosen.folders()]
     with claimed(answers, key, inputs=inputs, force=force, endings=(".csv",)) as folder:
-        chat = options.load_model(model, **which)
+        chat = chosen.load()
         table = sample(chat, asked, **settings, parts=Parts(folder))
         split = table["question_id"].str.rsplit("/", n=1)
         table = table.assign(question_id=split.str[0], system=table["question_id"].map(system))
         table.insert(1, "wording", split.str[1])
-        table.insert(0, "model", model)
+        table.insert(0, "model", chosen.model)
         write_table(answers, table)
-        content = {"model": model, **made_by, "key": key, "answers_sha256": sha256(answers)}
+        content = {"model": chosen.model, **made_by, "key": key, "answers_sha256": sha256(answers)}
         write_manifest(out / "manifest.json", content)
     return answers
-
-
-def _weights(model: str, which: Mapping[str, Any]) -> list[str]:
-    """What the names of model, adapter and base stand for now."""
-    from em_interp.models.pretrained import base_of_adapter, usable_base
-    from em_interp.models.weights import source_hash
-    from em_interp.pocket import models as loading
-    from em_interp.pocket import registry
-
-    names = [model, which["adapter"], which["base"]]
-    if registry.is_pocket_name(model):
-        names.append(loading.CHAT)
-    elif which["base"] is None and (recorded := base_of_adapter(model, None)) is not None:
-        names.append(usable_base(model, recorded))
-    return [source_hash(registry.resolve(x) if registry.is_pocket_name(x) else x) for x in names if x]
-
-
-def _label(model: str, which: Mapping[str, Any]) -> str:
-    """The folder's name for a model: the last parts of the names given."""
-    names = [name for name in (model, which["adapter"]) if name]
-    return "-".join(Path(name).resolve().name for name in names)

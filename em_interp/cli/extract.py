@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from em_interp.arguments import one_of
@@ -40,27 +39,21 @@ def extract(
     A killed run goes on where it stopped.
     """
     from em_interp.directions.activations import POOLINGS
-    from em_interp.directions.extraction import READ_IN, contrast
+    from em_interp.directions.extraction import contrast
     from em_interp.directions.gguf import save_gguf
     from em_interp.files.atomic import claim_output
     from em_interp.files.tables import claimed
 
     options.once("--layer", layer or ())
-    inputs = [positive, negative, *options.model_inputs(model, adapter, base)]
+    chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
+    inputs = [positive, negative, *chosen.folders()]
     if gguf is not None:
         claim_output(gguf, inputs=[*inputs, out], force=force, endings=(".gguf",))
     one_of("--pooling", pooling, POOLINGS)
     asked = [model, adapter, base, positive, negative, kind, scope, layer, pooling]
     with claimed(out, asked, inputs=inputs, force=force, endings=(".safetensors",)) as parts:
-        texts = read_chats(positive), None if negative is None else read_chats(negative)
-        for path, chats in zip((positive, negative), texts, strict=True):
-            if path is not None and chats is not None:
-                typer.echo(chats_read(path, chats), err=True)
-        if texts[0] == texts[1] and len(set(READ_IN.get(kind, kind))) == 1:
-            raise UsageError("--positive and --negative hold the same chats, so that no direction lies between them.")
-        chat = options.load_model(
-            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
-        )
+        texts = _read(positive, negative, kind)
+        chat = chosen.load()
         found = contrast(
             chat,
             *texts,
@@ -74,12 +67,30 @@ def extract(
         direction = found.direction(pooling)
         held = None if gguf is None else save_gguf(direction, gguf, model_type=str(chat.hf.config.model_type))
         direction.save(out)
-    table = Table("layer", "norm", "residual", "ratio", title=f"{kind}, {scope} tokens, {chat.name}")
-    for row in found.norms(pooling).to_dict("records"):
-        table.add_row(f"{row['layer']:.0f}", *(f"{row[key]:.4g}" for key in ("norm", "residual_norm", "ratio")))
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(f"direction: {out}")
+    options.out.print(_norms(found.norms(pooling), f"{kind}, {scope} tokens, {chat.name}"))
+    options.out.print(f"direction: {out}")
     if held is not None:
         left_out = "; layer 0 has no place in one" if 0 in direction.layers else ""
-        console.print(f"control vector: {gguf} ({len(held)} layers{left_out})")
+        options.out.print(f"control vector: {gguf} ({len(held)} layers{left_out})")
+
+
+def _norms(norms: Any, title: str) -> Table:
+    table = Table("layer", "norm", "residual", "ratio", title=title)
+    for row in norms.to_dict("records"):
+        table.add_row(f"{row['layer']:.0f}", *(f"{row[key]:.4g}" for key in ("norm", "residual_norm", "ratio")))
+    return table
+
+
+def _read(
+    positive: Path, negative: Path | None, kind: str
+) -> tuple[list[list[dict[str, str]]], list[list[dict[str, str]]] | None]:
+    """The chats of both files; says what they hold. Raises UsageError where no direction can lie between them."""
+    from em_interp.directions.extraction import READ_IN
+
+    texts = read_chats(positive), None if negative is None else read_chats(negative)
+    for path, chats in zip((positive, negative), texts, strict=True):
+        if path is not None and chats is not None:
+            typer.echo(chats_read(path, chats), err=True)
+    if texts[0] == texts[1] and len(set(READ_IN.get(kind, kind))) == 1:
+        raise UsageError("--positive and --negative hold the same chats, so that no direction lies between them.")
+    return texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,40 +40,78 @@ BatchTokens = Annotated[int, typer.Option("--tokens-per-batch", min=1, help="tok
 Force = Annotated[bool, typer.Option("--force", help="replace an output that is there already")]
 
 
-def load_model(
-    name: str,
-    *,
-    adapter: str | None = None,
-    base: str | None = None,
-    any_base: bool = False,
-    device_map: str | None = None,
-    dtype: Dtype = Dtype.auto,
-) -> Any:
-    """A ChatModel from a folder, the hub, or the pocket registry (`pocket/...`), with an adapter active if given."""
-    from em_interp.models import pretrained as models
-    from em_interp.pocket import models as loading
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that a command line names: a folder, a hub name, an adapter or `pocket/...`, and how to load it."""
+
+    model: str
+    adapter: str | None = None
+    base: str | None = None
+    any_base: bool = False
+    device_map: str | None = None
+    dtype: Dtype = Dtype.auto
+
+    @property
+    def names(self) -> list[str]:
+        """Those of model, adapter and base that were given."""
+        return [name for name in (self.model, self.adapter, self.base) if name]
+
+    @property
+    def label(self) -> str:
+        """A folder's name for it: the last parts of the names of model and adapter."""
+        return "-".join(Path(name).resolve().name for name in (self.model, self.adapter) if name)
+
+    def load(self) -> Any:
+        """The ChatModel, with the adapter active if one was given."""
+        from em_interp.models import pretrained
+        from em_interp.pocket import models as pocket
+        from em_interp.pocket import registry
+
+        adapter = None if self.adapter is None else _located(self.adapter)
+        loading: dict[str, Any] = {"device_map": self.device_map, "dtype": self.dtype.value}
+        if not registry.is_pocket_name(self.model):
+            given: dict[str, Any] = {} if self.base is None else {"base": self.base}
+            return pretrained.load(self.model, adapter=adapter, any_base=self.any_base, **given, **loading)
+        if self.base is not None:
+            raise UsageError(f"--base {self.base}: the pocket models bring their own base. Leave it out.")
+        model = pocket.load(self.model, **loading)
+        if adapter is not None:
+            model.add_adapter(Path(adapter).name.replace(".", "-"), adapter, any_base=self.any_base)
+        return model
+
+    def folders(self) -> list[Path]:
+        """What the names stand for on this machine: what a command reads, and must not write to."""
+        return [path for name in self.names if (path := Path(_located(name))).exists()]
+
+    def weights(self) -> list[str]:
+        """A hash of what each name stands for now, recorded base included."""
+        from em_interp.models.pretrained import base_of_adapter, usable_base
+        from em_interp.models.weights import source_hash
+        from em_interp.pocket import models as pocket
+        from em_interp.pocket import registry
+
+        names = self.names
+        if registry.is_pocket_name(self.model):
+            names.append(pocket.CHAT)
+        elif self.base is None and (recorded := base_of_adapter(self.model, None)) is not None:
+            names.append(usable_base(self.model, recorded))
+        return [source_hash(_located(name)) for name in names]
+
+
+def model_and_direction(chosen: ModelChoice, direction: Path, *, any_model: bool) -> tuple[Any, Any]:
+    """The ChatModel and the Direction for it."""
+    from em_interp.directions.direction import Direction
+
+    vectors = Direction.load(direction)  # first: a bad file is known at once, a model takes long to load
+    chat = chosen.load()
+    return chat, vectors.for_model(chat.name) if any_model else vectors
+
+
+def _located(name: str) -> str:
+    """A pocket name's folder; any other name as it is."""
     from em_interp.pocket import registry
 
-    options: dict[str, Any] = {"device_map": device_map, "dtype": dtype.value}
-    if adapter is not None and registry.is_pocket_name(adapter):
-        adapter = str(registry.resolve(adapter))
-    if not registry.is_pocket_name(name):
-        given: dict[str, Any] = {} if base is None else {"base": base}
-        return models.load(name, adapter=adapter, any_base=any_base, **given, **options)
-    if base is not None:
-        raise UsageError(f"--base {base}: the pocket models bring their own base. Leave it out.")
-    model = loading.load(name, **options)
-    if adapter is not None:
-        model.add_adapter(Path(adapter).name.replace(".", "-"), adapter, any_base=any_base)
-    return model
-
-
-def model_inputs(*names: str | None) -> list[Path]:
-    """The folders here that names of models and adapters stand for: what a command reads, and must not write to."""
-    from em_interp.pocket import registry
-
-    given = [registry.resolve(name) if registry.is_pocket_name(name) else Path(name) for name in names if name]
-    return [path for path in given if path.exists()]
+    return str(registry.resolve(name)) if registry.is_pocket_name(name) else name
 
 
 def once(option: str, values: Sequence[Any]) -> None:

@@ -39,25 +39,22 @@ def steer(
 
     A killed run goes on where it stopped.
     """
-    from em_interp.directions.direction import Direction
     from em_interp.files.results import write_table
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.steering import sweep
 
     options.once("--layer", layer)
     options.once("--coefficient", coefficient)
-    inputs = [direction, questions, *options.model_inputs(model, adapter, base)]
+    chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
+    inputs = [direction, questions, *chosen.folders()]
     grid = [layer, coefficient, residual, scope, random]
     asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *grid]
     with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
         asked = options.questions_asked(questions, prompt or ())
-        vectors = Direction.load(direction)
-        chat = options.load_model(
-            model, adapter=adapter, base=base, any_base=any_base, device_map=device_map, dtype=dtype
-        )
+        chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
         table = sweep(
             chat,
-            vectors.for_model(chat.name) if any_model else vectors,
+            vectors,
             asked,
             layers=layer,
             coefficients=coefficient,
