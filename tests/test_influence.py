@@ -180,7 +180,7 @@ def test_the_models_end_gives_its_logits(family: str) -> None:
     def keep(_module: Any, _args: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    from em_interp.models.hooks import find_blocks
+    from em_interp.models.architectures import find_blocks
 
     handle = find_blocks(model.hf)[-1].register_forward_hook(keep)
     with torch.no_grad():

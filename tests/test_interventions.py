@@ -13,8 +13,9 @@ from em_interp.interventions.ablation import Ablate, Erase
 from em_interp.interventions.ablation import arms as ablation_arms
 from em_interp.interventions.intervening import answers_by_arm, intervening
 from em_interp.interventions.steering import Steer
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import collate, encode_all
-from em_interp.models.hooks import find_blocks, has_our_hooks, residuals
+from em_interp.models.hooks import has_our_hooks, residuals
 from tests.tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, tokenizer
 
 chat = cache(make_chat)  # every test leaves its model as it was

@@ -11,8 +11,9 @@ import torch
 
 from em_interp.errors import HookError, LossSetError, ModelError, SolutionError
 from em_interp.landscape.landscape import Landscape, SharingWarning
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import Encoded, collate, encode_all
-from em_interp.models.hooks import block_hooks, find_blocks
+from em_interp.models.hooks import block_hooks
 from em_interp.models.losses import response_loss
 from em_interp.solutions.base import Solution
 from em_interp.solutions.steering_vector import SteeringVector

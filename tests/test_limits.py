@@ -27,10 +27,9 @@ from em_interp.evaluation.sampling import answer_logprobs, sample
 from em_interp.interventions.steering import residual_norms
 from em_interp.landscape.influence import Candidate, document_kl
 from em_interp.landscape.landscape import Landscape
+from em_interp.models.architectures import find_blocks, text_limit
 from em_interp.models.chat import encode, encode_all, prompt_ids
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.checks import text_limit
-from em_interp.models.hooks import find_blocks
 from em_interp.models.losses import response_loss
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.finetune import finetune

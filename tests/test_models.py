@@ -7,9 +7,10 @@ import torch
 
 from em_interp.errors import ChatTemplateError, HookError, ModelError, SolutionError, UsageError
 from em_interp.models.adapters import quiet_peft
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import collate, encode_all
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import block_hooks, find_blocks, residuals, scored_logits
+from em_interp.models.hooks import block_hooks, residuals, scored_logits
 from em_interp.models.pretrained import load
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector

@@ -12,9 +12,10 @@ from em_interp.interventions.ablation import Ablate, leace
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.orthogonalise import PostNormWarning, orthogonalised, save_orthogonalised
 from em_interp.models import pretrained as models
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import collate, encode_all
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import find_blocks, residuals
+from em_interp.models.hooks import residuals
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import CONVERSATIONS, MORE_FAMILIES, make_chat, make_hf, tokenizer

@@ -14,8 +14,9 @@ from em_interp.errors import HookError, ModelError
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.steering import Steer
 from em_interp.models.adapters import quiet_peft
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import block_hooks, find_blocks
+from em_interp.models.hooks import block_hooks
 from em_interp.models.weights import acting_hash, adapter_hash, file_hash, same_weights, source_hash, weights_hash
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector

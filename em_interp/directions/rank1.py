@@ -25,12 +25,12 @@ from em_interp.arguments import check_seed, count, number
 from em_interp.directions.direction import Direction
 from em_interp.directions.lens import logit_lens
 from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.models.architectures import layer_of, unwrap, writes_to_residual
 from em_interp.models.chat import Encoded, batches, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths
-from em_interp.models.hooks import firing, tagged, unwrap
+from em_interp.models.hooks import firing, tagged
 from em_interp.models.templates import Conversation
-from em_interp.solutions.files import layer_of
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.space import check_bare, check_comparable, check_inside_blocks
 from em_interp.statistics import LEVEL
@@ -301,9 +301,6 @@ def lora_scalars(
     return pd.DataFrame(rows)
 
 
-_WRITERS = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", "out_proj", "fc2")
-
-
 def write_directions(adapter: LoraAdapter) -> dict[str, Direction]:
     """What each module of a rank-1 adapter writes for a scalar of 1: scale * B, as a Direction at its block's layer.
 
@@ -316,7 +313,7 @@ def write_directions(adapter: LoraAdapter) -> dict[str, Direction]:
     found = {}
     for name, b in adapter.b.items():
         layer = layer_of(name)
-        if layer is None or not name.endswith(_WRITERS):
+        if layer is None or not writes_to_residual(name):
             raise SolutionError(f"{name} does not write to the residual stream, so its B is no direction of it.")
         found[name] = Direction(
             (adapter.scale * b[:, 0].detach().float().cpu())[None],

@@ -231,8 +231,8 @@ def sample(
     the last turn), sample, answer, finished (False: cut at max_new_tokens), n_tokens (end of turn included).
     Answer (id, k) is the same whatever n, the other questions and the batches are, but for rounding.
     temperature 0 takes the likeliest token. An answer is cut at max_new_tokens, or where the model's text limit leaves
-    fewer (`limits.text_limit`). Raises TextLimitError for a prompt that leaves none, UsageError, ChatTemplateError,
-    ModelError (active dropout). parts: as for `sample_rows`.
+    fewer (`architectures.text_limit`). Raises TextLimitError for a prompt that leaves none, UsageError,
+    ChatTemplateError, ModelError (active dropout). parts: as for `sample_rows`.
     """
     if not questions or n < 1:
         raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}.")

@@ -22,9 +22,10 @@ from em_interp.errors import DirectionError, HookError, UsageError
 from em_interp.evaluation.sampling import Questions, sample
 from em_interp.files.manifest import fingerprint
 from em_interp.files.tables import Parts
+from em_interp.models.architectures import body_name
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import refuse_dropout
-from em_interp.models.hooks import BlockFn, block_hooks, body_name, check_layer, firing, tagged
+from em_interp.models.hooks import BlockFn, block_hooks, check_layer, firing, tagged
 from em_interp.models.weights import UNKNOWN, same_weights, tensors_hash, weights_hash
 
 SCOPES: Final = ("all", "prompt", "response")

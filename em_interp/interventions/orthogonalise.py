@@ -20,27 +20,10 @@ from em_interp.files.atomic import written_whole
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import check_direction
 from em_interp.models.adapters import quiet_peft
+from em_interp.models.architectures import output_axis, position_embeddings, unwrap, writes
 from em_interp.models.chat import Encoded, collate, prompt_ids
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import body_name, find_blocks, has_our_hooks, residuals, unwrap
-
-# What writes to the residual inside a block, by family.
-_ATTENTION: Final = (
-    "self_attn.o_proj",  # Llama, Qwen, Gemma, Mistral, OLMo
-    "self_attn.out_proj",  # OPT
-    "self_attn.dense",  # Phi
-    "attention.dense",  # GPT-NeoX
-    "self_attention.dense",  # Falcon
-    "attn.c_proj",  # GPT-2
-    "attn.out_proj",  # GPT-J
-)
-_MLP: Final = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc_out", "mlp.fc2", "fc2")
-# Norms between such a matrix and the residual: (after attention, after the MLP).
-_POST_NORMS: Final = (
-    ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3, OLMo 2
-    ("post_self_attn_layernorm", "post_mlp_layernorm"),  # GLM-4
-)
-_POSITIONS: Final = ("wpe", "embed_positions")
+from em_interp.models.hooks import has_our_hooks, residuals
 
 
 class PostNormWarning(UserWarning):
@@ -71,19 +54,18 @@ def orthogonalised(model: ChatModel, ablation: Ablate) -> ChatModel:
         check_direction(direction, model)
     basis = ablation.basis(layer)
     hf = _own_weights(model)
-    base = hf.get_submodule(body_name(hf))
+    matrices = writes(hf)
     with torch.no_grad():
-        for embedding in _embeddings(hf, base):
+        for embedding in (hf.get_input_embeddings(), *position_embeddings(hf)):
             if embedding.weight.shape[-1] != model.d_model:
                 raise ModelError(
                     f"{model.name} projects embeddings of width {embedding.weight.shape[-1]} into a residual of width "
                     f"{model.d_model}: its weights cannot be made orthogonal here. Ablate with hooks."
                 )
             _project(embedding.weight, basis, axis=1)
-        writes = [write for block in find_blocks(hf) for write in _writes(block, model.name)]
-        for matrix, norm in writes:
+        for matrix, norm in matrices:
             _project_write(matrix, norm, basis, model.name)
-    post_norm = any(norm is not None for _, norm in writes)
+    post_norm = any(norm is not None for _, norm in matrices)
     if post_norm:
         warnings.warn(
             f"{model.name} normalises what its blocks write: with these weights each write lies along the one that "
@@ -164,38 +146,6 @@ def _untie(hf: Any) -> None:
         config.tie_word_embeddings = False
 
 
-def _embeddings(hf: Any, body: nn.Module) -> list[Any]:
-    positions = (getattr(body, name, None) for name in _POSITIONS)
-    return [hf.get_input_embeddings(), *(module for module in positions if isinstance(module, nn.Embedding))]
-
-
-def _child(block: nn.Module, names: tuple[str, ...], what: str, model_name: str) -> nn.Module:
-    found = [m for name in names if (m := _submodule(block, name)) is not None]
-    if len(found) != 1 or getattr(found[0], "weight", None) is None or found[0].weight.ndim != 2:
-        raise ModelError(
-            f"{model_name}: {type(block).__name__} has no single {what} output matrix at {', '.join(names)}. Ablate "
-            "with hooks, or add this architecture to em_interp.interventions.orthogonalise."
-        )
-    return found[0]
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module | None:
-    here: Any = root
-    for part in path.split("."):
-        here = getattr(here, part, None)
-    return here if isinstance(here, nn.Module) else None
-
-
-def _writes(block: nn.Module, model_name: str) -> list[tuple[nn.Module, nn.Module | None]]:
-    """(matrix, norm between it and the residual or None) of attention and MLP."""
-    matrices = (_child(block, _ATTENTION, "attention", model_name), _child(block, _MLP, "MLP", model_name))
-    norms: tuple[nn.Module | None, ...] = (None, None)
-    for names in _POST_NORMS:
-        if all(_submodule(block, name) is not None for name in names):
-            norms = tuple(_submodule(block, name) for name in names)
-    return list(zip(matrices, norms, strict=True))
-
-
 def _gain(norm: nn.Module, width: int, like: Tensor, model_name: str) -> Float[Tensor, " d_model"]:
     """Factor of each coordinate in an RMS norm, up to a common one, in float64."""
     gain: Tensor = norm(torch.ones(1, 1, width, device=like.device, dtype=like.dtype))[0, 0].double()
@@ -230,8 +180,7 @@ def _project_write(matrix: Any, norm: nn.Module | None, basis: Float[Tensor, "d_
         g, q = gain.to(w), basis.to(w)
         return w - ((w * g) @ q @ q.T) / g
 
-    transposed = type(matrix).__name__ == "Conv1D"  # GPT-2 stores [in, out]
-    _replace(matrix.weight, change, axis=1 if transposed else 0)
+    _replace(matrix.weight, change, axis=output_axis(matrix))
     if getattr(matrix, "bias", None) is not None:
         _replace(matrix.bias, change, axis=0)
 

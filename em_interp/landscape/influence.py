@@ -25,10 +25,11 @@ from tqdm.auto import tqdm
 from em_interp.arguments import check_seed, columns
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.files.texts import Texts, read_texts
+from em_interp.models.architectures import unwrap
 from em_interp.models.chat import Batch, Encoded, budget_groups, collate, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths
-from em_interp.models.hooks import block_hooks, unwrap
+from em_interp.models.hooks import block_hooks
 from em_interp.models.partial_pass import ModelEnd, ResidualCache, replaced_up_to
 from em_interp.solutions.space import (
     Theta,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from em_interp.errors import ModelError
+from em_interp.models.architectures import find_blocks
 from em_interp.models.checks import logits_of, refuse_difference, tolerance_of
-from em_interp.models.hooks import find_blocks
 
 _MISSED = 0.25  # of the effect on the model's logits: rounding is far below, a module that is not run at 1
 

@@ -22,9 +22,10 @@ from em_interp.models.adapters import (
     read_adapter_config,
     unchanged_on_error,
 )
+from em_interp.models.architectures import find_blocks, unwrap
 from em_interp.models.bridges import Bridged, make_bridge, unbridge
 from em_interp.models.checks import check_behaviour, logits_of, probe_batch, refuse_difference, tolerance_of
-from em_interp.models.hooks import find_blocks, has_our_hooks, unwrap
+from em_interp.models.hooks import has_our_hooks
 from em_interp.models.templates import Tokenizer, check_template
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from em_interp.errors import EmInterpError, ModelError, TextLimitError
+from em_interp.models.architectures import check_architecture, find_blocks, text_limit, unwrap
 from em_interp.models.chat import Batch, Encoded, Side, collate, pad_id, prompt_ids
-from em_interp.models.hooks import find_blocks, residuals, unwrap
+from em_interp.models.hooks import residuals
 from em_interp.models.templates import Tokenizer
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -83,8 +84,11 @@ def check_weights(hf: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str, d_model: int) -> None:
-    """Raise ModelError unless block l's output is hidden_states[l + 1] and no padding changes anything."""
+    """Raise ModelError unless a model has all that its family's entry in `architectures` says, block l's output is
+    hidden_states[l + 1], and no padding changes anything.
+    """
     model: Any = hf
+    check_architecture(hf)
     check_weights(hf, name)
     rows = _rows(hf, tokenizer, name)
     device, tolerance = model.get_input_embeddings().weight.device, tolerance_of(model)
@@ -126,26 +130,6 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str, d_model: int
                     f"{name}: {side} padding changes the logits of real tokens (relative difference "
                     f"{gap:.2g}). Its attention mask does not work: try another dtype or transformers."
                 )
-
-
-def text_limit(hf: nn.Module) -> int | None:
-    """Tokens of the longest text that the model was made for; None where position is told by distance alone (ALiBi).
-
-    With LongRoPE the original length: beyond it every row of a batch is computed with frequencies that depend on the
-    batch's longest row. The same holds of dynamic NTK beyond `max_position_embeddings`, which is the limit there.
-    """
-    config = unwrap(hf).config.get_text_config()
-    if getattr(config, "alibi", False):
-        return None
-    known = [getattr(config, "max_position_embeddings", None), *_longrope_lengths(config)]
-    return min((int(limit) for limit in known if limit and limit > 0), default=None)
-
-
-def _longrope_lengths(config: Any) -> list[int]:
-    """The original lengths of a configuration's LongRoPE settings, of which there may be one set a kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [part for part in (rope, *rope.values()) if isinstance(part, Mapping)]
-    return [part["original_max_position_embeddings"] for part in kinds if part.get("rope_type") == "longrope"]
 
 
 def check_lengths(hf: nn.Module, lengths: Sequence[int], *, what: str = "conversation", room: int = 0) -> None:

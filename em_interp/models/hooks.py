@@ -1,9 +1,4 @@
-"""Where a model's blocks are, and hooks on them that must fire and are always removed.
-
-Layer l (0-based) is the output of block l: TransformerLens `blocks.{l}.hook_out`, Hugging Face
-`hidden_states[l + 1]` for l < L - 1. Hugging Face's last entry is after the final norm and is not layer L -
-1.
-"""
+"""Hooks on a model's blocks that must fire and are always removed, and passes that end early."""
 
 from __future__ import annotations
 
@@ -17,16 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from em_interp.errors import HookError
-
-# Where the decoder blocks of a causal language model live, by family.
-_BLOCK_PATHS = (
-    "model.layers",  # Llama, Qwen2/3, Gemma 1-3 (text), Mistral, Phi-3, OLMo
-    "model.language_model.layers",  # Gemma 3 and others with an image tower
-    "language_model.model.layers",
-    "gpt_neox.layers",  # Pythia
-    "transformer.h",  # GPT-2, GPT-J, Falcon
-    "model.decoder.layers",  # OPT
-)
+from em_interp.models.architectures import body_name as body_name
+from em_interp.models.architectures import find_blocks as find_blocks
+from em_interp.models.architectures import unwrap as unwrap
 
 BlockFn = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch token d_model"] | None]
 
@@ -34,43 +22,6 @@ BlockFn = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch 
 def hook_name(layer: int) -> str:
     """TransformerLens' name of the place that this project calls layer `layer`."""
     return f"blocks.{layer}.hook_out"
-
-
-def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel (its LoRA modules stay in it), or the model itself."""
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
-
-
-def _resolve(root: nn.Module, path: str) -> nn.Module | None:
-    here: Any = root
-    for name in path.split("."):
-        here = getattr(here, name, None)
-        if here is None:
-            return None
-    return here if isinstance(here, nn.Module) else None
-
-
-def _block_path(model: nn.Module) -> str:
-    base = unwrap(model)
-    for path in _BLOCK_PATHS:
-        found = _resolve(base, path)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return path
-    raise HookError(
-        f"{type(base).__name__}: no decoder blocks found at any of {', '.join(_BLOCK_PATHS)}. "
-        "Add this architecture's path to em_interp.models.hooks._BLOCK_PATHS."
-    )
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a transformers model (or a PeftModel over one), first to last."""
-    return list(unwrap(model).get_submodule(_block_path(model)))
-
-
-def body_name(model: nn.Module) -> str:
-    """Name of the module that runs the decoder blocks: embeddings to final norm, without the output head."""
-    return _block_path(model).rpartition(".")[0]
 
 
 def check_layer(layer: int, n_layers: int) -> int:
@@ -222,7 +173,7 @@ def residuals(
     return out
 
 
-class _Stop(Exception):
+class EndPass(Exception):
     """Ends a forward pass whose remaining blocks nobody needs."""
 
 
@@ -232,7 +183,7 @@ def stopping(functions: Mapping[int, BlockFn]) -> dict[int, BlockFn]:
 
     def end(hidden: Tensor) -> None:
         functions[last](hidden)
-        raise _Stop
+        raise EndPass
 
     return {**functions, last: end}
 
@@ -243,7 +194,7 @@ def run_until(hf: nn.Module, batch: Mapping[str, Tensor], functions: Mapping[int
 
     No later block runs, nor the final norm and the output head. What the functions return is not used.
     """
-    with block_hooks([find_blocks(hf)], stopping(functions)), suppress(_Stop):
+    with block_hooks([find_blocks(hf)], stopping(functions)), suppress(EndPass):
         hf(**batch, use_cache=False)
 
 
@@ -261,5 +212,5 @@ def run_bridge_until(bridge: Any, batch: Mapping[str, Tensor], functions: Mappin
         return read
 
     hooks = [(hook_name(layer), named(hook_name(layer), fn)) for layer, fn in stopping(functions).items()]
-    with firing(counts, []), bridge.hooks(fwd_hooks=hooks), suppress(_Stop):
+    with firing(counts, []), bridge.hooks(fwd_hooks=hooks), suppress(EndPass):
         bridge(batch["input_ids"], attention_mask=batch["attention_mask"], return_type=None)

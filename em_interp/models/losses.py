@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from em_interp.errors import TrainingError
+from em_interp.models.architectures import unwrap
 from em_interp.models.chat import Batch, Encoded, batches
 from em_interp.models.checks import check_lengths, refuse_dropout
-from em_interp.models.hooks import scored_logits, unwrap
+from em_interp.models.hooks import scored_logits
 
 KLScope = Literal["all", "response"]
 

@@ -15,12 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from em_interp.errors import HookError
+from em_interp.models.architectures import find_blocks, unwrap
 from em_interp.models.chat import Batch, Encoded, collate
-from em_interp.models.hooks import check_layer, find_blocks, scored_logits, unwrap
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose remaining blocks nobody needs."""
+from em_interp.models.hooks import EndPass, check_layer, scored_logits
 
 
 @contextmanager
@@ -105,7 +102,7 @@ class ResidualCache:
         try:
             with self.off():
                 self.hf(**batch.inputs(), use_cache=False)
-        except _Stop:
+        except EndPass:
             pass
         finally:
             for handle in handles:
@@ -118,7 +115,7 @@ class ResidualCache:
             self.as_tuple = isinstance(output, tuple)
             seen[layer] = output[0] if self.as_tuple else output
             if layer == self.layers[-1]:
-                raise _Stop
+                raise EndPass
 
         return hook
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from em_interp.errors import TrainingError
 from em_interp.files.atomic import written_whole
 from em_interp.models.adapters import quiet_peft
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import check_layer, find_blocks
+from em_interp.models.hooks import check_layer
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec

@@ -30,6 +30,7 @@ SECONDS = 3.0
 INNER = {
     "files.adapters": "what adapter files mean: called by the readers of adapters",
     "models.adapters": "called by models",
+    "models.architectures": "called by passes",
     "arguments": "the checks themselves",
     "models.bridges": "called by models",
     "cli": "commands: tests.bad_inputs",
