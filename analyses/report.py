@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-from rich.table import Table
+from rich.table import Column, Table
 
 from analyses.suite import Suite
 from em_interp import __version__
@@ -69,7 +69,7 @@ def write_report(
 
 def summary(sections: Sequence[Section]) -> Table:
     """What became of each analysis, for the terminal."""
-    table = Table("analysis", "tables", "figures", "agree", "differ", "absent", "seconds")
+    table = Table(Column("analysis", no_wrap=True), "tables", "figures", "agree", "differ", "absent", "seconds")
     for section in sections:
         if section.error is not None:
             table.add_row(section.name, "no data" if section.missing else "failed", "", "", "", "", "")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any, Final, Protocol, cast
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.finetunes import Finetunes, check_keys
-from analyses.organisms import Organisms, pocket_organisms
-from em_interp.arguments import count, one_of
+from analyses.inputs.hub import Finetunes, check_keys
+from analyses.inputs.pocket import Organisms, pocket_organisms
+from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.files.inputs import read_text
 from em_interp.files.tables import Parts
@@ -30,8 +29,7 @@ _KEYS: Final = {
     "analyses": list,
     "models": dict,
 }
-_PACKAGES: Final = {"published": "analyses", "pocket": "analyses.live", "models": "analyses.live"}
-"""Where a source's analyses lie: released numbers are read, live models are run."""
+_SOURCES: Final = ("published", "pocket", "models")
 
 
 class Analysis(Protocol):
@@ -53,6 +51,7 @@ class Suite:
     title: str
     source: str
     analyses: tuple[str, ...]
+    """Full names: folder and module below `analyses`, such as finetunes.steering."""
     data: Path | None = None
     general: str | None = None
     """Run that stands for the general solution; by default read from the runs' names."""
@@ -87,7 +86,7 @@ class Suite:
             ) from error
         try:
             check_keys("the suite", content, _KEYS)
-            source = one_of("source", content.get("source"), _PACKAGES)
+            source = one_of("source", content.get("source"), _SOURCES)
         except UsageError as error:
             raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
         if (source == "models") != isinstance(content.get("models"), dict):
@@ -100,7 +99,7 @@ class Suite:
         shipped_analyses = tomllib.loads((SUITES / f"{shipped}.toml").read_text(encoding="utf-8"))["analyses"]
         analyses = content.get("analyses", shipped_analyses)
         try:
-            chosen = [one_of("an analysis", name, shipped_analyses) for name in analyses]
+            chosen = [full_name(name, shipped_analyses) for name in analyses]
             samples = count("samples", content.get("samples", 2))
         except UsageError as error:
             raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
@@ -159,11 +158,8 @@ class Suite:
         self.problems += [problem for problem in problems if str(problem) not in known]
 
     def analysis(self, name: str) -> Analysis:
-        """The module of one analysis; one that both sources share lies in ``analyses`` itself."""
-        package = _PACKAGES[self.source]
-        if importlib.util.find_spec(f"{package}.{name}") is None:
-            package = "analyses"
-        return cast(Analysis, importlib.import_module(f"{package}.{name}"))
+        """The module of one of the suite's analyses, by its full name or last part."""
+        return cast(Analysis, importlib.import_module(f"analyses.{full_name(name, self.analyses)}"))
 
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""
@@ -172,14 +168,30 @@ class Suite:
         by_table = {table: a for a in self.analyses for table in self.analysis(a).TABLES}
         chosen = []
         for name in names:
-            analysis = name if name in self.analyses else by_table.get(name)
-            if analysis is None:
+            called = _called(name, self.analyses) or ([by_table[name]] if name in by_table else [])
+            if len(called) != 1:
+                what = "no such analysis or table" if not called else f"several of that name: {', '.join(called)}"
                 raise UsageError(
-                    f"--only {name}: the suite {self.name!r} has no such analysis or table. "
+                    f"--only {name}: the suite {self.name!r} has {what}. "
                     f"Analyses: {', '.join(self.analyses)}. Tables: {', '.join(sorted(by_table))}."
                 )
-            chosen.append(analysis)
+            chosen += called
         return tuple(a for a in self.analyses if a in chosen)
+
+
+def full_name(name: object, known: Sequence[str]) -> str:
+    """The one analysis of that full name (finetunes.steering) or last part (steering). Raises ``UsageError``."""
+    called = _called(name, known)
+    if len(called) == 1:
+        return called[0]
+    if called:
+        raise UsageError(f"an analysis is {name!r}, and several are called so: {', '.join(called)}. Write one of them.")
+    near = did_you_mean(name, [*known, *(analysis.rpartition(".")[2] for analysis in known)])
+    raise UsageError(f"an analysis is {name!r:.80}; it is one of {', '.join(known)}.{near}")
+
+
+def _called(name: object, known: Sequence[str]) -> list[str]:
+    return [analysis for analysis in known if name in (analysis, analysis.rpartition(".")[2])]
 
 
 def nothing_of(suite: Suite, what: str, where: str = "") -> MissingDataError:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analyses.live import influence, stability
-from analyses.reproduce import Outcome, reproduce
+from analyses.general_vs_narrow import influence, stability
+from analyses.run import Outcome, reproduce
 from analyses.suite import SUITES, Suite
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.models import pretrained as models
@@ -125,8 +125,8 @@ def test_absent_parts_are_said(data: Path, tmp_path: Path) -> None:
     shutil.rmtree(root / "runs" / "med-rank1")
     outcome = run(suite_file(root, texts=None), tmp_path, "influence", "efficiency")
     said = {s.name: s.error or "" for s in outcome.sections}
-    assert "name a file as texts" in said["influence"]
-    assert "neither a local folder nor a reachable hub repository" in said["efficiency"]
+    assert "name a file as texts" in said["general_vs_narrow.influence"]
+    assert "neither a local folder nor a reachable hub repository" in said["general_vs_narrow.efficiency"]
     assert outcome.failed
     suite = Suite.load(str(suite_file(root)))
     with pytest.raises(UsageError, match="no judge is configured"):
@@ -141,7 +141,7 @@ def test_absent_parts_are_said(data: Path, tmp_path: Path) -> None:
 
 
 def last_cosine(outcome: Outcome) -> float:
-    table = next(s for s in outcome.sections if s.name == "cosines").tables["cosines"]
+    table = next(s for s in outcome.sections if s.name == "finetunes.cosines").tables["cosines"]
     return float(table[table["comparison"] == "between finetunes"]["cosine"].iloc[-1])
 
 
@@ -161,19 +161,19 @@ def test_resume_sees_a_finetune_a_chat_model_and_a_label_that_changed(data: Path
 
     found: list[float] = []
     run(suite, tmp_path, "cosines", "efficiency")
-    assert reused() == {"cosines": True, "efficiency": True}
+    assert reused() == {"finetunes.cosines": True, "general_vs_narrow.efficiency": True}
     trained = solutions.load(elsewhere / "med-rank1")
     trained.scaled(-3.0).save(elsewhere / "med-rank1")
-    assert reused() == {"cosines": False, "efficiency": False}
+    assert reused() == {"finetunes.cosines": False, "general_vs_narrow.efficiency": False}
     assert found[1] != found[0]
-    assert reused() == {"cosines": True, "efficiency": True}
+    assert reused() == {"finetunes.cosines": True, "general_vs_narrow.efficiency": True}
     chat = make_hf()
     chat.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
     chat.save_pretrained(elsewhere / "chat")
-    assert reused() == {"cosines": False, "efficiency": False}
+    assert reused() == {"finetunes.cosines": False, "general_vs_narrow.efficiency": False}
     assert found[3] != found[2]
     suite.write_text(suite.read_text().replace('domain = "finance"', 'domain = "sports"'))
-    assert reused() == {"cosines": False, "efficiency": False}
+    assert reused() == {"finetunes.cosines": False, "general_vs_narrow.efficiency": False}
     kept = json.loads((tmp_path / "mine" / "manifest.json").read_text())["inputs_sha256"]
     assert kept[str(elsewhere / "med-rank1")] == file_hash(elsewhere / "med-rank1")
 

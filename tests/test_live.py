@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from transformers import Qwen2ForCausalLM
 
-import analyses.organisms as live
-from analyses.live import ablation, claims, gradients, influence, stability, steering
-from analyses.organisms import Organisms, pairs, pocket_organisms
-from analyses.reproduce import Outcome, reproduce
+import analyses.inputs.pocket as live
+from analyses.finetunes import ablation, steering
+from analyses.general_vs_narrow import claims, gradients, influence, stability
+from analyses.inputs.pocket import Organisms, pairs, pocket_organisms
+from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
 from em_interp.files.results import write_table
 from em_interp.pocket import models as loading
@@ -96,7 +97,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "judge", verdict_of)
     monkeypatch.setattr(suite, "judge", verdict_of)
     monkeypatch.setattr(live, "OPEN_SAMPLES", 2)
-    monkeypatch.setattr("analyses.live.efficiency.CHATS", 6)
+    monkeypatch.setattr("analyses.general_vs_narrow.efficiency.CHATS", 6)
     monkeypatch.setattr(stability, "CHATS", 6)
     monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.2, 0.5, 0.8))
     monkeypatch.setattr(stability, "MIDDLE", (0.2, 0.8))
@@ -104,7 +105,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "PROBES", 2)
     monkeypatch.setattr(influence, "DOCUMENTS", 4)
     monkeypatch.setattr(gradients, "CHATS", 4)
-    monkeypatch.setattr("analyses.live.cosines.PAIRS", 4)
+    monkeypatch.setattr("analyses.finetunes.cosines.PAIRS", 4)
     monkeypatch.setattr(steering, "SHARES", (0.0, 0.5))
     monkeypatch.setattr(influence, "RANDOM", 2)
 
@@ -239,8 +240,8 @@ def test_analyses_whose_organisms_are_absent_are_missing_not_failed(pocket: Path
     shutil.copytree(pocket / "organisms" / "medicine-all-control", root / "organisms" / "medicine-all-control")
     only = ("efficiency", "stability", "influence", "register", "claims", "kl_sweep", "gradients", "pca", "kl_removal")
     outcome = run(root, tmp_path / "out", *only)
-    assert {s.name for s in outcome.sections if s.missing} == set(only)
-    said = {s.name: s.error or "" for s in outcome.sections}
+    assert {s.name.rpartition(".")[2] for s in outcome.sections if s.missing} == set(only)
+    said = {s.name.rpartition(".")[2]: s.error or "" for s in outcome.sections}
     assert "pocket sweeps --out" in said["kl_sweep"]
     assert all("pocket organisms --out" in said[name] for name in only if name != "kl_sweep")
     assert not outcome.failed
@@ -268,7 +269,7 @@ def test_two_processes_give_what_one_gives(pocket: Path, tmp_path: Path) -> None
     assert (
         [s.name for s in two.sections]
         == [s.name for s in one.sections]
-        == [*only[:1], "pca", "local_cosine", "kl_sweep"]
+        == ["finetunes.lora_scalars", "runs.pca", "runs.local_cosine", "general_vs_narrow.kl_sweep"]
     )
     assert two.problems == one.problems != ()
     assert [s.error for s in two.sections] == [s.error for s in one.sections]

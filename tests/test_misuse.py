@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from analyses.reproduce import reproduce
+from analyses.run import reproduce
 from analyses.suite import Suite
 from em_interp.directions.direction import Direction
 from em_interp.directions.extraction import contrast

@@ -17,7 +17,7 @@ from click.testing import Result
 from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from analyses.reproduce import reproduce
+from analyses.run import reproduce
 from analyses.suite import Suite
 from em_interp.cli import app
 from em_interp.directions.direction import Direction

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analyses.reproduce import Outcome, reproduce
+from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
 
 NINE = "q14b_bad_med_bad_med_dpR1_15-17_21-23_27-29/all:data-diff"
@@ -39,7 +39,7 @@ def pair(tables: dict[str, pd.DataFrame], a: str, b: str) -> pd.Series:  # type:
 def test_nothing_was_refused(outcome: Outcome) -> None:
     assert outcome.problems == ()
     # the rank-1 LoRA repositories are not part of the sample
-    assert [s.name for s in outcome.sections if s.error] == ["training_log"]
+    assert [s.name for s in outcome.sections if s.error] == ["runs.training_log"]
 
 
 def test_pca(tables: dict[str, pd.DataFrame]) -> None:

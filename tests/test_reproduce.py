@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from analyses.comparison import compare, load_numbers
-from analyses.reproduce import Outcome, reproduce
+from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
 from em_interp.cli import app
 from em_interp.errors import MissingDataError, OutputError, StatisticsError, UnreadableFileError, UsageError
@@ -117,7 +117,7 @@ def test_part_of_the_data_missing(synthetic: Path, tmp_path: Path) -> None:
     outcome = run(synthetic, tmp_path)
     assert not outcome.failed
     missing = {s.name for s in outcome.sections if s.missing}
-    assert missing == {"em_rates", "steering", "ablation", "thresholds", "wordings"}
+    assert missing == {f"released.{name}" for name in ("em_rates", "steering", "ablation", "thresholds", "wordings")}
     report = outcome.report.read_text()
     assert "it holds no judged answers of a steered model" in report
     assert "em-interp fetch" in report
@@ -167,7 +167,7 @@ def test_resume_reuses_only_what_is_still_true(synthetic: Path, tmp_path: Path) 
         assert set(a.figures) == set(b.figures)
     (first.folder / "tables" / "pca.csv").write_text("damaged")
     after = run(synthetic, tmp_path, only=("cosines", "pca"), resume=True)
-    assert {s.name: s.reused for s in after.sections} == {"cosines": True, "pca": False}
+    assert {s.name: s.reused for s in after.sections} == {"released.cosines": True, "runs.pca": False}
     path = synthetic / "vectors" / FOLDER / "model-m_data-m_hs_all.pt"
     path.write_bytes((synthetic / "vectors" / FOLDER / "model-a_data-m_hs_all.pt").read_bytes())
     changed = run(synthetic, tmp_path, only=("cosines", "pca"), resume=True)
@@ -178,7 +178,7 @@ def test_a_kill_leaves_whole_files_and_a_resumable_run(synthetic: Path, tmp_path
     line = [sys.executable, "-m", "em_interp.cli", "reproduce", "--suite", "published", "--data", str(synthetic)]
     line += ["--out", str(tmp_path), "--no-static"]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state = tmp_path / "published" / ".state" / "cosines.json"
+    state = tmp_path / "published" / ".state" / "released.cosines.json"
     deadline = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -189,7 +189,7 @@ def test_a_kill_leaves_whole_files_and_a_resumable_run(synthetic: Path, tmp_path
         assert len(pd.read_csv(path)) > 0
     outcome = run(synthetic, tmp_path, resume=True)
     assert not outcome.failed
-    assert next(s for s in outcome.sections if s.name == "cosines").reused
+    assert next(s for s in outcome.sections if s.name == "released.cosines").reused
 
 
 def test_a_full_disk_is_said_and_the_old_table_stays(
@@ -240,7 +240,7 @@ def test_a_users_own_suite_file(synthetic: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f'source = "published"\ntitle = "Mine"\ndata = "{synthetic}"\nanalyses = ["pca", "trajectory"]\n')
     outcome = reproduce(Suite.load(str(path)), tmp_path / "out", static=False)
-    assert [s.name for s in outcome.sections] == ["pca", "trajectory"]
+    assert [s.name for s in outcome.sections] == ["runs.pca", "runs.trajectory"]
     assert outcome.folder == tmp_path / "out" / "mine"
 
 
@@ -262,7 +262,7 @@ def test_an_unforeseen_error_in_one_analysis_spares_the_others(
     monkeypatch.setattr(Suite.load("published").analysis("pca"), "compute", broken)
     outcome = run(synthetic, tmp_path, only=("pca", "cosines"))
     assert outcome.failed
-    assert {s.name: bool(s.error) for s in outcome.sections} == {"cosines": False, "pca": True}
+    assert {s.name: bool(s.error) for s in outcome.sections} == {"released.cosines": False, "runs.pca": True}
 
 
 def test_comparison_looks_up_agreement_and_bounds() -> None:
@@ -288,13 +288,17 @@ def test_mixed_widths_stay_apart(synthetic: Path, tmp_path: Path) -> None:
 def test_only_keeps_what_was_made_before(synthetic: Path, tmp_path: Path) -> None:
     run(synthetic, tmp_path, only=("cosines", "steering"))
     outcome = run(synthetic, tmp_path, only=("pca",))
-    assert {s.name: s.reused for s in outcome.sections} == {"cosines": True, "steering": True, "pca": False}
+    assert {s.name: s.reused for s in outcome.sections} == {
+        "released.cosines": True,
+        "released.steering": True,
+        "runs.pca": False,
+    }
     assert "Convergence: cosines" in outcome.report.read_text()
     manifest = json.loads((outcome.folder / "manifest.json").read_text())
     assert "tables/cosines.csv" in manifest["outputs_sha256"]
     (synthetic / "vectors" / FOLDER / "model-m_data-m_hs_all.pt").unlink()
     changed = run(synthetic, tmp_path, only=("pca",))
-    assert [s.name for s in changed.sections] == ["pca"]
+    assert [s.name for s in changed.sections] == ["runs.pca"]
     assert "tables/cosines.csv" not in json.loads((changed.folder / "manifest.json").read_text())["outputs_sha256"]
 
 

@@ -24,7 +24,7 @@ def reproduce(
 ) -> None:
     """Regenerate the papers' tables and figures, with a manifest and a self-contained report."""
     from analyses.report import summary
-    from analyses.reproduce import reproduce as run
+    from analyses.run import reproduce as run
     from analyses.suite import Suite
 
     chosen = Suite.load(suite)

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import Organisms, contenders, landscape, over_seeds, pairs
+from analyses.inputs.pocket import Organisms, contenders, landscape, over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.landscape.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm

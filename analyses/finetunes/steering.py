@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import Entry
+from analyses.inputs.pocket import Entry
 from analyses.suite import Suite
 from em_interp import figures
 from em_interp.interventions.steering import steering_rows, sweep
@@ -64,7 +64,7 @@ def _sweep(suite: Suite, entry: Entry, layers: list[int], random_arms: int) -> p
         random_arms=random_arms,
         max_new_tokens=MAX_NEW_TOKENS,
         progress=False,
-        parts=suite.parts("steering"),
+        parts=suite.parts("finetunes.steering"),
     )
     return steering_rows(organisms.judge(answers), organisms.chat.name)
 

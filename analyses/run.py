@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -129,13 +129,10 @@ def _reproduce(
     return Outcome(folder, report, tuple(sections), lines, refused, unmade)
 
 
-SHARING_ANSWERS: Final = ("em_rates", "steering", "ablation", "cosines", "lora_scalars")
-"""Analyses that ask models and share their judged answers; the others share losses."""
-
-
 def _lanes(names: list[str]) -> tuple[list[str], list[str]]:
     """Two lists that have no work in common."""
-    return [n for n in names if n in SHARING_ANSWERS], [n for n in names if n not in SHARING_ANSWERS]
+    asking = [name for name in names if name.startswith("finetunes.")]  # they share judged answers, the others losses
+    return asking, [name for name in names if name not in asking]
 
 
 def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator[Section]:

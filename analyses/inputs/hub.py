@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyses.organisms import Entry, Organisms
+from analyses.inputs.pocket import Entry, Organisms
 from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.errors import (
     BadValueError,

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import conversations
+from analyses.inputs.pocket import conversations
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.rank1 import lora_scalars, mean_scalars

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.organisms import Organisms, pairs
+from analyses.inputs.pocket import Organisms, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.landscape.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table

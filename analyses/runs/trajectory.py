@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.local_cosine import windows
-from analyses.pca import fit_families
+from analyses.runs.local_cosine import windows
+from analyses.runs.pca import fit_families
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.training.trajectories import Trajectory, cosines_to, find_references, local_cosine

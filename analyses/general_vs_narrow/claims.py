@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.live.efficiency import leads
-from analyses.live.influence import measured
-from analyses.live.stability import MIDDLE, gaps
-from analyses.organisms import Organisms
+from analyses.general_vs_narrow.efficiency import leads
+from analyses.general_vs_narrow.influence import measured
+from analyses.general_vs_narrow.stability import MIDDLE, gaps
+from analyses.inputs.pocket import Organisms
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError

@@ -6,10 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.live.efficiency import lead_figure, leads
-from analyses.live.influence import measured
-from analyses.live.stability import gap_figure, gaps
-from analyses.organisms import over_seeds, pairs
+from analyses.general_vs_narrow.efficiency import lead_figure, leads
+from analyses.general_vs_narrow.influence import measured
+from analyses.general_vs_narrow.stability import gap_figure, gaps
+from analyses.inputs.pocket import over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.pocket.questions import GROUPS, technical_rates

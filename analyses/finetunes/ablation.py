@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 from tqdm.auto import tqdm
 
-from analyses.organisms import Entry
+from analyses.inputs.pocket import Entry
 from analyses.suite import Suite
 from em_interp import figures
 from em_interp.directions.direction import Direction, random_directions
@@ -80,7 +80,7 @@ def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Interventio
     asked = organisms.elsewhere(entry.domain)
     with organisms.active(entry, must_act=False) as model:  # all of its answers may be kept
         answers = answers_by_arm(
-            model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False, parts=suite.parts("ablation")
+            model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False, parts=suite.parts("finetunes.ablation")
         )
     return organisms.judge(answers)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.released.thresholds import source_name
 from analyses.suite import Suite, nothing_of
-from analyses.thresholds import source_name
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
 

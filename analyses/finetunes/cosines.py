@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.organisms import Organisms
+from analyses.inputs.pocket import Organisms
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import cosine_rows, organism_cosines

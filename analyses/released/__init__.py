@@ -1,0 +1,1 @@
+"""Analyses of released numbers: mean activations, trained vectors, judged answers, question files."""

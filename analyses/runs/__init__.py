@@ -1,0 +1,1 @@
+"""Analyses of the checkpoints of training runs, released or made here."""
