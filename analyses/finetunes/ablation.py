@@ -80,7 +80,13 @@ def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Interventio
     asked = organisms.elsewhere(entry.domain)
     with organisms.active(entry, must_act=False) as model:  # all of its answers may be kept
         answers = answers_by_arm(
-            model, arms, asked, 1, max_new_tokens=MAX_NEW_TOKENS, progress=False, parts=suite.parts("finetunes.ablation")
+            model,
+            arms,
+            asked,
+            1,
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=False,
+            parts=suite.parts("finetunes.ablation"),
         )
     return organisms.judge(answers)
 
