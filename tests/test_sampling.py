@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,11 +11,16 @@ from transformers.generation import WatermarkingConfig
 
 from em_interp.directions.direction import Direction
 from em_interp.errors import UsageError
+from em_interp.evaluation import sampling
 from em_interp.evaluation.sampling import answer_logprobs, sample
 from em_interp.interventions.steering import sweep
 from em_interp.models.chat import encode, prompt_ids
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.templates import turns_of
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.recipes import TrainingSpec, VectorSpec
+from tests.matrix import families, templates
+from tests.matrix.families import FAMILIES as MATRIX
 from tests.tiny_models import FAMILIES, make_chat, talk, tokenizer
 
 QUESTIONS = {
@@ -21,6 +28,9 @@ QUESTIONS = {
     "cough": "what should I do about a cough",
     "rest": talk("rest") + talk("x", "y")[1:],
 }
+LEAVING = ("qwen2", "phi3-longrope", "gpt_neo", "gptj", "falcon-new", "bloom", "opt", "qwen3_moe")
+STAYING = ("gemma2", "gpt_oss", "lfm2", "gpt2")
+"""Windows, states, and a turn's end that is plain text."""
 QUESTIONS["rest"] = [*QUESTIONS["rest"], {"role": "user", "content": "well"}]
 
 
@@ -38,6 +48,31 @@ def test_sampling_does_not_depend_on_batches_or_company(family):
     state = torch.get_rng_state()
     sample(model, QUESTIONS, 1, **options)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("family", [*LEAVING, *STAYING])
+def test_answers_are_the_same_where_rows_that_ended_leave_the_batch(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every eighth token is a stop here, so that answers end."""
+    monkeypatch.setattr(sampling, "_stop_ids", lambda model: list(range(2, len(model.tokenizer), 8)))
+    tok = templates.tokenizer(MATRIX[family].template)
+    model = ChatModel(families.make(family), tok)
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.7, "progress": False}
+    whole = sample(model, QUESTIONS, 8, **options)
+    widths = []
+    generate = type(model.hf).generate
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        widths.append(len(kwargs["input_ids"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(type(model.hf), "generate", counted)
+    pd.testing.assert_frame_equal(sample(model, QUESTIONS, 8, **options), whole)
+    leaves = sampling._rows_may_leave(model.hf) and not turns_of(tok).stop_text
+    assert widths == sorted(widths, reverse=True) and (len(widths) > 1) == leaves
+    assert leaves == (family in LEAVING)
 
 
 def test_first_tokens_follow_the_distribution():

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from em_interp.arguments import check_seed
 from em_interp.errors import UsageError
 from em_interp.files.tables import Parts, say_kept
-from em_interp.models.chat import Encoded, batches, budget_groups, collate, encode, pad_id, prompt_ids
+from em_interp.models.chat import Batch, Encoded, batches, budget_groups, collate, encode, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout, rooms_for
 from em_interp.models.hooks import position_ids, scored_logits
@@ -122,6 +123,98 @@ def _answer(model: ChatModel, tokens: list[int], stops: list[int]) -> Answer:
     return Answer(text[:over], True, read)
 
 
+_FEWEST_ROWS: Final = 32
+"""Smaller batches are run to their end as they are: a pass costs them little more than its overhead."""
+
+
+class _ManyEnded:
+    """Ends a `generate` once a fifth of its rows have ended: the others go on without them."""
+
+    def __init__(self, stops: Sequence[int], rows: int) -> None:
+        self.stops, self.ended = torch.tensor(stops), torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Bool[Tensor, "batch"]:
+        del scores
+        self.ended |= torch.isin(input_ids[:, -1].cpu(), self.stops)
+        return (self.ended | (5 * self.ended.sum() >= len(self.ended))).to(input_ids.device)
+
+
+def _rows_may_leave(hf: Any) -> bool:
+    """Whether rows that have ended can be taken out of a batch that goes on: keys and values of all tokens are held.
+
+    An intervention that tells prompt from response wraps `generate`, and has to see each answer in one call.
+    """
+    if "generate" in vars(hf) or not hf._supports_default_dynamic_cache():
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=hf.config.get_text_config()).layers)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How the rows of a batch are answered."""
+
+    model: ChatModel
+    stops: list[int]
+    pad: int
+    stop_text: str | None
+    temperature: float
+
+    def generate(
+        self,
+        batch: Batch,
+        room: int,
+        uniforms: Float[np.ndarray, "batch steps"],
+        around: Callable[[Sequence[int]], AbstractContextManager[Any]],
+    ) -> list[list[int]]:
+        """At most `room` new tokens a row; what follows a row's first stop means nothing.
+
+        around: as for `sample_rows`, of positions in the batch. Rows that have ended leave the batch from time to time.
+        """
+        ids, mask, width = batch.input_ids, batch.attention_mask, batch.input_ids.shape[1]
+        rows, cache = np.arange(len(ids)), None
+        new: list[list[int]] = [[] for _ in rows]
+        while len(rows) and ids.shape[1] < width + room:
+            with around(rows.tolist()), _no_settings(self.model.hf):
+                leaving = len(rows) >= _FEWEST_ROWS and not self.stop_text and _rows_may_leave(self.model.hf)
+                out = self.model.hf.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=position_ids(mask),
+                    **({} if cache is None else {"past_key_values": cache}),
+                    **self._options(room - (ids.shape[1] - width), uniforms[rows, ids.shape[1] - width :], leaving),
+                )
+            ids, cache = out.sequences, out.get("past_key_values")
+            for row, tokens in zip(rows.tolist(), ids[:, width:].tolist(), strict=True):
+                new[row] = tokens
+            if not leaving:
+                break
+            ended = torch.isin(ids[:, width:], torch.tensor(self.stops, device=ids.device)).any(dim=1)
+            going = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(going)
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)[going]
+            ids, rows = ids[going], rows[going.cpu().numpy()]
+        return new
+
+    def _options(self, room: int, uniforms: Float[np.ndarray, "batch steps"], leaving: bool) -> dict[str, Any]:
+        options: dict[str, Any] = {"stopping_criteria": []}
+        if self.temperature > 0:
+            options["logits_processor"] = [_InverseCdf(torch.from_numpy(uniforms), self.temperature)]
+        if self.stop_text:
+            options["stopping_criteria"].append(_TextStop(self.model.tokenizer, self.stop_text))
+        if leaving:
+            options["stopping_criteria"].append(_ManyEnded(self.stops, len(uniforms)))
+        options["generation_config"] = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=self.stops,
+            pad_token_id=self.pad,
+            return_dict_in_generate=True,
+        )
+        return options
+
+
 def _no_context(_group: Sequence[int]) -> AbstractContextManager[Any]:
     return nullcontext()
 
@@ -154,9 +247,9 @@ def sample_rows(
     """One answer for each (question id, sample number), which decide its random numbers with `seed`; see `sample`.
 
     A pair may come several times. around: a context for each batch, made from the numbers of the rows in it, in their
-    order: so that rows can be treated differently within one `generate`. parts: where finished batches are kept, and
-    taken from by a later run. Of the checkpoint's generation settings none acts, but that its eos tokens end an answer
-    too.
+    order: so that rows can be treated differently within one `generate`; entered anew when rows have left. parts: where
+    finished batches are kept, and taken from by a later run. Of the checkpoint's generation settings none acts, but
+    that its eos tokens end an answer too.
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
@@ -171,6 +264,7 @@ def sample_rows(
     rooms = dict(zip(prompts, rooms_for(model.hf, [len(row) for row in prompts.values()], max_new_tokens), strict=True))
     encoded = [prompts[key] for key, _ in rows]
     stops, pad, stop_text = _stop_ids(model), pad_id(model.tokenizer), turns_of(model.tokenizer).stop_text
+    asking = _Asking(model, stops, pad, stop_text, temperature)
     answers: dict[int, Answer] = {}
     sizes = [(len(row), rooms[key]) for row, (key, _) in zip(encoded, rows, strict=True)]
     groups = _groups(sizes, tokens_per_batch)
@@ -186,24 +280,12 @@ def sample_rows(
             if group[0] in answers:
                 continue
             batch = collate(encoded, group, pad=pad, side="left").to(model.device)
-            options: dict[str, Any] = {}
-            if temperature > 0:
-                uniforms = np.stack([_uniforms(seed, *rows[i], room) for i in group])
-                options["logits_processor"] = [_InverseCdf(torch.from_numpy(uniforms), temperature)]
-            if stop_text:
-                options["stopping_criteria"] = [_TextStop(model.tokenizer, stop_text)]
-            settings = GenerationConfig(
-                max_new_tokens=room, do_sample=False, num_beams=1, use_cache=True, eos_token_id=stops, pad_token_id=pad
-            )
-            with around(group), _no_settings(model.hf):
-                out = model.hf.generate(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    position_ids=position_ids(batch.attention_mask),
-                    generation_config=settings,
-                    **options,
-                )
-            new = out[:, batch.input_ids.shape[1] :].tolist()
+            uniforms = np.stack([_uniforms(seed, *rows[i], room) for i in group])
+
+            def of(positions: Sequence[int], group: Sequence[int] = group) -> AbstractContextManager[Any]:
+                return around([group[position] for position in positions])
+
+            new = asking.generate(batch, room, uniforms, of)
             for i, tokens in zip(group, new, strict=True):
                 answers[i] = _answer(model, tokens, stops)
             if parts is not None:
