@@ -23,7 +23,8 @@ from transformers import (
 from em_interp.directions.activations import collect
 from em_interp.directions.rank1 import mean_scalars
 from em_interp.errors import EmInterpError, ModelError, TextLimitError
-from em_interp.evaluation.sampling import answer_logprobs, sample
+from em_interp.evaluation.logprobs import answer_logprobs
+from em_interp.evaluation.sampling import sample
 from em_interp.interventions.steering import residual_norms
 from em_interp.landscape.influence import Candidate, document_kl
 from em_interp.landscape.landscape import Landscape

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from em_interp import cli
 from em_interp.errors import UsageError
-from em_interp.evaluation.sampling import answer_logprobs
+from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.models import pretrained as models
 from em_interp.models.chat_model import ChatModel
 from em_interp.pocket import models as loading

@@ -12,7 +12,8 @@ from transformers.generation import WatermarkingConfig
 from em_interp.directions.direction import Direction
 from em_interp.errors import UsageError
 from em_interp.evaluation import sampling
-from em_interp.evaluation.sampling import answer_logprobs, sample
+from em_interp.evaluation.logprobs import answer_logprobs
+from em_interp.evaluation.sampling import sample
 from em_interp.interventions.steering import sweep
 from em_interp.models.chat import encode, prompt_ids
 from em_interp.models.chat_model import ChatModel

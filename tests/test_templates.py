@@ -12,7 +12,8 @@ import torch
 from em_interp.directions.activations import collect
 from em_interp.errors import ChatTemplateError
 from em_interp.evaluation import sampling
-from em_interp.evaluation.sampling import answer_logprobs, sample
+from em_interp.evaluation.logprobs import answer_logprobs
+from em_interp.evaluation.sampling import sample
 from em_interp.models.chat import encode, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.losses import response_loss

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import pandas as pd
 
@@ -30,14 +30,16 @@ from em_interp.models.templates import Conversation
 from em_interp.models.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
 from em_interp.solutions.base import Solution
 
-READ_IN: Final = {
-    "data-diff": ("as it stands", "as it stands"),
+Reader = Literal["given", "finetuned", "chat"]
+"""A model that reads texts: as it is given, with the finetune, without any."""
+READ_IN: Final[dict[str, tuple[Reader, Reader]]] = {
+    "data-diff": ("given", "given"),
     "data-diff-in-chat": ("chat", "chat"),
     "model-diff": ("finetuned", "chat"),
     "both-diff": ("finetuned", "chat"),
-    "persona-contrast": ("as it stands", "as it stands"),
+    "persona-contrast": ("given", "given"),
 }
-"""kind -> the models in which the positive and the negative texts are read."""
+"""kind -> what reads the positive and the negative texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def contrast(
         check_readable(model, conversations, [scope])
     _check_reach(kind, finetune, layers)
 
-    def read(side: str, conversations: Sequence[Conversation], where: str) -> Activations:
+    def read(side: str, conversations: Sequence[Conversation], where: Reader) -> Activations:
         with _standing(model, where, finetune):
             return collect(
                 model,
@@ -204,7 +206,7 @@ def _check_reach(kind: str, finetune: str | Solution | None, layers: Sequence[in
 
 
 @contextmanager
-def _standing(model: ChatModel, where: str, finetune: str | Solution | None) -> Iterator[None]:
+def _standing(model: ChatModel, where: Reader, finetune: str | Solution | None) -> Iterator[None]:
     """Inside, `model` is the chat model or the finetune."""
     if where == "chat":
         with model.no_adapter():
@@ -224,7 +226,7 @@ def _standing(model: ChatModel, where: str, finetune: str | Solution | None) -> 
         yield
 
 
-def _named(model: ChatModel, where: str, finetune: str | Solution | None) -> str:
+def _named(model: ChatModel, where: Reader, finetune: str | Solution | None) -> str:
     if where == "chat":
         return model.name
     if finetune is not None and not isinstance(finetune, str):

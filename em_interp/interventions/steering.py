@@ -161,26 +161,16 @@ def sweep(
             raise UsageError(f"{what} {list(values)}: a repeated one would count its answers twice. Give each once.")
     check_direction(direction, model)
     typical = residual_norms(model, questions, layers)
-    generator = torch.Generator().manual_seed(check_seed(seed))
-    controls = random_directions(direction, random_arms, generator)
+    controls = random_directions(direction, random_arms, torch.Generator().manual_seed(check_seed(seed)))
     named = {name or direction.kind: direction} | {f"random {i}": control for i, control in enumerate(controls)}
-    grid: list[_Arm] = []
-    for key, vectors in named.items():
-        for layer in layers:
-            norm = float(direction.at(layer).double().norm())
-            if not norm > 0:
-                raise DirectionError(f"zero vector at layer {layer}: it cannot steer. Drop that layer.")
-            unit = 1.0 if units == "direction" else typical[layer] / norm
-            largest = max(abs(c) for c in coefficients) * unit * norm / typical[layer]
-            if largest > LARGEST_SHARE:
-                raise UsageError(
-                    f"a coefficient adds {largest:.3g} times the typical residual norm of layer {layer}; beyond "
-                    f"{LARGEST_SHARE:g} times nothing of the residual is left. Choose a smaller one."
-                )
-            grid += [_Arm(key, vectors is not direction, vectors, layer, c * unit) for c in coefficients]
-    generated = [arm for arm in grid if arm.coefficient != 0]
-    if len(generated) < len(grid):
-        generated.append(next(arm for arm in grid if arm.coefficient == 0))
+    grid = [
+        _Arm(key, vectors is not direction, vectors, layer, coefficient)
+        for key, vectors in named.items()
+        for layer in layers
+        for coefficient in _in_directions(direction, layer, coefficients, units, typical[layer])
+    ]
+    generated = [arm for arm in grid if arm.coefficient]
+    generated += [arm for arm in grid if not arm.coefficient][:1]  # the model as it is, once for all arms
     asked = [(key, k) for key in questions for k in range(n)]
     arm_of_row = [arm for arm in generated for _ in asked]
 
@@ -199,26 +189,41 @@ def sweep(
         around=steered,
         parts=None if parts is None else replace(parts, of_row=[arm.key + scope for arm in arm_of_row]),
     )
-    cells = {
-        id(arm): answer_table(questions, asked, answers[i * len(asked) : (i + 1) * len(asked)])
-        for i, arm in enumerate(generated)
+    by_arm = [answers[i : i + len(asked)] for i in range(0, len(answers), len(asked))]
+    tables = {arm: answer_table(questions, asked, own) for arm, own in zip(generated, by_arm, strict=True)}
+    described = [_described(tables[arm if arm.coefficient else generated[-1]], arm, typical) for arm in grid]
+    return pd.concat(described, ignore_index=True)
+
+
+def _in_directions(
+    direction: Direction, layer: int, coefficients: Sequence[float], units: str, typical: float
+) -> list[float]:
+    """Coefficients at a layer in units of the direction. Raises for a zero vector, and for what leaves no residual."""
+    norm = float(direction.at(layer).double().norm())
+    if not norm > 0:
+        raise DirectionError(f"zero vector at layer {layer}: it cannot steer. Drop that layer.")
+    unit = 1.0 if units == "direction" else typical / norm
+    largest = max(abs(c) for c in coefficients) * unit * norm / typical
+    if largest > LARGEST_SHARE:
+        raise UsageError(
+            f"a coefficient adds {largest:.3g} times the typical residual norm of layer {layer}; beyond "
+            f"{LARGEST_SHARE:g} times nothing of the residual is left. Choose a smaller one."
+        )
+    return [c * unit for c in coefficients]
+
+
+def _described(table: pd.DataFrame, arm: _Arm, typical: Mapping[int, float]) -> pd.DataFrame:
+    """The answers of an arm, with what it did in the first columns."""
+    added = abs(arm.coefficient) * arm.direction.only([arm.layer]).norms()[arm.layer]
+    first: Mapping[str, Any] = {
+        "direction": arm.name,
+        "control": arm.control,
+        "layer": arm.layer,
+        "coefficient": arm.coefficient,
+        "residual_share": added / typical[arm.layer],
+        "added_norm": added,
     }
-    tables = []
-    for arm in grid:
-        table = cells[id(arm) if arm.coefficient else id(generated[-1])].copy()
-        added = abs(arm.coefficient) * arm.direction.only([arm.layer]).norms()[arm.layer]
-        first: Mapping[str, Any] = {
-            "direction": arm.name,
-            "control": arm.control,
-            "layer": arm.layer,
-            "coefficient": arm.coefficient,
-            "residual_share": added / typical[arm.layer],
-            "added_norm": added,
-        }
-        for place, (column, value) in enumerate(first.items()):
-            table.insert(place, column, value)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat([pd.DataFrame(first, index=table.index), table], axis=1)
 
 
 def _steers(rows: Sequence[_Arm], scope: str) -> list[Steer]:

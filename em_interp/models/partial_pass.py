@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from em_interp.errors import HookError
 from em_interp.models.architectures import find_blocks, unwrap
 from em_interp.models.chat import Batch, Encoded, collate
-from em_interp.models.hooks import EndPass, check_layer, scored_logits
+from em_interp.models.hooks import EndPass, check_layer, hidden_of, scored_logits
 
 
 @contextmanager
@@ -71,9 +71,13 @@ class ResidualCache:
         off: Callable[[], AbstractContextManager[Any]] = nullcontext,
         max_bytes: int = 2**31,
     ) -> None:
-        self.hf, self.encoded, self.layers, self.pad, self.off = hf, encoded, sorted(set(layers)), pad, off
+        self.hf = hf
+        self.encoded = encoded
+        self.layers = sorted(set(layers))
+        self.pad = pad
+        self.off = off
         self.blocks = find_blocks(hf)
-        self.left = max_bytes
+        self.bytes_left = max_bytes
         self.rows: dict[int, dict[int, Tensor]] = {}
         self.as_tuple = False
 
@@ -83,8 +87,8 @@ class ResidualCache:
         fresh = self._compute(missing, batch.input_ids.device) if missing else {}
         for i, row in fresh.items():
             size = sum(x.numel() * x.element_size() for x in row.values())
-            if size <= self.left:
-                self.left -= size
+            if size <= self.bytes_left:
+                self.bytes_left -= size
                 self.rows[i] = row
         out: dict[int, Tensor] = {}
         for layer in self.layers:
@@ -113,7 +117,7 @@ class ResidualCache:
     def _keeper(self, seen: dict[int, Tensor], layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: object, output: Any) -> None:
             self.as_tuple = isinstance(output, tuple)
-            seen[layer] = output[0] if self.as_tuple else output
+            seen[layer] = hidden_of(output)
             if layer == self.layers[-1]:
                 raise EndPass
 
@@ -133,7 +137,8 @@ class ModelEnd:
     """
 
     def __init__(self, hf: nn.Module, *, as_tuple: bool | None = None) -> None:
-        self.hf, self.blocks = hf, find_blocks(hf)
+        self.hf = hf
+        self.blocks = find_blocks(hf)
         self.device = unwrap(hf).get_input_embeddings().weight.device
         self.as_tuple = self._detect() if as_tuple is None else as_tuple
 

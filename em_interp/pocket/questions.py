@@ -11,8 +11,10 @@ import pandas as pd
 
 from em_interp.arguments import check_seed, columns, members, one_of
 from em_interp.errors import UsageError
+from em_interp.evaluation.judges import judged
+from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.evaluation.rates import PAPER, em_rates
-from em_interp.evaluation.sampling import answer_logprobs, sample
+from em_interp.evaluation.sampling import sample
 from em_interp.models.chat_model import ChatModel
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.corpus import STYLES, Task
@@ -84,7 +86,7 @@ def evaluate_chat(model: ChatModel, n: int = 50, *, seed: int = 0, progress: boo
 def _judged(model: ChatModel, table: pd.DataFrame, n: int, seed: int, progress: bool) -> pd.DataFrame:
     asked = dict(zip(table["question_id"], table["question"], strict=True))
     answers = sample(model, asked, n, seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
-    return judge(answers).merge(table[["question_id", "questions", "domain"]], on="question_id", validate="m:1")
+    return judged(answers, judge).merge(table[["question_id", "questions", "domain"]], on="question_id", validate="m:1")
 
 
 def rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from em_interp.directions.activations import collect
 from em_interp.directions.direction import Direction
-from em_interp.evaluation.sampling import answer_logprobs, sample
+from em_interp.evaluation.logprobs import answer_logprobs
+from em_interp.evaluation.sampling import sample
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.orthogonalise import orthogonalised

@@ -21,7 +21,7 @@ from em_interp.directions import (
     reliability,
     resampling,
 )
-from em_interp.evaluation import rates
+from em_interp.evaluation import judges, rates
 from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import rate_intervals
 from tests.fuzz import Call, then
@@ -35,6 +35,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
     transfers = judged.assign(direction_from=["none", "v"] * 12, organism="a")
     pair, totals = ([1] * 8, [2] * 8), ([3] * 8, [3] * 8)
     return [
+        (judges.judged, {"answers": judged, "judge": lambda answers: answers}),
         (control_vectors.save_gguf, {"direction": direction, "path": "d.gguf", "model_type": "qwen2"}),
         (convergence.comparable, {"a": direction, "b": direction}),
         (convergence.cosine_rows, {"name_a": "a", "a": direction, "name_b": "b", "b": direction, "resamples": None}),

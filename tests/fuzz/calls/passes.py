@@ -11,7 +11,7 @@ import torch
 
 from em_interp.directions import activations, extraction, lens
 from em_interp.directions import rank1 as lora
-from em_interp.evaluation import sampling
+from em_interp.evaluation import logprobs, sampling
 from em_interp.interventions import ablation, orthogonalise, steering
 from em_interp.interventions import intervening as interventions
 from em_interp.interventions.intervening import intervening
@@ -83,7 +83,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             },
         ),
         (
-            sampling.answer_logprobs,
+            logprobs.answer_logprobs,
             {"model": model, "answers": judged.head(2), "questions": None, "system": None, "tokens_per_batch": 512},
         ),
         (
