@@ -9,20 +9,20 @@ from em_interp.errors import ChatTemplateError, SolutionError, UsageError
 from em_interp.models.chat import encode_all
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.losses import response_loss
+from em_interp.solutions.base import Solution
 from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.space import Theta, inner
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.gradients import gradient_cosines, loss_gradient
 from tests.test_influence import gen, lora, vector
 from tests.tiny_models import CONVERSATIONS, make_chat
 
 
-def loss(model: ChatModel, solution: Theta) -> float:
+def loss(model: ChatModel, solution: Solution) -> float:
     with solution.attached(model):
         return response_loss(model.hf, encode_all(model.tokenizer, CONVERSATIONS), pad=0)
 
 
-def double(solution: Theta) -> Theta:
+def double(solution: Solution) -> Solution:
     if isinstance(solution, SteeringVector):
         return replace(solution, vector=solution.vector.double())
     return replace(
@@ -92,7 +92,7 @@ def test_a_head_tied_to_the_embeddings_has_a_gradient_of_its_own() -> None:
 def test_cosines_along_checkpoints() -> None:
     model = make_chat()
     general, narrow = vector(1), vector(1, seed=1)
-    checkpoints: dict[int, Theta] = {0: general.scaled(0.0), 5: general.scaled(0.5), 10: general}
+    checkpoints: dict[int, Solution] = {0: general.scaled(0.0), 5: general.scaled(0.5), 10: general}
     table = gradient_cosines(model, checkpoints, CONVERSATIONS, general=general, narrow=narrow, progress=False)
     assert list(table.columns) == [
         *("step", "loss", "norm", "grad_norm", "cos_general", "cos_narrow", "null_sd", "n_tokens", "n_conversations"),
@@ -135,7 +135,7 @@ def test_lora_has_the_papers_cosine_beside_the_effective_one() -> None:
         slow = torch.nn.functional.cosine_similarity(-b.grad.flatten(), end.b[name].flatten(), dim=0)
         assert table.loc[0, f"cos_{label}_b"] == pytest.approx(float(slow), rel=1e-6)
     g = loss_gradient(model, theta, CONVERSATIONS).parts[name]
-    slow = -float((g * general.delta(name)).sum()) / (float(g.norm()) * inner(general, general) ** 0.5)
+    slow = -float((g * general.delta(name)).sum()) / (float(g.norm()) * general.inner(general) ** 0.5)
     assert table.loc[0, "cos_general"] == pytest.approx(slow, rel=1e-9)
 
 

@@ -22,8 +22,8 @@ from em_interp.landscape.influence import (
 from em_interp.models.chat import Encoded, collate
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.partial_pass import ModelEnd
+from em_interp.solutions.base import Solution
 from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.space import Theta, inner, random_like
 from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import D_MODEL, MORE_FAMILIES, N_LAYERS, make_chat, make_hf, tokenizer
 
@@ -50,7 +50,7 @@ def lora(family: str = "qwen2", layers: tuple[int, ...] = (1,), rank: int = 1, s
     return LoraAdapter(a, b, 2.0, True)
 
 
-def slow_kl(model: ChatModel, solution: Theta, text: str, max_tokens: int = 512) -> list[float]:
+def slow_kl(model: ChatModel, solution: Solution, text: str, max_tokens: int = 512) -> list[float]:
     """One text at a time, no padding, all blocks, all logits, in float64."""
     ids = torch.tensor([model.tokenizer(text)["input_ids"][:max_tokens]])
     with torch.no_grad():
@@ -63,7 +63,7 @@ def slow_kl(model: ChatModel, solution: Theta, text: str, max_tokens: int = 512)
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_sums_equal_the_slow_ones(family: str) -> None:
     model = make_chat(family)
-    solutions: list[Theta] = [vector(0), vector(N_LAYERS - 1), lora(family, (0,)), lora(family, (1, 3), rank=2)]
+    solutions: list[Solution] = [vector(0), vector(N_LAYERS - 1), lora(family, (0,)), lora(family, (1, 3), rank=2)]
     for solution in solutions:
         sums = document_kl(model, TEXTS, [Candidate("x", "general", solution)], progress=False)
         assert list(sums["document"]) == [0, 1, 2, 3]
@@ -147,12 +147,12 @@ def test_table_means_and_intervals() -> None:
 
 
 @pytest.mark.parametrize("solution", [vector(), lora(layers=(0, 2), rank=3)], ids=["vector", "lora"])
-def test_random_directions_are_norm_matched_and_fresh(solution: Theta) -> None:
-    drawn = [random_like(solution, gen(s)) for s in range(20)]
+def test_random_directions_are_norm_matched_and_fresh(solution: Solution) -> None:
+    drawn = [solution.random_like(gen(s)) for s in range(20)]
     for one in drawn:
         assert one.norm == pytest.approx(solution.norm, rel=1e-5)
-    assert inner(drawn[0], random_like(solution, gen(0))) == pytest.approx(solution.norm**2, rel=1e-5)
-    cosines = np.array([inner(one, solution) / solution.norm**2 for one in drawn])
+    assert drawn[0].inner(solution.random_like(gen(0))) == pytest.approx(solution.norm**2, rel=1e-5)
+    cosines = np.array([one.inner(solution) / solution.norm**2 for one in drawn])
     assert (np.abs(cosines) < 0.7).all()
     assert abs(cosines.mean()) < 0.15
     if isinstance(solution, LoraAdapter):
@@ -164,10 +164,10 @@ def test_random_directions_are_norm_matched_and_fresh(solution: Theta) -> None:
 def test_the_inner_product_is_that_of_the_products() -> None:
     x, y = lora(layers=(0, 2), rank=3), lora(layers=(0, 2), rank=2, seed=5)
     slow = sum(float((x.delta(n) * y.delta(n)).sum()) for n in x.a)
-    assert inner(x, y) == pytest.approx(slow, rel=1e-10)
-    assert inner(x, x) == pytest.approx(x.norm**2, rel=1e-10)
+    assert x.inner(y) == pytest.approx(slow, rel=1e-10)
+    assert x.inner(x) == pytest.approx(x.norm**2, rel=1e-10)
     with pytest.raises(SolutionError, match="no inner product"):
-        inner(x, vector())
+        x.inner(vector())
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +9,8 @@ import pytest
 import torch
 
 from em_interp.errors import HookError, LossSetError, ModelError, SolutionError
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.curvature import curvature
 from em_interp.landscape.landscape import Landscape, SharingWarning
 from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import Encoded, collate, encode_all
@@ -17,6 +18,7 @@ from em_interp.models.hooks import block_hooks
 from em_interp.models.losses import response_loss
 from em_interp.solutions.base import Solution
 from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training.gradients import loss_gradient
 from tests.theta import KINDS, linear_modules, make_theta
 from tests.tiny_models import CONVERSATIONS, MORE_FAMILIES, make_chat, talk, tokenizer
 
@@ -148,43 +150,63 @@ def test_falls_back_where_a_late_block_reads_an_early_one_and_says_so():
 
 
 @dataclass(frozen=True)
-class Wrapped:
-    """A solution of the user's own."""
+class Wrapped(Solution):
+    """A solution of the user's own, with the least that a kind must say."""
 
-    inner: SteeringVector
+    wrapped: SteeringVector
+    first_layer: int = 0
+    space = property(lambda self: self.wrapped.space)
+    fingerprint = property(lambda self: self.wrapped.fingerprint)
 
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    base = None
-    norm = property(lambda self: self.inner.norm)
-    first_layer = 0
-
-    def paper_norms(self):
-        return {}
+    def delta(self, place):
+        return self.wrapped.delta(place)
 
     def scaled(self, factor):
-        return Wrapped(self.inner.scaled(factor))
+        return replace(self, wrapped=self.wrapped.scaled(factor))
 
-    def perturbed(self, eps, generator):
-        return Wrapped(self.inner.perturbed(eps, generator))
+    def tensors(self, on="both"):
+        return self.wrapped.tensors(on)
+
+    def with_tensors(self, tensors):
+        return replace(self, wrapped=self.wrapped.with_tensors(tensors))
+
+    def random_like(self, generator):
+        return replace(self, wrapped=self.wrapped.random_like(generator))
+
+    def attached(self, model, *, must_act=True):
+        return self.wrapped.attached(model, must_act=must_act)
+
+    def tracked(self, model):
+        return self.wrapped.tracked(model)
 
     def save(self, path):
-        raise NotImplementedError
-
-    @contextmanager
-    def attached(self, model):
-        with self.inner.attached(model):
-            yield
+        return self.wrapped.save(path)
 
 
-def test_falls_back_for_unknown_kinds_and_for_modules_that_see_some_tokens_only():
+def test_a_kind_of_the_users_own_is_measured_as_the_others_are():
+    model = make_chat(dtype=torch.float64)
+    vector = make_theta(model, "vector")
+    own = Wrapped(vector)
+    assert own.norm == pytest.approx(vector.norm) and own.dimension == vector.dimension == model.d_model
+    assert own.inner(vector) == pytest.approx(vector.norm**2) and own.paper_norms() == {}
+    landscape = Landscape(model, encoded())
+    g = [torch.Generator().manual_seed(3) for _ in range(2)]
+    thetas = [[x, x.scaled(2), x.perturbed(0.4, generator)] for x, generator in zip((own, vector), g, strict=True)]
+    found = landscape.losses(thetas[0])
+    assert found.plain == ()
+    np.testing.assert_allclose(found.nll, landscape.losses(thetas[1]).nll, rtol=1e-9)
+    curves = [curvature(landscape, Contender("general", "own", "d", x), n_probes=2) for x in (own, vector)]
+    np.testing.assert_allclose(curves[0].across, curves[1].across, rtol=1e-6)
+    found = loss_gradient(model, own, MORE)
+    assert found.along(own) == pytest.approx(loss_gradient(model, vector, MORE).along(vector), rel=1e-9)
+
+
+def test_falls_back_for_kinds_that_say_wrong_and_for_modules_that_see_some_tokens_only():
     model = make_chat()
     inner = make_theta(model, "vector")
-    assert isinstance(Wrapped(inner), Solution)
     landscape = Landscape(model, encoded())
-    with pytest.warns(SharingWarning, match="Wrapped is neither"):
-        found = landscape.losses([Wrapped(inner)])
+    with pytest.warns(SharingWarning, match="later blocks need more"):
+        found = landscape.losses([Wrapped(inner, first_layer=3)])  # it acts after block 1
     np.testing.assert_allclose(found.nll, landscape.losses([inner]).nll, rtol=1e-5)
 
     mlp = find_blocks(model.hf)[2].mlp

@@ -19,7 +19,6 @@ from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import ORGANISMS, Organism
 from em_interp.pocket.world import grammar as world
 from em_interp.solutions import load as solutions
-from em_interp.solutions.space import inner
 from tests.tiny_pocket import make_pocket
 
 
@@ -124,7 +123,7 @@ def test_without_kl_training_goes_on_from_the_narrow_organism(chat: ChatModel, t
     start, end = narrow.solution, solutions.load(tmp_path / after.name)
     assert isinstance(start, solutions.LoraAdapter)
     assert isinstance(end, solutions.LoraAdapter)
-    assert inner(start, end) > 0.1 * start.norm * end.norm  # a fresh start would be orthogonal
+    assert start.inner(end) > 0.1 * start.norm * end.norm  # a fresh start would be orthogonal
 
 
 def test_evaluation_asks_what_no_finetune_has_seen() -> None:

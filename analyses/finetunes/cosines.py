@@ -18,8 +18,7 @@ from em_interp.directions.extraction import Contrast, contrast
 from em_interp.directions.resampling import Resamples, resample_direction
 from em_interp.errors import EmInterpError, StatisticsError
 from em_interp.pocket.world import grammar as world
-from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.solutions.base import Solution
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
@@ -114,14 +113,12 @@ def _add_resamples(suite: Suite, to: dict[str, Resamples], name: str, of: Contra
         suite.note(StatisticsError(f"{name}: {error}"))
 
 
-def _trained(suite: Suite, solution: SteeringVector | LoraAdapter, name: str) -> dict[str, Direction]:
+def _trained(suite: Suite, solution: Solution, name: str) -> dict[str, Direction]:
     """What training itself wrote, where it is one vector in the residual stream."""
-    if isinstance(solution, SteeringVector):
-        vectors, kind = solution.theta[None].float(), "steering-vector"
-    elif len(solution.modules) == 1 and solution.b[solution.modules[0]].shape[1] == 1:
-        vectors, kind = solution.b[solution.modules[0]].T.float(), "lora-B"
-    else:
+    trained = solution.trained()
+    if trained.direction is None:
         return {}
+    kind, vectors = trained.parameter, trained.direction[None]
     model = suite.organisms.chat
     try:
         found = Direction(vectors, (solution.first_layer,), kind=kind, model=model.name, sources=(name,))

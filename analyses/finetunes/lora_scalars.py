@@ -10,9 +10,9 @@ from analyses.inputs.pocket import conversations
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.rank1 import lora_scalars, mean_scalars
-from em_interp.errors import StatisticsError, UsageError
+from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.evaluation.rates import PAPER
-from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.lora import as_lora
 
 TITLE = "What rank-1 adapters read"
 TEXT = (
@@ -32,9 +32,10 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     entries = organisms.select(solution="general", adapter="rank-1", seed=None)
     tables = []
     for entry in tqdm(entries, desc="lora_scalars", leave=False):
-        adapter = organisms.solution(entry)
-        if not isinstance(adapter, LoraAdapter):
-            raise StatisticsError(f"{entry.name} is listed as rank-1 but holds a steering vector. Make it again.")
+        try:
+            adapter = as_lora(organisms.solution(entry))
+        except SolutionError as error:
+            raise StatisticsError(f"{entry.name} is listed as rank-1: {error} Make it again.") from error
         try:
             judged = organisms.evaluate(entry, entry.domain, suite.samples)
         except UsageError as error:

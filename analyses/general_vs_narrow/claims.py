@@ -17,7 +17,6 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
 from em_interp.pocket.world.corpus import Task
-from em_interp.solutions.space import inner
 from em_interp.statistics import t_interval
 
 TITLE = "The paper's claims, one by one"
@@ -108,7 +107,7 @@ def _drifts(organisms: Organisms, task: Task) -> pd.DataFrame:
         if solution != "kl-removed" or general is None or narrow is None:
             continue
         target, start, end = (organisms.solution(e) for e in (general, narrow, entry))
-        cosines = [inner(theta, target) / (theta.norm * target.norm) for theta in (start, end)]
+        cosines = [theta.inner(target) / (theta.norm * target.norm) for theta in (start, end)]
         found.append((adapter, seed, cosines[1] - cosines[0]))
     return pd.DataFrame(found, columns=["adapter", "seed", "value"])
 

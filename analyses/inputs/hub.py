@@ -22,7 +22,6 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
-from em_interp.files.adapters import VectorConfig
 from em_interp.files.inputs import regular_file
 from em_interp.files.texts import read_chats, read_texts
 from em_interp.models import pretrained as models
@@ -33,8 +32,7 @@ from em_interp.models.weights import source_hash
 from em_interp.pocket.world.corpus import Task
 from em_interp.published.judged import read_judged_csv
 from em_interp.solutions import load as solutions
-from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.solutions.base import Solution
 
 _KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list}
 _ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}
@@ -144,7 +142,7 @@ class Finetunes(Organisms):
                 found[str(path)] = str(error)
         return found
 
-    def solution(self, entry: Entry) -> SteeringVector | LoraAdapter:
+    def solution(self, entry: Entry) -> Solution:
         """What a finetune trained, fetched from the hub if need be. Raises ``ModelError`` or ``SolutionError``."""
         if entry not in self._solutions:
             folder, _ = read_adapter_config(entry.path)
@@ -230,20 +228,17 @@ def _check_kind(entry: Entry) -> None:
     if not entry.path.is_dir():
         return
     try:
-        config = read_adapter_config(entry.path)[1]
+        kind = solutions.kind_of(entry.path)
     except EmInterpError:  # each analysis that needs it says so
         return
-    if isinstance(config, VectorConfig) != (entry.adapter == "steering-vector"):
-        kind = "a steering vector" if isinstance(config, VectorConfig) else "LoRA"
-        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {kind}.")
+    if entry.adapter not in kind.ADAPTERS:
+        said = " or ".join(map(repr, kind.ADAPTERS))
+        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {said}.")
 
 
-def _of_kind(entry: Entry, found: SteeringVector | LoraAdapter) -> SteeringVector | LoraAdapter:
+def _of_kind(entry: Entry, found: Solution) -> Solution:
     """The solution, where the suite file says its kind rightly. Raises UsageError."""
-    if isinstance(found, SteeringVector):
-        kind = "steering-vector"
-    else:
-        kind = "rank-1" if all(a.shape[0] == 1 for a in found.a.values()) else "all-modules"
-    if kind != entry.adapter and not (entry.adapter == "all-modules" and isinstance(found, LoraAdapter)):
-        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {kind!r}.")
+    if entry.adapter not in found.adapters:
+        said = found.adapters[0]
+        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {said!r}.")
     return found

@@ -29,8 +29,7 @@ from em_interp.pocket.world.corpus import STYLES, CorpusConfig, Task, document, 
 from em_interp.pocket.world.judge import judge
 from em_interp.published.scan import StoredPCA
 from em_interp.solutions import load as solutions
-from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.solutions.base import Solution
 from em_interp.training.trajectories import RunName, Trajectory
 
 ALIGNED = 70
@@ -62,7 +61,7 @@ class Organisms:
     files: list[Path]
     problems: list[EmInterpError] = field(default_factory=list)
     stored_pca: tuple[StoredPCA, ...] = ()
-    _solutions: dict[Entry, SteeringVector | LoraAdapter] = field(default_factory=dict)
+    _solutions: dict[Entry, Solution] = field(default_factory=dict)
     _judged: dict[tuple[str, str, int], pd.DataFrame] = field(default_factory=dict)
     _open_answers: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
     _contrasts: dict[tuple[str, str, str], Contrast] = field(default_factory=dict)
@@ -98,7 +97,7 @@ class Organisms:
         wanted = {"solution": solution, "adapter": adapter, "seed": seed, "task": task}
         return [e for e in self.entries if all(v is None or getattr(e, k) == v for k, v in wanted.items())]
 
-    def solution(self, entry: Entry) -> SteeringVector | LoraAdapter:
+    def solution(self, entry: Entry) -> Solution:
         """What a finetune trained. Raises ``SolutionError`` for files that cannot be read."""
         if entry not in self._solutions:
             self._solutions[entry] = solutions.load(entry.path)
@@ -220,7 +219,7 @@ class Organisms:
                 self.problems.append(error)
         return found
 
-    def checkpoints(self, run: str) -> dict[int, SteeringVector | LoraAdapter]:
+    def checkpoints(self, run: str) -> dict[int, Solution]:
         """The thetas of one training run, by step. Raises ``SolutionError``."""
         return solutions.load_checkpoints(self.root / "trajectories" / run)
 
@@ -253,20 +252,17 @@ def _trajectory(folder: Path) -> Trajectory:
     role = run if run in ("general", "narrow") else None
     vectors, scales, reads = [], [], []
     for theta in checkpoints.values():
-        if isinstance(theta, SteeringVector):
-            raw, layer, parameter = theta.vector.flatten(), theta.layer, "steering-vector"
-        else:
-            (name,) = theta.modules
-            raw, layer, parameter = theta.b[name].flatten(), theta.first_layer, "lora-B"
-            reads.append(float(theta.a[name].norm()))
-        vectors.append(raw.float())
-        scales.append(theta.norm / float(raw.norm()) if raw.norm() else 0.0)
+        trained = theta.trained()
+        size = float(trained.vector.norm())
+        vectors.append(trained.vector)
+        scales.append(theta.norm / size if size else 0.0)
+        reads += [] if trained.read_norm is None else [trained.read_norm]
     return Trajectory(
         name=folder.name,
-        run=RunName(folder.name, family, layer=layer, phase=None if role else run, role=role),
+        run=RunName(folder.name, family, layer=trained.layer, phase=None if role else run, role=role),
         model=next(iter(checkpoints.values())).base or "unknown",
-        parameter=parameter,
-        layer=layer,
+        parameter=trained.parameter,
+        layer=trained.layer,
         steps=tuple(checkpoints),
         vectors=torch.stack(vectors),
         scales=torch.tensor(scales),

@@ -316,7 +316,7 @@ def write_directions(adapter: LoraAdapter) -> dict[str, Direction]:
         if layer is None or not writes_to_residual(name):
             raise SolutionError(f"{name} does not write to the residual stream, so its B is no direction of it.")
         found[name] = Direction(
-            (adapter.scale * b[:, 0].detach().float().cpu())[None],
+            (adapter.scale_of(name) * b[:, 0].detach().float().cpu())[None],
             (layer,),
             "lora-B",
             model=adapter.base or "unknown",

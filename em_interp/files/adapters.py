@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from em_interp.errors import AdapterError, InputFileError
+from em_interp.errors import AdapterError, EmInterpError, InputFileError
 from em_interp.files import inputs
 from em_interp.files.inputs import regular_file
 
@@ -124,6 +124,8 @@ class VectorConfig:
     layer: int | None
     alpha: float | None
     width: int | None
+    by_peft: ClassVar[bool] = False
+    tokens: ClassVar[tuple[int, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,13 @@ class LoraConfig:
     rank: int
     alpha: float
     rslora: bool
+    by_peft: ClassVar[bool] = True
     beyond: Mapping[str, object] = field(default_factory=dict)
+
+    def scale_of(self, module: str) -> float:
+        """alpha / sqrt(r) with rsLoRA, else alpha / r."""
+        del module
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def tokens(self) -> list[int]:
@@ -305,6 +313,12 @@ def same_base(recorded: str, *known_as: str) -> bool:
     '-bnb-4bit' copy of it), with its folder where that part says nothing ('run/checkpoint-500').
     """
     return _base_key(recorded) in {_base_key(name) for name in known_as if name}
+
+
+def refuse_other_base(recorded: str | None, known_as: Iterable[str], error: EmInterpError) -> None:
+    """Raise `error` if a base is recorded that is none of the names which the model in hand is known by."""
+    if recorded and not same_base(recorded, *known_as):
+        raise error
 
 
 def _first_line(error: Exception) -> str:

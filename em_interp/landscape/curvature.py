@@ -9,7 +9,7 @@ own kind are Hutchinson's probes of that trace, and the result predicts the smal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,7 @@ from em_interp.errors import SolutionError
 from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
 from em_interp.landscape.stability import turned
-from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.models.attaching import frozen
 from em_interp.statistics import t_interval
 
 
@@ -86,24 +85,6 @@ class Curvature:
         )
 
 
-def _tensors(solution: SteeringVector | LoraAdapter, on: str) -> dict[tuple[str, str], Tensor]:
-    """The tensors that a perturbation turns."""
-    if isinstance(solution, SteeringVector):
-        return {("vector", ""): solution.vector}
-    factors = {("A", n): x for n, x in solution.a.items()} | {("B", n): x for n, x in solution.b.items()}
-    return {key: x for key, x in factors.items() if on in ("both", key[0])}
-
-
-def _with_tensors(
-    solution: SteeringVector | LoraAdapter, tensors: dict[tuple[str, str], Tensor]
-) -> SteeringVector | LoraAdapter:
-    if isinstance(solution, SteeringVector):
-        return replace(solution, vector=tensors["vector", ""])
-    a = {n: tensors.get(("A", n), x) for n, x in solution.a.items()}
-    b = {n: tensors.get(("B", n), x) for n, x in solution.b.items()}
-    return replace(solution, a=a, b=b)
-
-
 def curvature(
     landscape: Landscape,
     contender: Contender,
@@ -115,50 +96,36 @@ def curvature(
 ) -> Curvature:
     """Hutchinson's estimate of the curvature across a solution, one Hessian-vector product a probe and batch.
 
-    The model is differentiated twice, from the solution's first layer on. Raises SolutionError for a solution that is
-    neither a steering vector nor a LoRA adapter, StatisticsError (in the intervals) for fewer than two probes.
+    The model is differentiated twice, from the solution's first layer on. Raises StatisticsError (in the intervals) for
+    fewer than two probes.
     """
     solution = contender.theta
-    if not isinstance(solution, (SteeringVector, LoraAdapter)):
-        raise SolutionError(f"{type(solution).__name__}: curvature needs a SteeringVector or a LoraAdapter.")
     device = landscape.model.device
-    leaves = {key: x.detach().to(device).requires_grad_() for key, x in _tensors(solution, on).items()}
-    live = _with_tensors(solution, leaves)
+    leaves = {key: x.detach().to(device).requires_grad_() for key, x in solution.tensors(on).items()}
+    live = solution.with_tensors(leaves)
     n_probes = count("n_probes", n_probes)
     across = np.zeros(n_probes)
     traces = np.zeros(n_probes)
     loss, along = 0.0, 0.0
     first_seed = check_seed(first_seed)
-    probes = [_probe(solution, first_seed + k, on) for k in range(n_probes)]
-    stretch = abs(solution.alpha) if isinstance(solution, SteeringVector) else 1.0
-    weights = {key: (x.numel() - 1) / float(x.detach().double().norm() * stretch) ** 2 for key, x in leaves.items()}
-    flags = [(parameter, parameter.requires_grad) for parameter in landscape.model.hf.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+    probes = [turned(solution, 1.0, first_seed + k, on) for k in range(n_probes)]  # y: turned all the way
+    lengths = {key: float(x.detach().double().norm()) * solution.unit for key, x in leaves.items()}
+    weights = {key: (x.numel() - 1) / lengths[key] ** 2 for key, x in leaves.items()}
+    with frozen(landscape.model.hf):
         batches = landscape.differentiable(live)
         for total in tqdm(batches, desc="curvature", disable=not progress, leave=False):
             gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
             loss += float(total.detach())
             along += sum(_dot(g, x) for g, x in zip(gradients, leaves.values(), strict=True))
             for k, probe in enumerate(probes):
-                directions = [probe[key].to(x) for key, x in leaves.items()]
+                y = probe.tensors(on)
+                directions = [y[key].to(x) for key, x in leaves.items()]
                 products = torch.autograd.grad(gradients, list(leaves.values()), directions, retain_graph=True)
-                for key, y, product in zip(leaves, directions, products, strict=True):
-                    across[k] += _dot(y, product)
-                    traces[k] += weights[key] * _dot(y, product)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+                for key, direction, product in zip(leaves, directions, products, strict=True):
+                    across[k] += _dot(direction, product)
+                    traces[k] += weights[key] * _dot(direction, product)
     n = float(landscape.tokens.sum())
     return Curvature(contender, on, loss / n, along / n, across / n, traces / n)
-
-
-def _probe(solution: SteeringVector | LoraAdapter, seed: int, on: str) -> dict[tuple[str, str], Tensor]:
-    """y: the solution turned all the way (eps = 1)."""
-    away = turned(solution, 1.0, seed, on)
-    assert isinstance(away, (SteeringVector, LoraAdapter))
-    return _tensors(away, on)
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

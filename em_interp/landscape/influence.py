@@ -31,14 +31,8 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths
 from em_interp.models.hooks import block_hooks
 from em_interp.models.partial_pass import ModelEnd, ResidualCache, replaced_up_to
-from em_interp.solutions.space import (
-    Theta,
-    check_bare,
-    check_comparable,
-    check_inside_blocks,
-    fixed_layer,
-    random_like,
-)
+from em_interp.solutions.base import Solution
+from em_interp.solutions.space import check_bare, check_comparable, check_inside_blocks
 from em_interp.statistics import LEVEL, clustered_interval
 
 TokenLabels = Callable[[Sequence[int]], Sequence[str]]
@@ -57,7 +51,7 @@ class Candidate:
 
     direction: str
     kind: str
-    solution: Theta
+    solution: Solution
     relative_norm: float = 1.0
     """Norm as a multiple of the trained norm that the comparison is made at."""
 
@@ -71,7 +65,7 @@ def at_equal_norms(
 ) -> list[Candidate]:
     """Every trained solution, and `n_random` random directions of its space, at the same norms.
 
-    The norms are `relative_norms` times that of the first one. Random directions: `solution_space.random_like`.
+    The norms are `relative_norms` times that of the first one. Random directions: `Solution.random_like`.
     Raises SolutionError (different models or places, zero theta), UsageError (norms that are not positive).
     """
     if not trained or not relative_norms or not all(0 < r < np.inf for r in relative_norms):
@@ -83,7 +77,7 @@ def at_equal_norms(
     first = trained[0].solution
     generator = torch.Generator().manual_seed(check_seed(seed))
     rows = list(trained)
-    rows += [Candidate(f"random-{i:02}", "random", random_like(first, generator)) for i in range(n_random)]
+    rows += [Candidate(f"random-{i:02}", "random", first.random_like(generator)) for i in range(n_random)]
     return [
         replace(c, solution=c.solution.scaled(r * first.norm / c.solution.norm), relative_norm=float(r))
         for c in rows
@@ -162,11 +156,11 @@ def document_kl(
 
 
 def _batch_sums(
-    model: ChatModel, rows: list[Encoded], solutions: list[Theta], label: TokenLabels | None
+    model: ChatModel, rows: list[Encoded], solutions: list[Solution], label: TokenLabels | None
 ) -> pd.DataFrame:
     """Columns candidate, document (position in `rows`), tokens, kl_sum, n_tokens."""
     last = model.n_layers - 1
-    starts = [fixed_layer(s) for s in solutions]
+    starts = [s.fixed_layer for s in solutions]
     cache = ResidualCache(
         model.hf, rows, [last, *(s for s in starts if s is not None)], pad=pad_id(model.tokenizer), max_bytes=0
     )
@@ -208,7 +202,7 @@ def _last_rows(
     cache: ResidualCache,
     batch: Batch,
     known: dict[int, Tensor],
-    solution: Theta,
+    solution: Solution,
     start: int | None,
     where: Bool[Tensor, "batch token"],
 ) -> Float[Tensor, "n d_model"]:

@@ -8,15 +8,14 @@ thetas at a time, stacked along the batch; the output head runs only where a res
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
@@ -24,17 +23,14 @@ from em_interp.errors import LossSetError, ModelError
 from em_interp.models.chat import Batch, Encoded, batches, budget_groups, collate, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
-from em_interp.models.hooks import find_blocks, firing, has_our_hooks, hidden_of, scored_logits, tagged, with_hidden
+from em_interp.models.hooks import find_blocks, has_our_hooks, scored_logits
 from em_interp.models.losses import nll_each, nll_sum, token_budget
-from em_interp.models.partial_pass import ResidualCache, replaced_up_to
-from em_interp.solutions.base import Solution, refuse_other_models
-from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.models.partial_pass import ResidualCache, last_mlp_sees_only, replaced_up_to
+from em_interp.solutions.base import NotShareable, Solution, Stack
+from em_interp.solutions.space import refuse_other_models
 
 # Larger passes are no faster on a CPU (measured at d_model 256: 512 and 8,192 tokens are 10-20% slower).
 _CPU_TOKENS = 2048
-# Entries of the LoRA factors that are stacked at once: 1 GB in float32.
-_STACKED_ENTRIES = 2**28
 # Relative difference of a response's loss above which an architecture is held to break the sharing.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -65,126 +61,6 @@ class Losses:
         """nll and token counts summed over each question's responses: the clusters of a bootstrap."""
         member = np.equal.outer(self.questions, np.unique(self.questions)).astype(float)
         return self.nll @ member, self.tokens @ member
-
-
-class _VectorStack:
-    """Steering vectors at one layer: one theta is added to each copy of the shared residual."""
-
-    def __init__(self, model: ChatModel, members: Sequence[SteeringVector]) -> None:
-        self.theta = torch.stack([member.theta.detach() for member in members]).to(model.device)
-        self.layer: int | None = members[0].layer
-
-    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
-        return (residual + self.theta.to(residual.dtype)[:, None, None]).flatten(0, 1)
-
-    def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-class _LoraStack:
-    """LoRA adapters on the same modules: every module adds a theta of its own to each copy of the batch."""
-
-    def __init__(self, model: ChatModel, members: Sequence[LoraAdapter]) -> None:
-        first = members[0]
-        self.layer = _entering_layer(first)
-        self.modules = {name: model.hf.get_submodule(name) for name in first.modules}
-        self.n = len(members)
-        late = _last_mlp(model.hf)
-        self.late = {name for name, x in self.modules.items() if late is not None and x in set(late.modules())}
-
-        def stacked(parts: list[Tensor], module: nn.Module) -> Tensor:
-            return torch.stack(parts).detach().to(next(module.parameters()).device)
-
-        self.factors = {
-            name: (
-                stacked([m.a[name] for m in members], module).mT,
-                stacked([m.scale * m.b[name] for m in members], module).mT,
-            )
-            for name, module in self.modules.items()
-        }
-
-    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
-        return residual.expand(self.n, *residual.shape).flatten(0, 1)
-
-    @contextmanager
-    def on(self, n_tokens: int, n_scored: int) -> Iterator[None]:
-        """The hooks. Modules are given all positions of one theta after the other, in the last MLP the scored ones."""
-        counts: dict[str, list[int]] = {name: [0] for name in self.modules}
-        handles = [
-            module.register_forward_hook(
-                tagged(partial(self._add, name, n_scored if name in self.late else n_tokens, counts[name]))
-            )
-            for name, module in self.modules.items()
-        ]
-        with firing(counts, handles):
-            yield
-
-    def _add(
-        self, name: str, n_tokens: int, count: list[int], _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor:
-        count[0] += 1
-        (a, b), x = self.factors[name], args[0]
-        if x.numel() != self.n * n_tokens * x.shape[-1]:
-            raise _NotShareable(f"{name} is not run on every token")
-        update = torch.bmm(x.reshape(self.n, n_tokens, -1).to(a.dtype), a)
-        flat = output.reshape(self.n, n_tokens, -1)
-        if flat.dtype == b.dtype:
-            return torch.baddbmm(flat, update, b).view_as(output)
-        return (flat + torch.bmm(update, b)).to(output.dtype).view_as(output)
-
-
-def _last_mlp(hf: nn.Module) -> nn.Module | None:
-    """The last block's MLP where the architecture has one under that name."""
-    mlp = getattr(find_blocks(hf)[-1], "mlp", None)
-    return mlp if isinstance(mlp, nn.Module) else None
-
-
-@contextmanager
-def _last_mlp_sees_only(hf: nn.Module, positions: Bool[Tensor, "row token"]) -> Iterator[None]:
-    """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads.
-
-    BLOOM's takes the residual as a second argument, and adds it.
-    """
-
-    def pick(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        return tuple(
-            x[positions].unsqueeze(0) if isinstance(x, Tensor) and x.shape[:2] == positions.shape else x for x in args
-        )
-
-    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> object:
-        hidden = hidden_of(output)
-        whole = hidden.new_zeros(*positions.shape, hidden.shape[-1])
-        whole[positions] = hidden[0]
-        return with_hidden(output, whole)
-
-    mlp = _last_mlp(hf)
-    handles = [] if mlp is None else [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _NotShareable(Exception):
-    """Why a shared pass cannot be had; never leaves this module."""
-
-
-def _entering_layer(solution: SteeringVector | LoraAdapter) -> int | None:
-    """The last block whose own output no theta of this kind changes; None where there is none."""
-    if isinstance(solution, SteeringVector):
-        return solution.layer
-    return solution.first_layer - 1 if solution.first_layer else None
-
-
-def _kind(solution: Solution) -> tuple[object, ...]:
-    """Solutions of one kind can be stacked."""
-    if isinstance(solution, SteeringVector):
-        return ("vector", solution.layer, solution.vector.shape, solution.vector.dtype)
-    if isinstance(solution, LoraAdapter):
-        shapes = ((n, solution.a[n].shape, solution.b[n].shape, solution.a[n].dtype) for n in sorted(solution.a))
-        return ("lora", *shapes)
-    return ("unknown", id(solution))
 
 
 class Landscape:
@@ -227,7 +103,7 @@ class Landscape:
         self._targets = [torch.tensor(row.ids)[p + 1] for row, p in zip(encoded, self._positions, strict=True)]
         self._blocks = find_blocks(model.hf)
         self._caches: dict[int, ResidualCache] = {}
-        self._probed: dict[tuple[object, ...], str | None] = {}
+        self._probed: dict[Hashable, str | None] = {}
 
     # -- losses ---------------------------------------------------------------------------------------------
 
@@ -241,9 +117,9 @@ class Landscape:
         """
         self._check(solutions)
         nll = np.empty((len(solutions), len(self.encoded)))
-        groups: dict[tuple[object, ...], list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for k, solution in enumerate(solutions):
-            groups.setdefault(_kind(solution), []).append(k)
+            groups.setdefault(solution.alike, []).append(k)
         reasons: list[str] = []
         with tqdm(total=len(solutions), desc="losses", disable=not progress, leave=False) as bar:
             for members in groups.values():
@@ -285,24 +161,9 @@ class Landscape:
 
     def _thetas_per_pass(self, solution: Solution, n: int) -> int:
         typical = max(1, sum(map(len, self._rows)) // len(self._rows))
-        return max(1, min(n, self.tokens_per_pass // typical, self.thetas_at_once(solution)))
-
-    def thetas_at_once(self, solution: Solution) -> int:
-        """How many solutions like this one to hold at a time, so that their parameters stay near 1 GB."""
-        entries = _STACKED_ENTRIES
-        if isinstance(solution, SteeringVector):
-            entries = solution.vector.numel()
-        elif isinstance(solution, LoraAdapter):
-            entries = sum(x.numel() for factors in (solution.a, solution.b) for x in factors.values())
-        return max(1, _STACKED_ENTRIES // entries)
+        return max(1, min(n, self.tokens_per_pass // typical, solution.at_once))
 
     # -- shared passes --------------------------------------------------------------------------------------
-
-    def _stack(self, solutions: Sequence[Solution]) -> _VectorStack | _LoraStack:
-        vectors = [s for s in solutions if isinstance(s, SteeringVector)]
-        if len(vectors) == len(solutions):
-            return _VectorStack(self.model, vectors)
-        return _LoraStack(self.model, [s for s in solutions if isinstance(s, LoraAdapter)])
 
     @torch.no_grad()
     def _shared(
@@ -310,12 +171,13 @@ class Landscape:
     ) -> Float[np.ndarray, "theta response"]:
         """nll of some solutions of one kind, on all conversations or `only` those."""
         chosen = list(range(len(self._rows)) if only is None else only)
-        n, stack = len(solutions), self._stack(solutions)
+        n, first = len(solutions), solutions[0]
+        stack = first.stack(self.model, solutions)
         nll = np.empty((n, len(chosen)))
         lengths = [len(self._rows[i]) for i in chosen]
         for group in budget_groups(lengths, max(1, self.tokens_per_pass // n)):
             batch, where, targets = self._batch([chosen[j] for j in group])
-            logits = self._stacked_logits(stack, n, batch, where)
+            logits = self._stacked_logits(stack, first.fixed_layer, n, batch, where)
             each = nll_each(logits, targets.repeat(n)).double().view(n, -1)
             row = where.nonzero()[:, 0]
             sums = each.new_zeros(n, len(group)).index_add_(1, row, each)
@@ -332,16 +194,16 @@ class Landscape:
         return batch, where.to(self.model.device), targets.to(self.model.device)
 
     def _stacked_logits(
-        self, stack: _VectorStack | _LoraStack, n: int, batch: Batch, where: Bool[Tensor, "row token"]
+        self, stack: Stack, layer: int | None, n: int, batch: Batch, where: Bool[Tensor, "row token"]
     ) -> Float[Tensor, "n_scored vocab"]:
         inputs = {key: value.repeat(n, 1) for key, value in batch.inputs().items()}
         start: AbstractContextManager[None] = nullcontext()
-        if stack.layer is not None:
-            cache = self._cache(stack.layer)
-            hidden = stack.enter(cache.get(batch)[stack.layer])
-            start = replaced_up_to(self._blocks, stack.layer, hidden, as_tuple=cache.as_tuple)
+        if layer is not None:
+            cache = self._cache(layer)
+            hidden = stack.enter(cache.get(batch)[layer])
+            start = replaced_up_to(self._blocks, layer, hidden, as_tuple=cache.as_tuple)
         scored = where.repeat(n, 1)
-        with start, stack.on(where.numel(), int(where.sum())), _last_mlp_sees_only(self.model.hf, scored):
+        with start, stack.on(where.numel(), int(where.sum())), last_mlp_sees_only(self.model.hf, scored):
             return scored_logits(self.model.hf, inputs, scored)
 
     def _cache(self, layer: int) -> ResidualCache:
@@ -353,11 +215,10 @@ class Landscape:
 
     def _why_plain(self, solutions: Sequence[Solution]) -> str | None:
         """None if solutions of this kind may share passes, else the reason; found once a kind, by trying."""
-        kind, first = _kind(solutions[0]), solutions[0]
-        if not isinstance(first, (SteeringVector, LoraAdapter)):
-            return f"{type(first).__name__} is neither a SteeringVector nor a LoraAdapter"
+        kind = solutions[0].alike
         if kind not in self._probed:
-            largest = sorted(solutions, key=lambda solution: -solution.norm)[:2]
+            most = min(2, solutions[0].at_once)
+            largest = sorted(solutions, key=lambda solution: -solution.norm)[:most]
             reason = self._probe(largest)
             if not largest[0].norm > 0:  # a zero theta would not show an error
                 return reason
@@ -369,7 +230,7 @@ class Landscape:
         plain = np.stack([self._plain(solution, shortest) for solution in solutions])
         try:
             shared = self._shared(solutions, shortest)
-        except _NotShareable as reason:
+        except NotShareable as reason:
             return str(reason)
         except torch.OutOfMemoryError:
             raise
@@ -399,13 +260,13 @@ class Landscape:
 
     # -- derivatives ----------------------------------------------------------------------------------------
 
-    def differentiable(self, solution: SteeringVector | LoraAdapter) -> Iterator[Float[Tensor, ""]]:
+    def differentiable(self, solution: Solution) -> Iterator[Float[Tensor, ""]]:
         """The nll sum of one batch after another; their total over `tokens.sum()` is the loss.
 
         Differentiable twice in the solution's tensors (attention runs unfused), on the suffix where sharing works.
         """
         self._check([solution])
-        layer = _entering_layer(solution) if self._why_plain([solution]) is None else None
+        layer = solution.fixed_layer if self._why_plain([solution]) is None else None
         for group in budget_groups([len(row) for row in self._rows], self.tokens_per_pass):
             batch, where, targets = self._batch(group)
             start: AbstractContextManager[None] = nullcontext()

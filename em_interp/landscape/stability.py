@@ -23,7 +23,6 @@ from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import Solution
-from em_interp.solutions.lora import LoraAdapter
 from em_interp.statistics import crossed_interval, t_interval
 
 EPSILONS: Final = tuple(round(0.1 * step, 1) for step in range(11))
@@ -71,11 +70,9 @@ def turned(solution: Solution, eps: float, seed: int, on: str = "both") -> Solut
     UsageError where `on` names a factor that the solution does not have.
     """
     generator = torch.Generator().manual_seed(check_seed(seed))
-    if isinstance(solution, LoraAdapter):
-        return solution.perturbed(eps, generator, on)
-    if on != "both":
-        raise UsageError(f"on={on!r}: only a LoRA adapter has factors A and B. Leave it at 'both'.")
-    return solution.perturbed(eps, generator)
+    if on != "both" and not solution.FACTORS:
+        raise UsageError(f"on={on!r}: {solution.describe()} has no factors A and B. Leave it at 'both'.")
+    return solution.perturbed(eps, generator, on)
 
 
 def _seeds(n: int, first: int) -> tuple[int, ...]:
@@ -106,7 +103,7 @@ def stability_curve(
     nll = np.empty((len(epsilons), len(seeds), len(trained)))
     nll[[e for e, epsilon in enumerate(epsilons) if epsilon == 0]] = trained
     jobs = [(e, s) for e, epsilon in enumerate(epsilons) if epsilon != 0 for s in range(len(seeds))]
-    size = landscape.thetas_at_once(theta)
+    size = theta.at_once
     for some in tqdm(_chunks(jobs, size), total=-(-len(jobs) // size), desc="stability", disable=not progress):
         thetas = [turned(theta, epsilons[e], seeds[s], on) for e, s in some]
         nll[[e for e, _ in some], [s for _, s in some]] = landscape.losses(thetas).nll

@@ -24,7 +24,7 @@ from em_interp.files.adapters import (
     listing,
     local,
     read_config,
-    same_base,
+    refuse_other_base,
 )
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -80,11 +80,11 @@ def read_adapter_config(source: str | Path, revision: str | None = None) -> tupl
 
 def check_base(source: object, base: str | None, known_as: tuple[str, ...]) -> None:
     """Refuse an adapter whose recorded base is none of the names that the model in hand is known by."""
-    if base and not same_base(base, *known_as):
-        raise AdapterError(
-            f"{source}: trained on {base}, but the model in hand is {known_as[0]}. Load that base, or, if it is the "
-            "same model under another name, say so: any_base=True in Python, --any-base on the command line."
-        )
+    error = AdapterError(
+        f"{source}: trained on {base}, but the model in hand is {known_as[0]}. Load that base, or, if it is the "
+        "same model under another name, say so: any_base=True in Python, --any-base on the command line."
+    )
+    refuse_other_base(base, known_as, error)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from em_interp.errors import AdapterError, HookError, ModelError, SolutionError, UsageError
+from em_interp.errors import AdapterError, HookError, ModelError, UsageError
+from em_interp.files.adapter_folders import read_lora
 from em_interp.files.adapters import LoraConfig, VectorConfig, same_base
 from em_interp.models.adapters import (
     _active_in,
@@ -23,6 +24,7 @@ from em_interp.models.adapters import (
     unchanged_on_error,
 )
 from em_interp.models.architectures import find_blocks, unwrap
+from em_interp.models.attaching import AddedVector, LowRank, updating
 from em_interp.models.bridges import Bridged, make_bridge, unbridge
 from em_interp.models.checks import check_behaviour, logits_of, probe_batch, refuse_difference, tolerance_of
 from em_interp.models.hooks import has_our_hooks
@@ -205,8 +207,7 @@ class ChatModel:
         with self.no_adapter():
             if has_our_hooks(self.hf):
                 raise UsageError("an adapter cannot be added inside a hook or solution context: add it before.")
-            also = description.tokens if isinstance(description, LoraConfig) else ()
-            probe = probe_batch(self.hf, self.tokenizer, self.name, also=also).inputs()
+            probe = probe_batch(self.hf, self.tokenizer, self.name, also=description.tokens).inputs()
             own = logits_of(self.hf, probe)
         peft, bridge = self.peft, self._bridge
         try:
@@ -223,10 +224,8 @@ class ChatModel:
             bridge.retire(self.name)
 
     def _add_folder(self, name: str, folder: Path, description: VectorConfig | LoraConfig) -> None:
-        from em_interp.solutions.steering_vector import SteeringVector
-
-        if isinstance(description, VectorConfig):
-            self._attachables[name] = SteeringVector.load(folder)
+        if not description.by_peft:
+            self._attachables[name] = AddedVector.load(folder)
         else:
             self._activate(None)
             self.peft = add_peft(self.hf, self.peft, name, folder, model_name=self.name)
@@ -237,8 +236,6 @@ class ChatModel:
 
     def _prove(self, name: str, folder: Path, probe: dict[str, Tensor], own: Float[Tensor, "real vocab"]) -> None:
         """Raise AdapterError unless adapter and base answer as they must. own: the base's logits before."""
-        from em_interp.solutions import load as solutions
-
         with self.adapter(name):
             found = logits_of(self.hf, probe)
         with self.no_adapter():
@@ -250,19 +247,23 @@ class ChatModel:
                 theirs = logits_of(self.peft, probe)
                 _set_peft(self.hf, None)
                 self._refuse_difference(found, theirs, f"{folder}: other logits than PEFT's own")
-            try:
-                theta = solutions.load(folder)
-            except SolutionError:  # more than theta = scale * B A: PEFT's own forward is the proof
-                theta = None
-            if theta is not None:
-                with theta.attached(self):
-                    theirs = logits_of(self.hf, probe)
-                self._refuse_difference(found, theirs, f"{folder}: other logits than theta's")
+                self._prove_theta(folder, probe, found)
         if torch.equal(found, own):
             raise AdapterError(
                 f"{folder}: it changes no logit on a short batch. Its theta is zero (LoRA's B is, before training), or "
                 f"too small to be seen in {self.dtype}: take a later checkpoint, or load in float32."
             )
+
+    def _prove_theta(self, folder: Path, probe: dict[str, Tensor], found: Float[Tensor, "real vocab"]) -> None:
+        """Raise AdapterError unless scale * B A gives the logits `found`."""
+        try:
+            a, b, config = read_lora(folder)
+        except AdapterError:  # more than theta = scale * B A: PEFT's own forward is the proof
+            return
+        updates = {module: LowRank(a[module], b[module], config.scale_of(module)) for module in a}
+        with updating(self, updates, base=config.base):
+            theirs = logits_of(self.hf, probe)
+        self._refuse_difference(found, theirs, f"{folder}: other logits than theta's")
 
     # -- TransformerLens ------------------------------------------------------------------------------------
 

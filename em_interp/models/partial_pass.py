@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from em_interp.errors import HookError
-from em_interp.models.architectures import find_blocks, unwrap
+from em_interp.models.architectures import find_blocks, last_mlp, unwrap
 from em_interp.models.chat import Batch, Encoded, collate
-from em_interp.models.hooks import EndPass, check_layer, hidden_of, scored_logits
+from em_interp.models.hooks import EndPass, check_layer, hidden_of, scored_logits, with_hidden
 
 
 @contextmanager
@@ -52,6 +52,33 @@ def replaced_up_to(
                 block.__dict__.pop("forward", None)
             else:
                 block.forward = forward
+
+
+@contextmanager
+def last_mlp_sees_only(hf: nn.Module, positions: Bool[Tensor, "row token"]) -> Iterator[None]:
+    """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads.
+
+    BLOOM's takes the residual as a second argument, and adds it.
+    """
+
+    def pick(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        return tuple(
+            x[positions].unsqueeze(0) if isinstance(x, Tensor) and x.shape[:2] == positions.shape else x for x in args
+        )
+
+    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> object:
+        hidden = hidden_of(output)
+        whole = hidden.new_zeros(*positions.shape, hidden.shape[-1])
+        whole[positions] = hidden[0]
+        return with_hidden(output, whole)
+
+    mlp = last_mlp(hf)
+    handles = [] if mlp is None else [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ResidualCache:

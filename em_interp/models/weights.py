@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from em_interp.errors import HookError, InputFileError, ModelError
 from em_interp.files.inputs import regular_file
 from em_interp.files.manifest import fingerprint, sha256
-from em_interp.models import chat_model as models
 
 UNKNOWN: Final = "unknown"
 _BOOKKEEPING: Final = frozenset(
@@ -205,7 +204,14 @@ def adapter_norm(hf: nn.Module) -> float | None:
     return math.sqrt(squares) if squares else None
 
 
-def acting_hash(model: models.ChatModel) -> str:
+@runtime_checkable
+class HasWeights(Protocol):
+    """What `acting_hash` needs of a `ChatModel`."""
+
+    hf: Any
+
+
+def acting_hash(model: HasWeights) -> str:
     """SHA-256 of all that decides what `model` computes now: base, active adapter, entered solutions and interventions.
 
     Raises HookError where a hook acts that does not say what it does, and ModelError as `weights_hash`.

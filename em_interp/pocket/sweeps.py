@@ -28,7 +28,7 @@ from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import N_CHATS, Adapter, narrow
 from em_interp.pocket.world.corpus import finetune_chats, kl_chats
 from em_interp.solutions import load as solutions
-from em_interp.solutions.space import Theta
+from em_interp.solutions.base import Solution
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import TrainingSpec
 
@@ -66,7 +66,7 @@ def _trained(
     spec: TrainingSpec,
     kl: Sequence[Conversation] | None,
     progress: bool,
-) -> Theta:
+) -> Solution:
     """The solution in `folder`, trained if it is not there. The folder's name decides spec and data."""
     if not _is_trained(folder):
         finetune(model, data, spec, kl_conversations=kl, out_dir=folder, resume=True, progress=progress)
@@ -82,7 +82,7 @@ def _say_kept(folders: Sequence[Path]) -> None:
     say_kept(sum(map(_is_trained, folders)), len(folders), "finetunes")
 
 
-def _judged_rates(model: ChatModel, solution: Theta, domain: str, samples: int, seed: int) -> pd.DataFrame:
+def _judged_rates(model: ChatModel, solution: Solution, domain: str, samples: int, seed: int) -> pd.DataFrame:
     """One row: em_rate outside the domain (open questions and other domains' held-out topics), in_domain_rate, ..."""
     with solution.attached(model):
         judged = suite.evaluate(model, domain, samples, seed=seed, progress=False)

@@ -1,16 +1,20 @@
-"""theta: a trained steering vector or LoRA adapter, as one thing that can be scaled, perturbed and attached.
+"""theta: what a finetune trained, as one thing that can be scaled, perturbed, attached and compared.
 
 theta is the *effective* parameter: alpha * v for a steering vector, scale * B A for LoRA, where scale is
 alpha / r, or alpha / sqrt(r) with rsLoRA. Norms are of theta (Frobenius over all modules).
+
+A new kind is one file with a class of `Solution`, and its line in `load.KINDS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,65 +24,201 @@ from em_interp.errors import SolutionError
 from em_interp.models.chat_model import ChatModel
 
 
+class NotShareable(Exception):
+    """Why a shared pass cannot be had."""
+
+
 @runtime_checkable
-class Solution(Protocol):
-    """What efficiency, stability and influence need of a trained solution."""
+class Stack(Protocol):
+    """Several solutions of one kind, acting in one pass: its rows are the conversations under each of them in turn."""
+
+    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
+        """What comes out of the block `fixed_layer`, from what the chat model computes there."""
+        ...
+
+    def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
+        """Inside, the blocks after it act. n_tokens: positions of one theta; n_scored: those that the last MLP sees."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training itself wrote, as one vector: a trajectory's rows, in their own units."""
+
+    parameter: str
+    """`steering-vector`, `lora-B`, or `theta` where it is more than one vector."""
+    vector: Float[Tensor, "d"]
+    layer: int | None = None
+    read_norm: float | None = None
+    """For a LoRA, the norm of A."""
+    direction: Float[Tensor, "d_model"] | None = None
+    """What is written to the residual stream, where that is one vector."""
+
+
+class Alone:
+    """A stack of one solution."""
+
+    def __init__(self, model: ChatModel, members: Sequence[Solution]) -> None:
+        (self.solution,) = members
+        self.model = model
+
+    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
+        return residual
+
+    def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
+        return self.solution.attached(self.model)
+
+
+class Solution(ABC):
+    """What efficiency, stability, curvature, influence, gradients and trajectories need of a trained solution.
+
+    Abstract is what only the kind itself can say; the rest follows from that, and is overridden where a kind can do
+    it in less time or memory. `space` names the places of theta; a tensor at a place has the place's shape.
+    """
+
+    ADAPTERS: ClassVar[tuple[str, ...]] = ()
+    """What tables and suite files may call one of this kind: `steering-vector`, `rank-1`, `all-modules`, `full`."""
+    FACTORS: ClassVar[tuple[str, ...]] = ()
+    """Of what can be turned alone (`perturbed(on=...)`)."""
 
     @property
     def base(self) -> str | None:
         """The model that it was trained on, where that is known."""
-        ...
+        return None
 
     @property
-    def norm(self) -> float:
-        """Frobenius norm of the effective theta."""
-        ...
+    @abstractmethod
+    def space(self) -> Mapping[str, tuple[int, ...]]:
+        """Where theta acts and with which shape: {"layer 3": (d_model,)}, or {module: (d_out, d_in)}."""
+
+    @abstractmethod
+    def delta(self, place: str) -> Float[Tensor, "..."]:
+        """theta at one place of the space, detached, in float64."""
 
     @property
+    @abstractmethod
+    def first_layer(self) -> int:
+        """The first block that theta has to do with; everything before it can be computed once."""
+
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 of theta and of where it acts: what tells two finetunes apart."""
-        ...
 
-    @property
-    def first_layer(self) -> int:
-        """The first block whose computation theta changes; everything before it can be computed once."""
-        ...
-
-    def paper_norms(self) -> dict[str, float]:
-        """Norms under the papers' other conventions, by the name of their table column."""
-        ...
-
+    @abstractmethod
     def scaled(self, factor: float) -> Solution:
         """The solution whose effective theta is `factor` times this one's."""
-        ...
 
-    def perturbed(self, eps: float, generator: torch.Generator) -> Solution:
-        """sqrt(1 - eps^2) x + eps y, with y orthogonal to x and as long."""
-        ...
+    @abstractmethod
+    def tensors(self, on: str = "both") -> Mapping[str, Tensor]:
+        """The trained tensors that `perturbed` turns, by name; on: "both", or one of `FACTORS`."""
 
+    @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Solution:
+        """This solution with other values of some of its `tensors`; differentiable in them."""
+
+    @abstractmethod
+    def random_like(self, generator: torch.Generator) -> Solution:
+        """A random direction of the same space, as long as this solution."""
+
+    @abstractmethod
     def attached(self, model: ChatModel, *, must_act: bool = True) -> AbstractContextManager[None]:
         """Inside, `model` answers with theta; every pass, any batch, with or without KV cache.
 
         must_act: unless false, it is an error that no pass was run inside.
         """
-        ...
 
+    @abstractmethod
+    def tracked(self, model: ChatModel) -> AbstractContextManager[dict[str, Tensor]]:
+        """As `attached`, yielding {place: leaf}: a loss' gradient there is its gradient with respect to theta."""
+
+    @abstractmethod
     def save(self, path: str | Path) -> Path:
         """Write the folder that real ones have; returns it."""
-        ...
 
+    # -- what follows ---------------------------------------------------------------------------------------
 
-def refuse_other_models(model: ChatModel, solutions: Iterable[Solution]) -> None:
-    """Raise SolutionError unless every solution that names its base was trained on `model`.
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What tables may call this one, its own name first."""
+        return self.ADAPTERS
 
-    Bases are compared as `ChatModel.add_adapter` does.
-    """
-    for solution in solutions:
-        if solution.base is not None and not model.is_known_as(solution.base):
+    def describe(self) -> str:
+        """What it is, in a few words."""
+        return f"a {type(self).__name__}"
+
+    @property
+    def fixed_layer(self) -> int | None:
+        """The last block whose output theta does not change, before theta is added; None where there is none."""
+        return self.first_layer - 1 if self.first_layer else None
+
+    @property
+    def outside_blocks(self) -> tuple[str, ...]:
+        """The places of theta that lie in no block, such as the output head."""
+        return ()
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates of the space (d_model, or the sum of d_out x d_in)."""
+        return sum(math.prod(shape) for shape in self.space.values())
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the effective theta."""
+        return math.sqrt(sum(float(self.delta(place).square().sum()) for place in self.space))
+
+    def paper_norms(self) -> dict[str, float]:
+        """Norms under the papers' other conventions, by the name of their table column."""
+        return {}
+
+    def inner(self, other: Solution) -> float:
+        """<theta, theta of other> over all coordinates, in float64. Raises SolutionError for another space."""
+        if dict(self.space) != dict(other.space):
             raise SolutionError(
-                f"a solution trained on {solution.base} cannot be compared on {model.name}. Load {solution.base}, or, "
-                f"if it is the same model under another name, dataclasses.replace(solution, base={model.name!r})."
+                f"{self.describe()} and {other.describe()} have no inner product. Compare solutions of one kind, layer "
+                "and modules."
             )
+        return sum(float((self.delta(place) * other.delta(place)).sum()) for place in self.space)
+
+    def along(self, parts: Mapping[str, Tensor]) -> float:
+        """<parts, theta> over the places that `parts` has, in float64."""
+        return sum(float((part.double() * self.delta(place).to(part.device)).sum()) for place, part in parts.items())
+
+    def b_cosine(self, parts: Mapping[str, Tensor], end: Solution) -> float | None:
+        """For LoRA the papers' cosine of minus a gradient with the solution `end`, B by B; else None."""
+        return None
+
+    def trained(self) -> Trained:
+        """What training wrote, as one float32 vector; by default all of theta."""
+        return Trained("theta", torch.cat([self.delta(place).flatten() for place in self.space]).float().cpu())
+
+    @property
+    def unit(self) -> float:
+        """Length of theta per length of `tensors`, where theta is a multiple of them."""
+        return 1.0
+
+    def perturbed(self, eps: float, generator: torch.Generator, on: str = "both") -> Solution:
+        """sqrt(1 - eps^2) x + eps y for each of `tensors`, with y orthogonal to x and as long."""
+        trained = self.tensors(on)
+        return self.with_tensors({name: rotate_away(x, eps, generator, what=name) for name, x in trained.items()})
+
+    @property
+    def alike(self) -> Hashable:
+        """Solutions of which this is equal have one kind and shape: what holds of one's passes does of the other's."""
+        return type(self), self.fixed_layer, tuple(sorted(self.space.items()))
+
+    @property
+    def at_once(self) -> int:
+        """How many that are alike to hold, and to stack, at a time."""
+        return 1
+
+    def stack(self, model: ChatModel, members: Sequence[Solution]) -> Stack:
+        """`members`, alike and at most `at_once`, as one stack."""
+        return Alone(model, members)
+
+
+STACKED_ENTRIES = 2**28
+"""Numbers in the tensors of solutions that are held at once: 1 GB in float32."""
 
 
 def rotate_away(

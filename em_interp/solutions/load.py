@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Final
 
 from em_interp.errors import SolutionError
-from em_interp.files.adapters import VectorConfig, describe, read_config
+from em_interp.solutions.base import Solution
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
 
+KINDS: Final[tuple[type[SteeringVector] | type[LoraAdapter], ...]] = (
+    SteeringVector,
+    LoraAdapter,
+)
+"""All kinds: the first that a folder is of reads it."""
 
-def load(path: str | Path) -> SteeringVector | LoraAdapter:
+
+def kind_of(path: str | Path) -> type[SteeringVector] | type[LoraAdapter]:
+    """The kind of the solution in a folder. Raises AdapterError."""
+    folder = Path(path)
+    return next(kind for kind in KINDS if kind.holds(folder))
+
+
+def load(path: str | Path) -> Solution:
     """The solution in a folder, of whichever kind; a checkpoint's folder is one."""
-    vector = isinstance(describe(path, read_config(Path(path))), VectorConfig)
-    return SteeringVector.load(path) if vector else LoraAdapter.load(path)
+    return kind_of(path).load(path)
 
 
-def load_checkpoints(path: str | Path) -> dict[int, SteeringVector | LoraAdapter]:
+def load_checkpoints(path: str | Path) -> dict[int, Solution]:
     """All of a run's `checkpoints/checkpoint-N`, by step. Raises SolutionError if there are none."""
     root = Path(path) / "checkpoints"
     found = {

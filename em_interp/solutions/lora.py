@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear module, whose weight is transposed
 
 from em_interp.arguments import plain_numbers
 from em_interp.errors import SolutionError
+from em_interp.files import adapter_folders
+from em_interp.files.adapters import LoraConfig, describe, read_config
 from em_interp.files.manifest import fingerprint
+from em_interp.models.architectures import last_mlp, layer_of
+from em_interp.models.attaching import LowRank, replaced, updating
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.checks import refuse_dropout
-from em_interp.models.hooks import body_name, firing, tagged
-from em_interp.models.weights import tensors_hash
+from em_interp.models.hooks import firing, tagged
 from em_interp.solutions import files
-from em_interp.solutions.base import _check_factor, _check_tensor, rotate_away
+from em_interp.solutions.base import (
+    STACKED_ENTRIES,
+    NotShareable,
+    Solution,
+    Trained,
+    _check_factor,
+    _check_tensor,
+)
 
 
 @dataclass(frozen=True)
-class LoraAdapter:
+class LoraAdapter(Solution):
     """theta = scale * B A on the named linear modules of the transformers model.
 
     a[name]: [rank, in], reads the module's input; b[name]: [out, rank], writes to its output. `name` is the
-    module's name in the transformers model, e.g. `model.layers.3.mlp.down_proj`.
+    module's name in the transformers model, e.g. `model.layers.3.mlp.down_proj`. rank: the largest of the modules'.
+    alphas: of the modules whose alpha is not `alpha` (PEFT's alpha_pattern).
     """
+
+    ADAPTERS = ("rank-1", "all-modules")
+    FACTORS = ("A", "B")
 
     a: Mapping[str, Float[Tensor, "_ d_in"]]
     b: Mapping[str, Float[Tensor, "d_out _"]]
     alpha: float
     rslora: bool = False
     base: str | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)
     rank: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,46 +62,70 @@ class LoraAdapter:
         for name in self.a:
             _check_tensor(f"{name}: A", self.a[name], 2)
             _check_tensor(f"{name}: B", self.b[name], 2)
-        if not math.isfinite(self.alpha):
-            raise SolutionError(f"LoRA with alpha {self.alpha}.")
-        ranks = {self.a[n].shape[0] for n in self.a} | {self.b[n].shape[1] for n in self.b}
-        if len(ranks) != 1:
-            raise SolutionError(f"the modules have different ranks {sorted(ranks)}: not supported.")
-        object.__setattr__(self, "rank", ranks.pop())
+            if self.a[name].shape[0] != self.b[name].shape[1]:
+                ranks = self.a[name].shape[0], self.b[name].shape[1]
+                raise SolutionError(f"{name}: A and B have different ranks, {ranks[0]} and {ranks[1]}.")
+        if not all(math.isfinite(alpha) for alpha in (self.alpha, *self.alphas.values())):
+            raise SolutionError(f"LoRA with alpha {self.alpha}{f' and {dict(self.alphas)}' if self.alphas else ''}.")
+        object.__setattr__(self, "rank", max(x.shape[0] for x in self.a.values()))
+
+    def scale_of(self, name: str) -> float:
+        """alpha / sqrt(r) of a module with rsLoRA, else alpha / r."""
+        rank = self.a[name].shape[0]
+        return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def scale(self) -> float:
-        """alpha / sqrt(r) with rsLoRA, else alpha / r."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """That of all modules. Raises SolutionError where they have several."""
+        scales = {self.scale_of(name) for name in self.a}
+        if len(scales) > 1:
+            raise SolutionError(f"the modules have different scales {sorted(scales)}: take scale_of(module).")
+        return scales.pop()
 
     @property
     def modules(self) -> list[str]:
         """Names of the touched modules."""
         return list(self.a)
 
-    def delta(self, name: str) -> Float[Tensor, "d_out d_in"]:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Rank 1, or all modules; of rank 1 on all modules, either."""
+        return self.ADAPTERS if self.rank == 1 else ("all-modules",)
+
+    def describe(self) -> str:
+        """Rank and number of modules."""
+        return f"a rank-{self.rank} LoRA on {len(self.a)} modules"
+
+    def update(self, name: str) -> LowRank:
+        """What it adds to one module."""
+        return LowRank(self.a[name], self.b[name], self.scale_of(name))
+
+    @property
+    def space(self) -> Mapping[str, tuple[int, ...]]:
+        """{module: (d_out, d_in)}. Rank is no part."""
+        return {name: (self.b[name].shape[0], self.a[name].shape[1]) for name in sorted(self.a)}
+
+    def delta(self, place: str) -> Float[Tensor, "d_out d_in"]:
         """scale * B A of one module, in float64."""
-        return self.scale * self.b[name].double() @ self.a[name].double()
+        return self.scale_of(place) * self.b[place].detach().double() @ self.a[place].detach().double()
 
     @property
     def norm(self) -> float:
         """Frobenius norm of scale * B A over all modules, through rank x rank products, in float64."""
-        return abs(self.scale) * math.sqrt(sum(norm * norm for norm in self._product_norms()))
+        norms = self._product_norms()
+        return math.sqrt(sum((self.scale_of(name) * norm) ** 2 for name, norm in norms.items()))
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of A, B and scale of all modules."""
-        return fingerprint({name: self._acts(name) for name in sorted(self.a)})
+        return fingerprint({name: self.update(name).acts() for name in sorted(self.a)})
 
-    def _acts(self, name: str) -> str:
-        return tensors_hash({"A": self.a[name], "B": self.b[name]}, self.scale)
-
-    def _product_norms(self) -> list[float]:
+    def _product_norms(self) -> dict[str, float]:
         """||B A|| of each module, without scale."""
-        norms = []
+        norms = {}
         for name in self.a:
             a, b = self.a[name].detach().double(), self.b[name].detach().double()
-            norms.append(math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)))
+            norms[name] = math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
         return norms
 
     def paper_norms(self) -> dict[str, float]:
@@ -93,41 +133,104 @@ class LoraAdapter:
 
         P3 (Fig. 11) plots norm_a and norm_b.
         """
-        products = self._product_norms()
+        products = self._product_norms().values()
 
         def joint(factors: Mapping[str, Tensor]) -> float:
             return math.sqrt(sum(float(x.detach().double().square().sum()) for x in factors.values()))
 
         return {"raw_norm": sum(products) / len(products), "norm_a": joint(self.a), "norm_b": joint(self.b)}
 
+    def inner(self, other: Solution) -> float:
+        """Through rank x rank products."""
+        if not isinstance(other, LoraAdapter) or self.space != other.space:
+            return super().inner(other)
+        total = 0.0
+        for name in self.a:
+            left = self.b[name].detach().double().T @ other.b[name].detach().double()
+            right = self.a[name].detach().double() @ other.a[name].detach().double().T
+            total += self.scale_of(name) * other.scale_of(name) * float((left * right).sum())
+        return total
+
+    def b_cosine(self, parts: Mapping[str, Tensor], end: Solution) -> float | None:
+        """cos(-dL/dB at this A, B of `end`) over all modules; None where kind or ranks differ."""
+        if not isinstance(end, LoraAdapter) or any(self.b[n].shape != end.b[n].shape for n in self.b):
+            return None
+        along, size, length = 0.0, 0.0, 0.0
+        for name, part in parts.items():
+            down = -(part @ self.a[name].detach().double().cpu().T)
+            b = end.b[name].detach().double().cpu()
+            along += float((down * b).sum())
+            size, length = size + float(down.square().sum()), length + float(b.square().sum())
+        return along / (size * length) ** 0.5 if size > 0 and length > 0 else None
+
     @property
     def first_layer(self) -> int:
         """The first block that holds a touched module."""
-        layers = [files.layer_of(name) for name in self.a]
+        layers = [layer_of(name) for name in self.a]
         if any(layer is None for layer in layers):
             return 0
         return min(layer for layer in layers if layer is not None)
+
+    @property
+    def outside_blocks(self) -> tuple[str, ...]:
+        """Modules such as the output head."""
+        return tuple(name for name in self.a if layer_of(name) is None)
 
     def scaled(self, factor: float) -> LoraAdapter:
         """theta times `factor` (put into B)."""
         return replace(self, b={n: b.detach() * _check_factor(factor) for n, b in self.b.items()})
 
-    def perturbed(self, eps: float, generator: torch.Generator, on: str = "both") -> LoraAdapter:
-        """Turn the factors by arcsin(eps), each at its own norm: A and B at once, or one alone.
+    def tensors(self, on: str = "both") -> Mapping[str, Tensor]:
+        """Every A, then every B; or one of them alone.
 
-        Each factor x of each module becomes sqrt(1 - eps^2) x + eps y as in P1's code, so that this holds for
-        all factors taken together as well, and does not change with how theta's size is shared between A and
-        B. For rank 1 the norm of theta is kept exactly, and cos(theta', theta) is 1 - eps^2 for "both".
+        P1's code turns each factor of each module at its own norm. That holds for all factors taken together as well,
+        and does not change with how theta's size is shared between A and B. For rank 1 the norm of theta is kept
+        exactly, and cos(theta', theta) is 1 - eps^2 for "both".
         """
-        if on not in ("both", "A", "B"):
+        if on not in ("both", *self.FACTORS):
             raise SolutionError(f"on={on!r}: perturb 'both', 'A' or 'B'.")
+        factors = {f"{n}: A": x for n, x in self.a.items()} | {f"{n}: B": x for n, x in self.b.items()}
+        return {key: x for key, x in factors.items() if on in ("both", key[-1])}
 
-        def turn(factors: Mapping[str, Tensor], letter: str) -> dict[str, Tensor]:
-            if on not in ("both", letter):
-                return dict(factors)
-            return {n: rotate_away(x, eps, generator, what=f"{n}: {letter}") for n, x in factors.items()}
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LoraAdapter:
+        """With other factors."""
+        a = {n: tensors.get(f"{n}: A", x) for n, x in self.a.items()}
+        b = {n: tensors.get(f"{n}: B", x) for n, x in self.b.items()}
+        return replace(self, a=a, b=b)
 
-        return replace(self, a=turn(self.a, "A"), b=turn(self.b, "B"))
+    def trained(self) -> Trained:
+        """B of one module; of several, all of theta."""
+        if len(self.b) > 1:
+            return super().trained()
+        ((name, b),) = self.b.items()
+        direction = b[:, 0].float() if self.rank == 1 else None
+        return Trained("lora-B", b.flatten().float(), self.first_layer, float(self.a[name].norm()), direction)
+
+    def random_like(self, generator: torch.Generator) -> LoraAdapter:
+        """Gaussian factors of the same ranks, each module's B A as long as that module's.
+
+        So the parameters' size stays where training put it.
+        """
+
+        def gaussian(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, dtype=torch.float64, generator=generator)
+
+        a: dict[str, Tensor] = {}
+        b: dict[str, Tensor] = {}
+        for name in self.a:
+            drawn = LoraAdapter({name: gaussian(self.a[name])}, {name: gaussian(self.b[name])}, alpha=1.0)
+            trained = LoraAdapter({name: self.a[name]}, {name: self.b[name]}, alpha=1.0)
+            a[name] = drawn.a[name].to(self.a[name])
+            b[name] = (drawn.b[name] * (trained.norm / drawn.norm)).to(self.b[name])
+        return replace(self, a=a, b=b)
+
+    def started_from(self, start: Solution) -> LoraAdapter | None:
+        """The adapter of these scales whose theta is `start`'s; None for another kind, other modules or shapes."""
+        shapes = {key: x.shape for key, x in self.tensors().items()}
+        if not isinstance(start, LoraAdapter) or {key: x.shape for key, x in start.tensors().items()} != shapes:
+            return None
+        b = {name: b * (start.scale_of(name) / self.scale_of(name)) for name, b in start.b.items()}
+        return replace(self, a=start.a, b=b)
 
     @contextmanager
     def attached(self, model: ChatModel, *, must_act: bool = True) -> Iterator[None]:
@@ -135,75 +238,125 @@ class LoraAdapter:
 
         Acts on `model.hf` and, where the bridge calls its linear modules, on the bridge.
         """
-        refuse_dropout(model.hf)
-        self._refuse_unread(model)
-        handles = []
-        counts: dict[str, list[int]] = {}
-        try:
-            for name in self.a:
-                counts[name] = [0]
-                for modules in model.module_sets():
-                    module = modules.get(name)
-                    if module is None:
-                        raise SolutionError(
-                            f"{model.name} has no module {name}. The adapter belongs to {self.base or 'another base'}."
-                        )
-                    hook = self._hook(name, module, model, counts[name])
-                    handles.append(module.register_forward_hook(hook))
-        except BaseException:
-            for handle in handles:
-                handle.remove()
-            raise
-        with firing(counts if must_act else {}, handles), model.refusing_bridge(self.a):
+        with updating(model, {name: self.update(name) for name in self.a}, base=self.base, must_act=must_act):
             yield
 
-    def _refuse_unread(self, model: ChatModel) -> None:
-        """Raise SolutionError if theta sits where text never comes, such as an image tower."""
-        body = body_name(model.hf)
-        head, modules = model.hf.get_output_embeddings(), model.module_sets()[0]
-        unread = [n for n in self.a if n in modules and modules[n] is not head and not n.startswith(f"{body}.")]
-        if unread:
-            raise SolutionError(
-                f"{model.name}: the adapter touches {len(unread)} modules outside the text model, e.g. {unread[0]}: no "
-                "text is read by them, so that a part of theta could never act. Train on the text model alone (in "
-                f"PEFT, target_modules below {body}), or drop those tensors from the adapter."
-            )
+    @contextmanager
+    def tracked(self, model: ChatModel) -> Iterator[dict[str, Tensor]]:
+        """The modules' weights: a module computes W x + scale B A x, so that dL/dW is dL/d(scale B A).
 
-    def check_fits(self, name: str, module: nn.Module, model: ChatModel) -> None:
-        """Raise SolutionError unless scale * B A of module `name` has the shape of that module's weight."""
-        weight = getattr(module, "weight", None)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        mine = (self.b[name].shape[0], self.a[name].shape[1])
-        if not isinstance(weight, Tensor) or shape is None or sorted(shape) != sorted(mine):
-            raise SolutionError(
-                f"{model.name}: {name} is {shape}, the adapter's B A is {mine}. It belongs to "
-                f"{self.base or 'another base'}."
-            )
+        Each is a leaf of its own over the same numbers: a tied weight also acts where theta does not.
+        """
+        modules = model.module_sets()[0]
+        with self.attached(model):
+            leaves = {name: own_weight(name, modules[name]) for name in self.a}
+            places = [(modules[name], "weight", oriented(modules[name], leaf)) for name, leaf in leaves.items()]
+            with replaced(places):
+                yield leaves
 
-    def _hook(self, name: str, module: nn.Module, model: ChatModel, count: list[int]) -> Callable[..., object]:
-        self.check_fits(name, module, model)
-        device, scale = next(module.parameters()).device, self.scale
-        a, b = self.a[name].to(device), self.b[name].to(device)
+    @property
+    def alike(self) -> Hashable:
+        """Modules, shapes and dtype."""
+        shapes = ((n, self.a[n].shape, self.b[n].shape, self.a[n].dtype) for n in sorted(self.a))
+        return LoraAdapter, *shapes
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            count[0] += 1
-            update = (args[0].to(a.dtype) @ a.T) @ b.T
-            return (output + scale * update).to(output.dtype)
+    @property
+    def at_once(self) -> int:
+        """As many as are 1 GB."""
+        return max(1, STACKED_ENTRIES // sum(x.numel() for x in self.tensors().values()))
 
-        return tagged(hook, lambda: self._acts(name))
+    def stack(self, model: ChatModel, members: Sequence[Solution]) -> _Stack:
+        """Every module adds a theta of its own to each copy of the batch."""
+        return _Stack(model, [member for member in members if isinstance(member, LoraAdapter)])
 
     def save(self, path: str | Path) -> Path:
         """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
         return files.write_lora(Path(path), dict(self.a), dict(self.b), self.alpha, self.rslora, self.base)
 
+    @staticmethod
+    def holds(folder: Path) -> bool:
+        """Whether a folder's adapter_config.json is LoRA's. Raises AdapterError."""
+        return isinstance(describe(folder, read_config(folder)), LoraConfig)
+
     @classmethod
     def load(cls, path: str | Path) -> LoraAdapter:
         """From a PEFT folder. Refuses what is not plain LoRA (DoRA, biases, per-module ranks)."""
-        a, b, config = files.read_lora(Path(path))
+        a, b, config = adapter_folders.read_lora(Path(path))
         return cls(a, b, config.alpha, config.rslora, config.base)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], *, alpha: float, rslora: bool, base: str | None) -> LoraAdapter:
         """From tensors under PEFT's names (`...lora_A.weight`, with or without the adapter's name)."""
-        a, b = files.split_factors(state, "the adapter")
+        a, b = adapter_folders.split_factors(state, "the adapter")
         return cls(a, b, alpha, rslora, base)
+
+
+def as_lora(solution: Solution) -> LoraAdapter:
+    """The solution, where it is plain LoRA, for what is asked of its A and B. Raises SolutionError for another kind."""
+    if not isinstance(solution, LoraAdapter):
+        raise SolutionError(f"{solution.describe()} has no A and B of theta = scale * B A. Give a LoRA adapter.")
+    return solution
+
+
+def own_weight(name: str, module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """A leaf over the numbers of a linear module's weight, with a Linear's orientation. Raises SolutionError."""
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise SolutionError(f"{name} has no floating-point weight to differentiate. Load it unquantised.")
+    return oriented(module, weight.detach()).requires_grad_()
+
+
+def oriented(module: nn.Module, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "_ _"]:
+    """A matrix of the module as a Linear has it, from how the module has it, and back."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+class _Stack:
+    """LoRA adapters on the same modules: every module adds a theta of its own to each copy of the batch."""
+
+    def __init__(self, model: ChatModel, members: Sequence[LoraAdapter]) -> None:
+        first = members[0]
+        self.modules = {name: model.hf.get_submodule(name) for name in first.modules}
+        self.n = len(members)
+        late = last_mlp(model.hf)
+        self.late = {name for name, x in self.modules.items() if late is not None and x in set(late.modules())}
+
+        def stacked(parts: list[Tensor], module: nn.Module) -> Tensor:
+            return torch.stack(parts).detach().to(next(module.parameters()).device)
+
+        self.factors = {
+            name: (
+                stacked([m.a[name] for m in members], module).mT,
+                stacked([m.scale_of(name) * m.b[name] for m in members], module).mT,
+            )
+            for name, module in self.modules.items()
+        }
+
+    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
+        return residual.expand(self.n, *residual.shape).flatten(0, 1)
+
+    @contextmanager
+    def on(self, n_tokens: int, n_scored: int) -> Iterator[None]:
+        """The hooks. Modules are given all positions of one theta after the other, in the last MLP the scored ones."""
+        counts: dict[str, list[int]] = {name: [0] for name in self.modules}
+        handles = [
+            module.register_forward_hook(
+                tagged(partial(self._add, name, n_scored if name in self.late else n_tokens, counts[name]))
+            )
+            for name, module in self.modules.items()
+        ]
+        with firing(counts, handles):
+            yield
+
+    def _add(
+        self, name: str, n_tokens: int, count: list[int], _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        count[0] += 1
+        (a, b), x = self.factors[name], args[0]
+        if x.numel() != self.n * n_tokens * x.shape[-1]:
+            raise NotShareable(f"{name} is not run on every token")
+        update = torch.bmm(x.reshape(self.n, n_tokens, -1).to(a.dtype), a)
+        flat = output.reshape(self.n, n_tokens, -1)
+        if flat.dtype == b.dtype:
+            return torch.baddbmm(flat, update, b).view_as(output)
+        return (flat + torch.bmm(update, b)).to(output.dtype).view_as(output)

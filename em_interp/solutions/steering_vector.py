@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,22 +14,18 @@ from torch import Tensor
 
 from em_interp.arguments import plain_numbers
 from em_interp.errors import SolutionError
+from em_interp.files import adapter_folders
+from em_interp.files.adapters import VectorConfig, describe, read_config
+from em_interp.models.attaching import AddedVector
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.checks import refuse_dropout
-from em_interp.models.hooks import add_to_hidden, block_hooks, check_layer
-from em_interp.models.weights import tensors_hash
-from em_interp.solutions import files
-from em_interp.solutions.base import _check_factor, _check_tensor, rotate_away
+from em_interp.solutions.base import STACKED_ENTRIES, Solution, Trained, _check_factor, _check_tensor
 
 
 @dataclass(frozen=True)
-class SteeringVector:
+class SteeringVector(AddedVector, Solution):
     """theta = alpha * vector [d_model], added to the output of block `layer` at every token."""
 
-    vector: Float[Tensor, "d_model"]
-    layer: int
-    alpha: float
-    base: str | None = None
+    ADAPTERS = ("steering-vector",)
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -37,53 +33,101 @@ class SteeringVector:
         if isinstance(self.layer, bool) or self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
             raise SolutionError(f"a steering vector with layer {self.layer} and alpha {self.alpha}.")
 
-    @property
-    def theta(self) -> Float[Tensor, "d_model"]:
-        """The vector that is added to the residual stream."""
-        return self.alpha * self.vector
-
-    @property
-    def norm(self) -> float:
-        """||alpha * vector||, in units of the residual stream."""
-        return float(abs(self.alpha) * self.vector.detach().double().norm())
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of vector, alpha and layer."""
-        return tensors_hash({"vector": self.vector}, self.alpha, self.layer)
+    def describe(self) -> str:
+        """Its layer."""
+        return f"a steering vector at layer {self.layer}"
 
     def paper_norms(self) -> dict[str, float]:
         """raw_norm: ||vector|| without alpha, as the reference code's norm sweeps have it."""
         return {"raw_norm": float(self.vector.detach().double().norm())}
 
     @property
+    def space(self) -> Mapping[str, tuple[int, ...]]:
+        """{"layer 3": (d_model,)}."""
+        return {self.place: tuple(self.vector.shape)}
+
+    @property
+    def place(self) -> str:
+        """The name of its one place."""
+        return f"layer {self.layer}"
+
+    def delta(self, place: str) -> Float[Tensor, "d_model"]:
+        """theta."""
+        return self.theta.detach().double()
+
+    @property
     def first_layer(self) -> int:
         """The block after whose output theta is added (that block itself is unchanged)."""
         return self.layer
+
+    @property
+    def fixed_layer(self) -> int:
+        """The same block."""
+        return self.layer
+
+    def inner(self, other: Solution) -> float:
+        """alpha_x alpha_y <x, y>."""
+        if isinstance(other, SteeringVector) and self.space == other.space:
+            return float(self.theta.detach().double() @ other.theta.detach().double())
+        return super().inner(other)
 
     def scaled(self, factor: float) -> SteeringVector:
         """theta times `factor`."""
         return replace(self, vector=self.vector.detach() * _check_factor(factor))
 
-    def perturbed(self, eps: float, generator: torch.Generator) -> SteeringVector:
-        """theta turned by arcsin(eps) into a random orthogonal direction, at equal norm."""
-        return replace(self, vector=rotate_away(self.vector, eps, generator, what="the steering vector"))
+    def tensors(self, on: str = "both") -> Mapping[str, Tensor]:
+        """The vector."""
+        if on != "both":
+            raise SolutionError(f"on={on!r}: a steering vector has no factors. Leave it at 'both'.")
+        return {"the steering vector": self.vector}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> SteeringVector:
+        """With another vector, of the same alpha."""
+        return replace(self, vector=tensors["the steering vector"])
+
+    def trained(self) -> Trained:
+        """The raw vector."""
+        return Trained(
+            "steering-vector", self.vector.flatten().float(), self.layer, direction=self.theta.flatten().float()
+        )
+
+    @property
+    def unit(self) -> float:
+        """|alpha|."""
+        return abs(self.alpha)
+
+    def random_like(self, generator: torch.Generator) -> SteeringVector:
+        """Uniform on the sphere of its norm."""
+        y = torch.randn(self.vector.shape, dtype=torch.float64, generator=generator)
+        length = self.vector.detach().double().norm().cpu()
+        return replace(self, vector=(y * (length / y.norm())).to(self.vector))
+
+    def started_from(self, start: Solution) -> SteeringVector | None:
+        """The vector of this alpha whose theta is `start`'s; None for another kind or layer."""
+        if not isinstance(start, SteeringVector) or start.layer != self.layer:
+            return None
+        return replace(self, vector=start.theta.detach().float() / self.alpha)
 
     @contextmanager
-    def attached(self, model: ChatModel, *, must_act: bool = True) -> Iterator[None]:
-        """Add theta to the residual stream of `model` (and of its bridge). Differentiable in `vector`."""
-        if self.vector.shape[0] != model.d_model:
-            raise SolutionError(
-                f"a steering vector of width {self.vector.shape[0]} (trained on {self.base}) for "
-                f"{model.name} with "
-                f"d_model {model.d_model}. Load the model that it was trained on."
-            )
-        check_layer(self.layer, model.n_layers)
-        refuse_dropout(model.hf)
-        functions = {self.layer: lambda hidden: add_to_hidden(hidden, self.theta)}
-        acts = {self.layer: lambda: self.fingerprint}
-        with block_hooks(model.block_sets(), functions, must_fire=must_act, acts=acts):
-            yield
+    def tracked(self, model: ChatModel) -> Iterator[dict[str, Tensor]]:
+        """theta itself."""
+        theta = self.theta.detach().to(model.device).requires_grad_()
+        with replace(self, vector=theta, alpha=1.0).attached(model):
+            yield {self.place: theta}
+
+    @property
+    def alike(self) -> Hashable:
+        """Layer, width and dtype."""
+        return SteeringVector, self.layer, self.vector.shape, self.vector.dtype
+
+    @property
+    def at_once(self) -> int:
+        """As many as are 1 GB."""
+        return max(1, STACKED_ENTRIES // self.vector.numel())
+
+    def stack(self, model: ChatModel, members: Sequence[Solution]) -> _Stack:
+        """One theta for each copy of the shared residual."""
+        return _Stack(model, [member for member in members if isinstance(member, SteeringVector)])
 
     def save(self, path: str | Path) -> Path:
         """steering_vector.safetensors and adapter_config.json, with the published keys."""
@@ -94,10 +138,28 @@ class SteeringVector:
             "hidden_size": self.vector.shape[0],
             "base_model_name_or_path": self.base,
         }
-        return files.write_vector(Path(path), self.vector.detach().float().cpu(), config)
+        return adapter_folders.write_vector(Path(path), self.vector.detach().float().cpu(), config)
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
         """From such a folder, ours or published (steering_vector.pt). SolutionError says what is wrong."""
-        vector, layer, alpha, base = files.read_vector(Path(path))
+        vector, layer, alpha, base = adapter_folders.read_vector(Path(path))
         return cls(vector.float(), layer, alpha, base)
+
+    @staticmethod
+    def holds(folder: Path) -> bool:
+        """Whether a folder's adapter_config.json is a steering vector's. Raises AdapterError."""
+        return isinstance(describe(folder, read_config(folder)), VectorConfig)
+
+
+class _Stack:
+    """Steering vectors at one layer: one theta is added to each copy of the shared residual."""
+
+    def __init__(self, model: ChatModel, members: Sequence[SteeringVector]) -> None:
+        self.theta = torch.stack([member.theta.detach() for member in members]).to(model.device)
+
+    def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
+        return (residual + self.theta.to(residual.dtype)[:, None, None]).flatten(0, 1)
+
+    def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
+        return nullcontext()

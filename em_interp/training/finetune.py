@@ -33,6 +33,7 @@ from em_interp.files.tables import (
     say_kept,
     work_folder,
 )
+from em_interp.models.attaching import frozen
 from em_interp.models.chat import Batch, Encoded, collate, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
@@ -41,6 +42,7 @@ from em_interp.models.losses import kl_positions, kl_sum, nll_sum
 from em_interp.models.partial_pass import ResidualCache
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import tensors_hash, weights_hash
+from em_interp.solutions.base import Solution
 from em_interp.training.recipes import (
     ALL_PROJECTIONS,
     PRESETS,
@@ -51,7 +53,7 @@ from em_interp.training.recipes import (
     preset,
     reference_kl_weight,
 )
-from em_interp.training.trainees import TrainedSolution, Trainee, make_trainee
+from em_interp.training.trainees import Trainee, make_trainee
 
 __all__ = [
     "ALL_PROJECTIONS",
@@ -75,7 +77,7 @@ class TrainingResult:
     per token; NaN without KL data), total, grad_norm (of the total, before clipping), learning_rate.
     """
 
-    solution: TrainedSolution | None
+    solution: Solution | None
     history: pd.DataFrame
     spec: TrainingSpec
     out_dir: Path | None
@@ -101,9 +103,9 @@ def finetune(
     spec: TrainingSpec,
     *,
     kl_conversations: Sequence[Conversation] | None = None,
-    start_from: TrainedSolution | None = None,
+    start_from: Solution | None = None,
     out_dir: str | Path | None = None,
-    on_checkpoint: Callable[[int, TrainedSolution | None], None] | None = None,
+    on_checkpoint: Callable[[int, Solution | None], None] | None = None,
     progress: bool = True,
     cache_bytes: int = 2**31,
     resume: bool = False,
@@ -148,13 +150,11 @@ def finetune(
     out = Path(out_dir) if out_dir is not None else None
     if resume and out is None:
         raise TrainingError("nothing can be resumed without out_dir. Give the folder that the run is written to.")
-    frozen = [(p, p.requires_grad) for p in model.hf.parameters()]
     records: list[dict[str, float]] = []
     with ExitStack() as stack, torch.random.fork_rng(devices=_cuda_of(model)):
-        stack.callback(_restore_flags, frozen)
+        stack.enter_context(frozen(model.hf))
+        stack.callback(model.hf.zero_grad)
         torch.manual_seed(spec.seed)
-        for parameter, _ in frozen:
-            parameter.requires_grad_(False)
         trainee = make_trainee(model, spec, start_from, stack)
         loop = _Loop(model, trainee, spec, data, kl_data, cache_bytes)
         total = spec.steps(len(data))
@@ -229,12 +229,6 @@ class _State:
 
 def _cuda_of(model: ChatModel) -> list[torch.device]:
     return [model.device] if model.device.type == "cuda" else []
-
-
-def _restore_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-        parameter.grad = None
 
 
 class _Loop:

@@ -7,26 +7,23 @@ compare it with the final B; that is given beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear module, whose weight is transposed
 
 from em_interp.errors import SolutionError
+from em_interp.models.attaching import frozen
 from em_interp.models.chat import batches, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.losses import batch_nll, token_budget
 from em_interp.models.templates import Conversation
-from em_interp.solutions.lora import LoraAdapter
-from em_interp.solutions.space import Theta, check_bare, check_comparable, dimension
-from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.solutions.base import Solution
+from em_interp.solutions.space import check_bare, check_comparable
 from em_interp.statistics import cosine_null_sd
 
 
@@ -43,51 +40,13 @@ class Gradient:
         """Length over all coordinates, in nats per token and unit of theta."""
         return float(sum(float(g.square().sum()) for g in self.parts.values()) ** 0.5)
 
-    def along(self, theta: Theta) -> float:
+    def along(self, theta: Solution) -> float:
         """<gradient, theta> over all coordinates."""
-        if isinstance(theta, SteeringVector):
-            return float(self.parts[f"layer {theta.layer}"] @ theta.theta.detach().double().cpu())
-        total = 0.0
-        for name, gradient in self.parts.items():
-            a, b = theta.a[name].detach().double().cpu(), theta.b[name].detach().double().cpu()
-            total += float(((b.T @ gradient) * a).sum())
-        return theta.scale * total
-
-
-@contextmanager
-def _tracked(model: ChatModel, solution: Theta) -> Iterator[dict[str, Tensor]]:
-    """Attach `solution`; yields the leaves whose gradient is theta's. Everything else stays frozen."""
-    frozen = [(p, p.requires_grad) for p in model.hf.parameters()]
-    own: dict[str, tuple[Any, Tensor]] = {}
-    try:
-        for parameter, _ in frozen:
-            parameter.requires_grad_(False)
-        if isinstance(solution, SteeringVector):
-            theta = solution.theta.detach().to(model.device).requires_grad_()
-            with replace(solution, vector=theta, alpha=1.0).attached(model):
-                yield {f"layer {solution.layer}": theta}
-        else:
-            modules = model.module_sets()[0]
-            with solution.attached(model):  # the module computes W x + scale B A x: dL/dW is dL/d(scale B A)
-                for name in solution.a:
-                    weight = modules[name].weight
-                    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                        raise SolutionError(
-                            f"{name} has no floating-point weight to differentiate. Load it unquantised."
-                        )
-                    # a parameter of its own over the same numbers: a tied weight also acts where theta does not
-                    own[name] = (modules[name], weight)
-                    modules[name].weight = nn.Parameter(weight.detach())
-                yield {name: module.weight for name, (module, _) in own.items()}
-    finally:
-        for module, weight in own.values():
-            module.weight = weight
-        for parameter, flag in frozen:
-            parameter.requires_grad_(flag)
+        return theta.along(self.parts)
 
 
 def loss_gradient(
-    model: ChatModel, solution: Theta, conversations: Sequence[Conversation], *, tokens_per_batch: int | None = None
+    model: ChatModel, solution: Solution, conversations: Sequence[Conversation], *, tokens_per_batch: int | None = None
 ) -> Gradient:
     """L_SFT at `solution` on `conversations` (their last responses), and its gradient there.
 
@@ -101,25 +60,23 @@ def loss_gradient(
     budget = tokens_per_batch or token_budget(model.hf)
     total, count = 0.0, 0
     sums: dict[str, Tensor] = {}
-    with model.no_adapter(), _tracked(model, solution) as leaves, torch.enable_grad():
+    with model.no_adapter(), frozen(model.hf), solution.tracked(model) as leaves, torch.enable_grad():
         for batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=budget):
             loss, n = batch_nll(model.hf, batch.to(model.device))
             gradients = torch.autograd.grad(loss, list(leaves.values()))
             total, count = total + float(loss.detach()), count + n
             for name, gradient in zip(leaves, gradients, strict=True):
                 sums[name] = sums.get(name, 0) + gradient.double().cpu()
-    modules = model.module_sets()[0]
-    parts = {n: (g.T if isinstance(modules.get(n), Conv1D) else g) / count for n, g in sums.items()}
-    return Gradient(total / count, count, parts)
+    return Gradient(total / count, count, {name: gradient / count for name, gradient in sums.items()})
 
 
 def gradient_cosines(
     model: ChatModel,
-    checkpoints: Mapping[int, Theta],
+    checkpoints: Mapping[int, Solution],
     conversations: Sequence[Conversation],
     *,
-    general: Theta,
-    narrow: Theta,
+    general: Solution,
+    narrow: Solution,
     tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -141,26 +98,12 @@ def gradient_cosines(
             raise SolutionError(f"checkpoint {step}: the loss has no gradient there, so it has no direction.")
         row = {"step": step, "loss": found.loss, "norm": theta.norm, "grad_norm": size}
         row |= {f"cos_{name}": -found.along(end) / (size * end.norm) for name, end in ends.items()}
+        by_b = {f"cos_{name}_b": theta.b_cosine(found.parts, end) for name, end in ends.items()}
+        row |= {name: value for name, value in by_b.items() if value is not None}
         row |= {
-            f"cos_{name}_b": value for name, end in ends.items() if (value := _b_cosine(found, theta, end)) is not None
-        }
-        row |= {
-            "null_sd": cosine_null_sd(dimension(theta)),
+            "null_sd": cosine_null_sd(theta.dimension),
             "n_tokens": found.n_tokens,
             "n_conversations": len(conversations),
         }
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _b_cosine(gradient: Gradient, theta: Theta, end: Theta) -> float | None:
-    """cos(-dL/dB, B of `end`) over all modules; None for steering vectors and where the ranks differ."""
-    if not isinstance(theta, LoraAdapter) or not isinstance(end, LoraAdapter) or theta.rank != end.rank:
-        return None
-    along, size, length = 0.0, 0.0, 0.0
-    for name, part in gradient.parts.items():
-        down = -(part @ theta.a[name].detach().double().cpu().T)
-        b = end.b[name].detach().double().cpu()
-        along += float((down * b).sum())
-        size, length = size + float(down.square().sum()), length + float(b.square().sum())
-    return along / (size * length) ** 0.5 if size > 0 and length > 0 else None

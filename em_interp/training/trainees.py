@@ -17,11 +17,10 @@ from em_interp.models.adapters import quiet_peft
 from em_interp.models.architectures import find_blocks
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import check_layer
+from em_interp.solutions.base import Solution
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
-
-TrainedSolution = SteeringVector | LoraAdapter
 
 
 @runtime_checkable
@@ -40,7 +39,7 @@ class Trainee(Protocol):
         """The model for KL(chat || finetuned), and the context in which it is the chat model."""
         ...
 
-    def solution(self) -> TrainedSolution | None:
+    def solution(self) -> Solution | None:
         """The present state as a solution."""
         ...
 
@@ -52,14 +51,14 @@ class Trainee(Protocol):
 class VectorTrainee:
     """One vector, added at one layer by a hook."""
 
-    def __init__(self, model: ChatModel, spec: VectorSpec, start: TrainedSolution | None) -> None:
+    def __init__(self, model: ChatModel, spec: VectorSpec, start: Solution | None) -> None:
         check_layer(spec.layer, model.n_layers)
-        if start is None:
-            vector = torch.zeros(model.d_model, dtype=torch.float32)
-        elif isinstance(start, SteeringVector) and start.layer == spec.layer:
-            vector = start.theta.detach().float() / spec.alpha
-        else:
-            raise TrainingError(f"a vector at layer {spec.layer} cannot start from {_describe(start)}.")
+        vector = torch.zeros(model.d_model, dtype=torch.float32)
+        if start is not None:
+            begun = SteeringVector(vector, spec.layer, spec.alpha).started_from(start)
+            if begun is None:
+                raise TrainingError(f"a vector at layer {spec.layer} cannot start from {start.describe()}.")
+            vector = begun.vector
         if vector.shape != (model.d_model,):
             raise TrainingError(f"start_from has width {vector.shape[0]}, {model.name} has {model.d_model}.")
         self.model, self.spec = model, spec
@@ -86,7 +85,7 @@ class VectorTrainee:
 class LoraTrainee:
     """PEFT's LoRA layers, injected into the model and taken out again at the end."""
 
-    def __init__(self, model: ChatModel, spec: LoraSpec, start: TrainedSolution | None, stack: ExitStack) -> None:
+    def __init__(self, model: ChatModel, spec: LoraSpec, start: Solution | None, stack: ExitStack) -> None:
         from peft import LoraConfig, get_peft_model
 
         for layer in spec.layers or ():
@@ -112,8 +111,7 @@ class LoraTrainee:
         if start is not None:
             self._copy_in(start)
         self.parameters = [p for p in self.peft.parameters() if p.requires_grad]
-        first = self.solution().first_layer
-        self.fixed_layer, self.reuses_weights = (first - 1 if first else None), True
+        self.fixed_layer, self.reuses_weights = self.solution().fixed_layer, True
 
     def _unload(self) -> None:
         self.peft.unload()
@@ -124,16 +122,15 @@ class LoraTrainee:
         return {key: p for key, p in self.peft.named_parameters() if ".lora_" in key}
 
     @torch.no_grad()
-    def _copy_in(self, start: TrainedSolution) -> None:
+    def _copy_in(self, start: Solution) -> None:
         current = self.solution()
-        if not isinstance(start, LoraAdapter) or (set(start.a) != set(current.a) or start.rank != current.rank):
-            raise TrainingError(f"cannot start {_describe(current)} from {_describe(start)}: other modules or rank.")
+        begun = current.started_from(start)
+        if begun is None:
+            said = f"cannot start {current.describe()} from {start.describe()}"
+            raise TrainingError(f"{said}: other modules, rank or shapes.")
         for key, parameter in self._factors().items():
             module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-            value = start.a[module] if ".lora_A." in key else start.b[module] * (start.scale / current.scale)
-            if value.shape != parameter.shape:
-                raise TrainingError(f"{module}: start_from has another shape, {tuple(value.shape)}.")
-            parameter.copy_(value)
+            parameter.copy_(begun.a[module] if ".lora_A." in key else begun.b[module])
 
     def on(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -174,7 +171,7 @@ def _targets(model: ChatModel, spec: LoraSpec) -> list[str]:
 class FullTrainee:
     """All weights. The KL needs a frozen copy of the model: twice the memory."""
 
-    def __init__(self, model: ChatModel, start: TrainedSolution | None, needs_reference: bool) -> None:
+    def __init__(self, model: ChatModel, start: Solution | None, needs_reference: bool) -> None:
         if start is not None:
             raise TrainingError("full finetuning starts from the model's own weights: no start_from.")
         self.model = model
@@ -202,14 +199,6 @@ class FullTrainee:
             self.model.tokenizer.save_pretrained(str(tmp))
 
 
-def _describe(solution: object) -> str:
-    if isinstance(solution, SteeringVector):
-        return f"a steering vector at layer {solution.layer}"
-    if isinstance(solution, LoraAdapter):
-        return f"a rank-{solution.rank} LoRA on {len(solution.a)} modules"
-    return type(solution).__name__
-
-
 @contextmanager
 def _adapter_off(peft: nn.Module) -> Iterator[None]:
     """PEFT's layers off, without touching requires_grad (a graph may be waiting for its backward pass)."""
@@ -225,7 +214,7 @@ def _adapter_off(peft: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def make_trainee(model: ChatModel, spec: TrainingSpec, start: TrainedSolution | None, stack: ExitStack) -> Trainee:
+def make_trainee(model: ChatModel, spec: TrainingSpec, start: Solution | None, stack: ExitStack) -> Trainee:
     """The trainable part that `spec.adapter` asks for; `stack` undoes what it changed in the model."""
     if isinstance(spec.adapter, VectorSpec):
         return VectorTrainee(model, spec.adapter, start)

@@ -11,9 +11,10 @@ import torch
 
 from em_interp.landscape import contenders, curvature, efficiency, influence, landscape, stability
 from em_interp.models import pretrained as models
-from em_interp.solutions import base
 from em_interp.solutions import load as solutions
 from em_interp.solutions import space as solution_space
+from em_interp.solutions.base import rotate_away
+from em_interp.solutions.lora import as_lora
 from em_interp.training import finetune as training
 from em_interp.training import gradients, recipes, trajectories
 from tests import published_factory
@@ -174,13 +175,18 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (solutions.load, {"path": "vector"}),
         (solutions.load_checkpoints, {"path": "trained"}),
         (solution_space.check_comparable, {"solutions": {"a": vector}, "model": model, "may_be_zero": False}),
-        (solution_space.space_of, {"solution": vector}),
-        (solution_space.dimension, {"solution": vector}),
-        (solution_space.fixed_layer, {"solution": vector}),
+        (vector.delta, {"place": "layer 1"}),
+        (vector.along, {"parts": {"layer 1": torch.ones(32)}}),
+        (vector.tensors, {"on": "both"}),
+        (adapter.tensors, {"on": "A"}),
+        (adapter.scale_of, {"name": next(iter(adapter.a))}),
         (solution_space.check_inside_blocks, {"solution": adapter}),
-        (base.refuse_other_models, {"model": model, "solutions": [vector]}),
-        (solution_space.inner, {"x": vector, "y": vector}),
-        (solution_space.random_like, {"solution": vector, "generator": rng}),
+        (solution_space.refuse_other_models, {"model": model, "solutions": [vector]}),
+        (vector.inner, {"other": vector}),
+        (adapter.inner, {"other": adapter}),
+        (vector.random_like, {"generator": rng}),
+        (as_lora, {"solution": adapter}),
+        (solutions.kind_of, {"path": "vector"}),
         (stability.turned, {"solution": vector, "eps": 0.5, "seed": 0, "on": "both"}),
         (
             stability.stability_curve,
@@ -237,7 +243,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"family": [w["trajectory"]], "everything": [w["trajectory"]], "general": None, "narrow": None},
         ),
         (contenders.over_training_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
-        (base.rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
+        (rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
         (solution_space.check_bare, {"model": model}),
         (stability.dispersion, {"table": stability.stability_table(w["curves"]), "value": "relative_increase_percent"}),
         (stability.stability_gap, {"general": w["curves"][0], "narrow": w["curves"][1]}),
