@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from em_interp.errors import EmInterpError, ModelError, SolutionError
+from em_interp.files.adapter_folders import read_lora
+from em_interp.models import chat_model
 from em_interp.models.adapters import quiet_peft
 from em_interp.models.chat import collate, encode_all
 from em_interp.models.chat_model import ChatModel
@@ -254,8 +256,9 @@ def test_the_proof_catches_what_the_config_does_not_say(tmp_path, batch, monkeyp
         with pytest.raises(ModelError, match=r"no_adapter|brings its own"):
             make_chat(family).add_adapter("x", folder)
     scaled = lora_folder(tmp_path / "scaled")
-    real = solutions.load
-    monkeypatch.setattr(solutions, "load", lambda path: real(path).scaled(1.1))
+    a, b, config = read_lora(scaled)
+    longer = {name: 1.1 * x for name, x in b.items()}
+    monkeypatch.setattr(chat_model, "read_lora", lambda path: (a, longer, config))
     with pytest.raises(ModelError, match="other logits than theta's"):
         make_chat().add_adapter("x", scaled)
 

@@ -18,6 +18,7 @@ from em_interp.files.adapters import (
     describe,
     listing,
     one_value,
+    plain_lora,
     read_config,
     read_tensors,
     scale_number,
@@ -88,14 +89,7 @@ def split_factors(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict
 
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], LoraConfig]:
     """A, B and the description of a PEFT folder that holds plain LoRA, of which theta = scale * B A is all."""
-    config = describe(folder, read_config(folder))
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"{folder}: a steering vector, not LoRA.")
-    if config.beyond:
-        raise AdapterError(
-            f"{folder}: not plain LoRA, it has {dict(config.beyond)}: theta would not be scale * B A. It can be "
-            "used as a model: models.load(base, adapter=folder)."
-        )
+    config = plain_lora(folder, read_config(folder))
     a, b = split_factors(adapter_tensors(folder), folder)
     odd = sorted(n for n in a if a[n].ndim != 2 or a[n].shape[0] != config.rank)
     if odd:

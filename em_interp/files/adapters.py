@@ -254,6 +254,19 @@ def describe(where: object, config: Mapping[str, Any]) -> VectorConfig | LoraCon
     )
 
 
+def plain_lora(where: object, config: Mapping[str, Any]) -> LoraConfig:
+    """As `describe`, of LoRA of which theta = scale * B A is all. Raises AdapterError."""
+    found = describe(where, config)
+    if not isinstance(found, LoraConfig):
+        raise AdapterError(f"{where}: a steering vector, not LoRA.")
+    if found.beyond:
+        raise AdapterError(
+            f"{where}: not plain LoRA, it has {dict(found.beyond)}: theta would not be scale * B A. It can be "
+            "used as a model: models.load(base, adapter=folder)."
+        )
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises AdapterError with what is wrong."""
     try:

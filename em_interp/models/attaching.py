@@ -5,15 +5,18 @@ Plain mechanics: whose numbers these are, `solutions/` knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from em_interp.arguments import plain_numbers
 from em_interp.errors import SolutionError
 from em_interp.files.adapter_folders import read_vector
 from em_interp.models.architectures import body_name
@@ -44,6 +47,14 @@ class Host(Protocol):
         ...
 
 
+def check_tensor(name: str, x: Tensor, ndim: int) -> None:
+    """Raise SolutionError unless a trained tensor has `ndim` dimensions, entries, and finite ones only."""
+    if x.ndim != ndim or x.numel() == 0:
+        raise SolutionError(f"{name} has shape {tuple(x.shape)}; expected {ndim} non-empty dimensions.")
+    if not torch.isfinite(x.detach()).all():
+        raise SolutionError(f"{name} holds NaN or infinite values. The run that made it diverged.")
+
+
 @dataclass(frozen=True)
 class AddedVector:
     """theta = alpha * vector [d_model], added to the output of block `layer` at every token."""
@@ -52,6 +63,12 @@ class AddedVector:
     layer: int
     alpha: float
     base: str | None = None
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        check_tensor("the steering vector", self.vector, 1)
+        if isinstance(self.layer, bool) or self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
+            raise SolutionError(f"a steering vector with layer {self.layer} and alpha {self.alpha}.")
 
     @property
     def theta(self) -> Float[Tensor, "d_model"]:

@@ -29,7 +29,7 @@ from em_interp.errors import (
     UnreadableFileError,
     UsageError,
 )
-from em_interp.files.adapters import CONFIG, LoraConfig, VectorConfig, describe
+from em_interp.files.adapters import CONFIG, LoraConfig, plain_lora
 from em_interp.published.activations import model_of
 from em_interp.published.torchfile import check_finite, load_tensors, load_torch
 from em_interp.solutions.steering_vector import SteeringVector
@@ -347,13 +347,9 @@ def _layer_of(module: str) -> int:
 
 def _plain_lora(path: Path, config: dict[str, Any]) -> LoraConfig:
     try:
-        found = describe("it", config)
+        return plain_lora("it", config)
     except AdapterError as error:
         raise UnreadableFileError(path, str(error).rstrip("."), _PLAIN) from error
-    if isinstance(found, VectorConfig) or found.beyond:
-        kind = "a steering vector's" if isinstance(found, VectorConfig) else f"of more than LoRA: {dict(found.beyond)}"
-        raise UnreadableFileError(path, f"it is {kind}; the checkpoints are read as scale * B A", _PLAIN)
-    return found
 
 
 def read_lora_checkpoint(path: Path, step: int) -> LoraCheckpoint:

@@ -247,13 +247,6 @@ def rotate_away(
     return turned
 
 
-def _check_tensor(name: str, x: Tensor, ndim: int) -> None:
-    if x.ndim != ndim or x.numel() == 0:
-        raise SolutionError(f"{name} has shape {tuple(x.shape)}; expected {ndim} non-empty dimensions.")
-    if not torch.isfinite(x.detach()).all():
-        raise SolutionError(f"{name} holds NaN or infinite values. The run that made it diverged.")
-
-
 def _check_factor(factor: float) -> float:
     if not math.isfinite(factor):
         raise SolutionError(f"cannot scale by {factor}.")

@@ -20,7 +20,7 @@ from em_interp.files import adapter_folders
 from em_interp.files.adapters import LoraConfig, describe, read_config
 from em_interp.files.manifest import fingerprint
 from em_interp.models.architectures import last_mlp, layer_of
-from em_interp.models.attaching import LowRank, replaced, updating
+from em_interp.models.attaching import LowRank, check_tensor, replaced, updating
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import firing, tagged
 from em_interp.solutions import files
@@ -30,7 +30,6 @@ from em_interp.solutions.base import (
     Solution,
     Trained,
     _check_factor,
-    _check_tensor,
 )
 
 
@@ -60,8 +59,8 @@ class LoraAdapter(Solution):
             odd = sorted(set(self.a) ^ set(self.b))[:3]
             raise SolutionError(f"LoRA needs A and B for each module; unpaired: {odd or 'no modules'}.")
         for name in self.a:
-            _check_tensor(f"{name}: A", self.a[name], 2)
-            _check_tensor(f"{name}: B", self.b[name], 2)
+            check_tensor(f"{name}: A", self.a[name], 2)
+            check_tensor(f"{name}: B", self.b[name], 2)
             if self.a[name].shape[0] != self.b[name].shape[1]:
                 ranks = self.a[name].shape[0], self.b[name].shape[1]
                 raise SolutionError(f"{name}: A and B have different ranks, {ranks[0]} and {ranks[1]}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,13 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from em_interp.arguments import plain_numbers
 from em_interp.errors import SolutionError
 from em_interp.files import adapter_folders
 from em_interp.files.adapters import VectorConfig, describe, read_config
 from em_interp.models.attaching import AddedVector
 from em_interp.models.chat_model import ChatModel
-from em_interp.solutions.base import STACKED_ENTRIES, Solution, Trained, _check_factor, _check_tensor
+from em_interp.solutions.base import STACKED_ENTRIES, Solution, Trained, _check_factor
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,6 @@ class SteeringVector(AddedVector, Solution):
     """theta = alpha * vector [d_model], added to the output of block `layer` at every token."""
 
     ADAPTERS = ("steering-vector",)
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        _check_tensor("the steering vector", self.vector, 1)
-        if isinstance(self.layer, bool) or self.layer < 0 or not math.isfinite(self.alpha) or self.alpha == 0:
-            raise SolutionError(f"a steering vector with layer {self.layer} and alpha {self.alpha}.")
 
     def describe(self) -> str:
         """Its layer."""

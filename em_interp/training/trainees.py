@@ -127,7 +127,7 @@ class LoraTrainee:
         begun = current.started_from(start)
         if begun is None:
             said = f"cannot start {current.describe()} from {start.describe()}"
-            raise TrainingError(f"{said}: other modules, rank or shapes.")
+            raise TrainingError(f"{said}: other modules or ranks.")
         for key, parameter in self._factors().items():
             module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
             parameter.copy_(begun.a[module] if ".lora_A." in key else begun.b[module])
