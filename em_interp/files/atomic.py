@@ -170,7 +170,21 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def _locked(path: Path) -> int:
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Inside, no other process holds this lock file, which is made; waits for its turn. A killed process holds nothing.
+
+    Raises ``OutputError`` where it cannot be made.
+    """
+    with ExitStack() as stack:
+        with _typed(lock):
+            handle = _locked(lock, wait=True)
+        stack.callback(os.close, handle)
+        stack.callback(lambda: lock.unlink() if _is_at(handle, lock) else None)
+        yield
+
+
+def _locked(path: Path, *, wait: bool = False) -> int:
     """A handle that holds the lock of a file, which is made. Raises ``BlockingIOError`` where another holds it.
 
     The last holder may have removed the file between opening and locking: then the lock is of no use to the next one.
@@ -180,7 +194,7 @@ def _locked(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         with ExitStack() as stack:
             stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_at(handle, path):
                 stack.pop_all()
                 return handle

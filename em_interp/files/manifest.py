@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -53,27 +55,64 @@ def versions() -> dict[str, str]:
     return found
 
 
+_ROOT: Final = Path(__file__).resolve().parents[2]
+"""Where the project's packages lie."""
+
+
 def source_hash() -> str:
-    """One hash over the package's own source files, so that a change of code is seen without git."""
-    root = Path(__file__).resolve().parents[2]
-    files = [p for name in ("em_interp", "analyses") for p in (root / name).rglob("*") if p.suffix in (".py", ".toml")]
-    return fingerprint(hash_files(root, files))
+    """One hash over the project's own source files, so that a change of code is seen without git. Not of benchmarks."""
+    found = [p for name in ("em_interp", "analyses") for p in (_ROOT / name).rglob("*") if p.suffix in (".py", ".toml")]
+    return fingerprint(hash_files(_ROOT, [p for p in found if "benchmarks" not in p.relative_to(_ROOT).parts]))
 
 
-def code_hash() -> str:
-    """One hash over the source files and the versions of `NUMERIC`: the code that a kept result was made by."""
+def code_hash(*modules: str) -> str:
+    """One hash over source files and the versions of `NUMERIC`: the code that a kept result was made by.
+
+    modules: full names; then only they count, and what they import of this project, directly or not.
+    """
+    return _code_hash(modules)
+
+
+@cache
+def _code_hash(modules: tuple[str, ...]) -> str:
     found = versions()
-    return fingerprint([source_hash(), {name: found[name] for name in NUMERIC}])
+    source = fingerprint(hash_files(_ROOT, _imported(modules))) if modules else source_hash()
+    return fingerprint([source, {name: found[name] for name in NUMERIC}])
+
+
+def _imported(modules: Sequence[str]) -> set[Path]:
+    """The files of modules of this project, of the packages that they lie in, and of all that these import of it."""
+    files: set[Path] = set()
+    todo = list(modules)
+    while todo:
+        name = todo.pop()
+        for depth in range(1, name.count(".") + 2):
+            place = _ROOT.joinpath(*name.split(".")[:depth])
+            for path in (place / "__init__.py", place.with_suffix(".py")):
+                if path.is_file() and path not in files:
+                    files.add(path)
+                    todo += _imports(path)
+    return files
+
+
+def _imports(path: Path) -> list[str]:
+    """The names in a file that may be modules of this project."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in found if name.split(".")[0] in ("em_interp", "analyses")]
 
 
 def git_revision() -> str | None:
     """Commit of the source tree, with ``+changes`` where it differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (_ROOT / ".git").exists():
         return None
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        head = _git(_ROOT, "rev-parse", "HEAD")
+        changed = _git(_ROOT, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")
