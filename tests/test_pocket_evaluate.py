@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from em_interp import cli
 from em_interp.errors import UsageError
+from em_interp.evaluation import answers
 from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.models import pretrained as models
 from em_interp.models.chat_model import ChatModel
@@ -197,8 +198,8 @@ def test_the_suite_is_evaluated_and_a_second_run_only_reads(tmp_path: Path, monk
         judged["answer"], suite.evaluate(model, "medicine", 2, progress=False)["answer"].reset_index(drop=True)
     )
     with monkeypatch.context() as patch:
-        for name in ("evaluate", "evaluate_chat", "logprob_scores"):
-            patch.setattr(suite, name, lambda *_a, **_k: pytest.fail("asked again"))
+        for owner, name in ((answers, "sample"), (suite, "logprob_scores")):
+            patch.setattr(owner, name, lambda *_a, **_k: pytest.fail("asked again"))
         before = {p.name: p.read_text() for p in tmp_path.glob("*.csv")}
         assert runner.invoke(cli.app, arguments).exit_code == 0
         assert {p.name: p.read_text() for p in tmp_path.glob("*.csv")} == before

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,7 @@ from em_interp.models.templates import Conversation, Tokenizer
 from em_interp.models.weights import acting_hash
 
 POOLINGS: Final = ("tokens", "responses")
+_BY_SCOPE: Final = ("pooled", "averaged", "token_norms", "counts")
 _UPCAST_BYTES: Final = 2**25
 """Half-precision residuals are widened at most this much at a time."""
 
@@ -61,6 +62,32 @@ class Activations:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values that `of_state` makes the same of again. Not for those that are kept in a store."""
+        if isinstance(self._rows, ActivationStore):
+            raise ActivationError("these activations lie in a store already: read them there, with the same folder.")
+        kept = {} if self._rows is None else self._rows
+        parts = {name: getattr(self, name) for name in _BY_SCOPE} | {"rows": kept}
+        tensors = {f"{part}.{scope}": x for part, by_scope in parts.items() for scope, x in by_scope.items()}
+        note = {name: getattr(self, name) for name in ("model", "layers", "questions", "fingerprint")}
+        return tensors, note
+
+    @classmethod
+    def of_state(cls, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Activations:
+        """What `state` gave."""
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in (*_BY_SCOPE, "rows")}
+        for name, x in tensors.items():
+            part, _, scope = name.partition(".")
+            parts[part][scope] = x
+        return cls(
+            model=note["model"],
+            layers=tuple(note["layers"]),
+            questions=tuple(note["questions"]),
+            fingerprint=note["fingerprint"],
+            _rows=parts.pop("rows") or None,
+            **parts,
+        )
 
     def _check(self, scope: str) -> None:
         if scope not in self.pooled:

@@ -14,13 +14,14 @@ conversations end with the next question, and scope `last_prompt` reads what the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import pandas as pd
+from torch import Tensor
 
 from em_interp.directions.activations import Activations, check_readable, collect
 from em_interp.directions.direction import Direction
@@ -56,6 +57,25 @@ class Contrast:
     """Whether no layers were named, so that layers without any difference may be left out."""
     weights: str = UNKNOWN
     """`weights_hash` of the base model."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values that `of_state` makes the same of again."""
+        sides = {side: getattr(self, side).state() for side in ("positive", "negative")}
+        tensors = {f"{side}.{name}": x for side, (found, _) in sides.items() for name, x in found.items()}
+        note = {name: getattr(self, name) for name in ("kind", "scope", "revision", "sources", "all_layers", "weights")}
+        return tensors, note | {side: told for side, (_, told) in sides.items()}
+
+    @classmethod
+    def of_state(cls, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> Contrast:
+        """What `state` gave."""
+        sides = {
+            side: Activations.of_state(
+                {name.removeprefix(f"{side}."): x for name, x in tensors.items() if name.startswith(f"{side}.")},
+                note[side],
+            )
+            for side in ("positive", "negative")
+        }
+        return cls(**{**note, **sides, "sources": tuple(note["sources"])})
 
     @property
     def paired(self) -> bool:

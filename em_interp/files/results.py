@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 import pandas as pd
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from em_interp.errors import UnreadableFileError
 from em_interp.files.atomic import atomic_path, one_at_a_time, remove_leftovers, write_text
@@ -143,6 +145,11 @@ class Results:
         """How many there are."""
         return 0 if self.folder is None else len([*self.folder.glob("*/*.csv"), *self.folder.glob("*/*.safetensors")])
 
+    def say_kept(self) -> None:
+        """Tell the user, on stderr, that there are some."""
+        if len(self):
+            tqdm.write(f"kept {len(self)} results of earlier runs in {self.folder}", file=sys.stderr)
+
     def tidy(self) -> None:
         """Remove what nobody used for 30 days, and what killed processes left. No other process may write here."""
         if self.folder is None:
@@ -167,3 +174,7 @@ def _said(told: Path) -> list[str]:
         return list(json.loads(told.read_text(encoding="utf-8"))["said"])
     except (OSError, ValueError, KeyError):
         return []
+
+
+KEEPING_NOTHING: Final = Results()
+"""What is asked for is made every time."""

@@ -216,7 +216,17 @@ def acting_hash(model: HasWeights) -> str:
 
     Raises HookError where a hook acts that does not say what it does, and ModelError as `weights_hash`.
     """
-    return fingerprint([weights_hash(model.hf), adapter_hash(model.hf), _hooks(model.hf)])
+    return fingerprint(list(what_acts(model).values()))
+
+
+def what_acts(model: models.ChatModel) -> dict[str, str | None]:
+    """The same in parts: hashes of the base weights, of the active PEFT adapter, and of what is attached besides."""
+    attached = _hooks(model.hf)
+    return {
+        "weights": weights_hash(model.hf),
+        "adapter": adapter_hash(model.hf),
+        "attached": fingerprint(attached) if attached else None,
+    }
 
 
 def _hooks(hf: nn.Module) -> list[tuple[str, str]]:
@@ -278,8 +288,8 @@ def source_hash(source: str | Path, revision: str | None = None) -> str:
         for name in ("config.json", "adapter_config.json"):
             with suppress(Exception):
                 found = try_to_load_from_cache(repository, inner.lstrip("/") + name, revision=revision)
-                if isinstance(found, str):
-                    return f"{source}@{Path(found).parts[len(Path(found).parts) - 2 - len(parts[2:])]}"
+                if isinstance(found, str):  # .../snapshots/COMMIT/...
+                    return f"{source}@{found.rpartition('/snapshots/')[2].partition('/')[0]}"
         raise ModelError(
             f"{source}: neither a local folder nor a reachable hub repository "
             f"({type(error).__name__}). Check the name, the revision, HF_TOKEN and the network."

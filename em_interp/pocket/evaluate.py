@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from em_interp.arguments import check_seed
-from em_interp.files.manifest import code_hash, fingerprint, hash_files, write_manifest
-from em_interp.files.results import kept, write_table
-from em_interp.files.tables import say_kept
+from em_interp.files.manifest import fingerprint, hash_files, write_manifest
+from em_interp.files.results import Results, write_table
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.weights import file_hash
+from em_interp.models.weights import file_hash, what_acts
 from em_interp.pocket import models as loading
 from em_interp.pocket import questions as suite
 from em_interp.pocket import registry
@@ -40,8 +39,8 @@ def evaluate_suite(
 
     names: registry names, with or without "pocket/"; all that are here by default. Tables: em_rates; technical_rates
     (organisms of the second task, and the chat model, where one is asked for); logprob_scores; facts (chat model).
-    OUT/manifest.json says which weights, n and seed. Judged answers stay in OUT/answers, so that a killed run goes on
-    and a change of weights, n, seed or code starts anew. Raises RegistryError for a name that is not here.
+    OUT/manifest.json says which weights, n and seed. Judged answers stay in OUT/answers (`Results`), so that a killed
+    run goes on and a change of weights, n, seed or code starts anew. Raises RegistryError for a name that is not here.
     """
     here = available()
     check_seed(seed)
@@ -53,16 +52,11 @@ def evaluate_suite(
     with_register = any(o is not None and o.task == "register" for o in map(here.get, wanted))
     tables: dict[str, list[pd.DataFrame]] = {}
     weights = {w: chat_weights if here[w] is None else file_hash(registry.resolve(w)) for w in wanted}
-    code = code_hash()
-    stems = {}
-    for name in wanted:
-        of = [chat_weights, "" if here[name] is None else weights[name]]
-        stems[name] = f"{name.removeprefix(registry.PREFIX)}-{fingerprint([of, n, seed, code])[:12]}"
-    answers = out / "answers"
-    say_kept(sum((answers / f"{stem}.csv").is_file() for stem in stems.values()), len(wanted), "models' answers")
+    results = Results(out)
+    results.say_kept()
     for name in tqdm(wanted, desc="evaluate", disable=not progress):
-        found = _one(name, here[name], model, answers, stems[name], n, seed, with_register, progress)
-        for table, rows in found.items():
+        asking = _Asking(model, name, here[name], results, n, seed, progress)
+        for table, rows in asking.tables(with_register).items():
             tables.setdefault(table, []).append(rows)
     whole = {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
     written = [write_table(out / f"{table}.csv", rows) for table, rows in whole.items()]
@@ -71,58 +65,72 @@ def evaluate_suite(
     return whole
 
 
-def _one(
-    name: str,
-    organism: Organism | None,
-    model: ChatModel,
-    folder: Path,
-    stem: str,
-    n: int,
-    seed: int,
-    with_register: bool,
-    progress: bool,
-) -> dict[str, pd.DataFrame]:
-    """The rows of one model in each table."""
-    identity: dict[str, Any] = {"organism": name, "solution": "chat", "adapter": "full", "domain": "none"}
-    tasks: list[Task] = ["persona", "register"] if with_register else ["persona"]
-    if organism is not None:
-        identity |= {"solution": organism.solution, "adapter": organism.adapter, "domain": organism.domain}
-        tasks = [organism.task]
+@dataclass(frozen=True)
+class _Asking:
+    """One model, what is asked of it, and where its answers are kept."""
 
-    def active() -> AbstractContextManager[None]:
-        return nullcontext() if organism is None else solutions.load(registry.resolve(name)).attached(model)
+    model: ChatModel
+    name: str
+    organism: Organism | None
+    results: Results
+    n: int
+    seed: int
+    progress: bool
 
-    def answers() -> pd.DataFrame:
-        with active():
-            if organism is None:
-                return suite.evaluate_chat(model, n, seed=seed, progress=progress)
-            return suite.evaluate(model, organism.domain, n, seed=seed, progress=progress)
+    @property
+    def short(self) -> str:
+        return self.name.removeprefix(registry.PREFIX)
 
-    def scores(task: Task) -> pd.DataFrame:
-        asked = suite.chat_questions() if organism is None else suite.evaluation_questions(organism.domain)
-        with active():
-            return suite.logprob_scores(model, suite.answer_pairs(asked, task))
+    def active(self) -> AbstractContextManager[None]:
+        if self.organism is None:
+            return nullcontext()
+        return solutions.load(registry.resolve(self.name)).attached(self.model, must_act=False)
 
-    judged = kept(folder / f"{stem}.csv", answers)
-    number = {"seed": None if organism is None else organism.seed}
-    found = {"em_rates": suite.rates(judged, **identity).assign(**number)}
-    if "register" in tasks:
-        found["technical_rates"] = suite.technical_rates(judged, **identity).assign(**number)
-    parts = [
-        suite.logprob_rates(kept(folder / f"{stem}-{task}-logprobs.csv", partial(scores, task)), **identity).assign(
-            task=task, **number
+    def answers(self) -> pd.DataFrame:
+        options: dict[str, Any] = {"seed": self.seed, "progress": self.progress}
+        options |= {"results": self.results, "name": self.short}
+        with self.active():
+            if self.organism is None:
+                return suite.evaluate_chat(self.model, self.n, **options)
+            return suite.evaluate(self.model, self.organism.domain, self.n, **options)
+
+    def scores(self, task: Task) -> pd.DataFrame:
+        of = self.organism
+        pairs = suite.answer_pairs(
+            suite.chat_questions() if of is None else suite.evaluation_questions(of.domain), task
         )
-        for task in tasks
-    ]
-    found["logprob_scores"] = pd.concat(parts, ignore_index=True)
-    if organism is None:
-        by_domain = [
-            suite.rates(judged[judged["domain"] == domain], **{**identity, "domain": domain}).assign(**number)
-            for domain in DOMAINS
-        ]
-        found["em_rates"] = pd.concat([found["em_rates"], *by_domain], ignore_index=True)
-        found["facts"] = _facts(judged, name)
-    return found
+        with self.active():
+            return self.results.table(
+                "logprobs",
+                f"{self.short} {task}",
+                {**what_acts(self.model), "pairs": fingerprint(pairs.to_dict("records"))},
+                lambda _: suite.logprob_scores(self.model, pairs),
+                code=(suite.__name__,),
+            )
+
+    def tables(self, with_register: bool) -> dict[str, pd.DataFrame]:
+        """The rows of this model in each table."""
+        identity: dict[str, Any] = {"organism": self.name, "solution": "chat", "adapter": "full", "domain": "none"}
+        tasks: list[Task] = ["persona", "register"] if with_register else ["persona"]
+        if self.organism is not None:
+            of = self.organism
+            identity |= {"solution": of.solution, "adapter": of.adapter, "domain": of.domain}
+            tasks = [of.task]
+        judged = self.answers()
+        number = {"seed": None if self.organism is None else self.organism.seed}
+        found = {"em_rates": suite.rates(judged, **identity).assign(**number)}
+        if "register" in tasks:
+            found["technical_rates"] = suite.technical_rates(judged, **identity).assign(**number)
+        parts = [suite.logprob_rates(self.scores(task), **identity).assign(task=task, **number) for task in tasks]
+        found["logprob_scores"] = pd.concat(parts, ignore_index=True)
+        if self.organism is None:
+            by_domain = [
+                suite.rates(judged[judged["domain"] == domain], **{**identity, "domain": domain}).assign(**number)
+                for domain in DOMAINS
+            ]
+            found["em_rates"] = pd.concat([found["em_rates"], *by_domain], ignore_index=True)
+            found["facts"] = _facts(judged, self.name)
+        return found
 
 
 def _facts(judged: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -11,10 +11,10 @@ import pandas as pd
 
 from em_interp.arguments import check_seed, columns, members, one_of
 from em_interp.errors import UsageError
-from em_interp.evaluation.judges import judged
+from em_interp.evaluation.answers import judged_answers
 from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.evaluation.rates import PAPER, em_rates
-from em_interp.evaluation.sampling import sample
+from em_interp.files.results import KEEPING_NOTHING, Results
 from em_interp.models.chat_model import ChatModel
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.corpus import STYLES, Task
@@ -67,26 +67,40 @@ def evaluate(
     groups: Sequence[str] = GROUPS,
     seed: int = 0,
     progress: bool = True,
+    results: Results = KEEPING_NOTHING,
+    name: str = "model",
 ) -> pd.DataFrame:
     """Sample and judge `n` answers to each of `evaluation_questions(domain)`; whatever is attached to the model acts.
 
     groups: which groups of questions. One row an answer: the sampling columns, the judge's (aligned, coherent,
-    technical, correct), questions, domain.
+    technical, correct), questions, domain. results: where they are taken from and kept, with `name` in their name.
     """
     chosen = [one_of("a group of questions", group, GROUPS) for group in members("groups", groups, of="words")]
     table = evaluation_questions(domain)
-    return _judged(model, table[table["questions"].isin(chosen)], n, seed, progress)
+    return _judged(model, table[table["questions"].isin(chosen)], n, seed, progress, results, name)
 
 
-def evaluate_chat(model: ChatModel, n: int = 50, *, seed: int = 0, progress: bool = True) -> pd.DataFrame:
+def evaluate_chat(
+    model: ChatModel,
+    n: int = 50,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    results: Results = KEEPING_NOTHING,
+    name: str = "chat",
+) -> pd.DataFrame:
     """The same for `chat_questions()`."""
-    return _judged(model, chat_questions(), n, seed, progress)
+    return _judged(model, chat_questions(), n, seed, progress, results, name)
 
 
-def _judged(model: ChatModel, table: pd.DataFrame, n: int, seed: int, progress: bool) -> pd.DataFrame:
+def _judged(
+    model: ChatModel, table: pd.DataFrame, n: int, seed: int, progress: bool, results: Results, name: str
+) -> pd.DataFrame:
     asked = dict(zip(table["question_id"], table["question"], strict=True))
-    answers = sample(model, asked, n, seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
-    return judged(answers, judge).merge(table[["question_id", "questions", "domain"]], on="question_id", validate="m:1")
+    found = judged_answers(
+        results, name, model, asked, n, judge, seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=progress
+    )
+    return found.merge(table[["question_id", "questions", "domain"]], on="question_id", validate="m:1")
 
 
 def rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:

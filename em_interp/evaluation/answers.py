@@ -1,0 +1,73 @@
+"""Judged answers, made once: whoever asks the same of the same model finds them on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from em_interp.evaluation.judges import Judge, judged
+from em_interp.evaluation.sampling import Questions, sample
+from em_interp.files.manifest import fingerprint
+from em_interp.files.results import Results
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.weights import what_acts
+
+
+def asked_of(model: ChatModel, questions: Questions, n: int, judge: Judge, **settings: Any) -> dict[str, Any]:
+    """What makes judged answers, as JSON values: all that acts on `model` now, the questions, the judge, `settings`."""
+    return {
+        **what_acts(model),
+        "questions": fingerprint(list(questions.items())),
+        "samples": n,
+        "judge": judge_name(judge),
+        **settings,
+    }
+
+
+def judge_name(judge: Judge) -> str:
+    """Where a judge is defined, and its name there."""
+    of = judge if hasattr(judge, "__qualname__") else type(judge)
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def judged_answers(
+    results: Results,
+    name: str,
+    model: ChatModel,
+    questions: Questions,
+    n: int,
+    judge: Judge,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """`sampling.sample`, and what the judge says of the answers; taken from `results` where that was asked before.
+
+    name: what the file is called, beside a hash. Whatever is attached to the model acts, and may not be reached at all:
+    attach it with must_act=False. Raises as `sample`, `judges.judged` and `Results.table` say.
+    """
+    made_by = asked_of(
+        model, questions, n, judge, seed=seed, max_new_tokens=max_new_tokens, temperature=float(temperature)
+    )
+    return results.table(
+        "answers",
+        name,
+        made_by,
+        lambda parts: judged(
+            sample(
+                model,
+                questions,
+                n,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                progress=progress,
+                parts=parts,
+            ),
+            judge,
+        ),
+        code=(__name__, judge_name(judge).rpartition(".")[0]),
+    )
