@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -162,15 +163,14 @@ def scope_weights(
     device = batch.attention_mask.device
     real = batch.attention_mask.bool()
     rank = position_ids(batch.attention_mask)
-    start = torch.tensor(starts, device=device)[:, None]
-    end = torch.tensor(ends, device=device)[:, None]
+    start, end = (rearrange(torch.tensor(given, device=device), "row -> row 1") for given in (starts, ends))
     masks = {
         "prompt": real & (rank < start),
         "last_prompt": real & (rank == start - 1),
         "response": real & (rank >= start) & (rank < end),
         "all": real,
     }
-    return torch.stack([masks[scope] for scope in scopes], dim=1).float()
+    return rearrange([masks[scope] for scope in scopes], "scope row token -> row scope token").float()
 
 
 def masked_sums(
@@ -231,10 +231,12 @@ class _Collector:
                 if sums.device.type == "mps":  # which has no float64
                     sums, norms = sums.cpu(), norms.cpu()
                 n = counts.to(sums.device)
+                each_n = rearrange(n, "row scope -> row scope 1")
                 exact = sums.double()
-                totals[layer] = [exact.sum(0), (exact / n[..., None]).sum(0), norms.double().sum(0)]
+                parts = (exact, exact / each_n, norms.double())
+                totals[layer] = [reduce(part, "row scope ... -> scope ...", "sum") for part in parts]
                 if each:
-                    means[layer] = ((sums / n[..., None]).float(), (norms / n).float())
+                    means[layer] = ((sums / each_n).float(), (norms / n).float())
 
             return function
 
@@ -258,6 +260,27 @@ class _Collector:
             else:
                 self.totals[layer] = list(parts)
 
+    def keep(self, group: Sequence[int], means: Mapping[str, Tensor]) -> None:
+        """Hold the means of these rows where they are kept in memory."""
+        for scope, kept in (self.kept or {}).items():
+            for position, layer in enumerate(self.layers):
+                kept[position, list(group)] = means[f"{scope}.{layer}"]
+
+    def open_store(self, folder: str | Path, texts: str) -> ActivationStore:
+        """The store in a folder. Raises StoreError where it is of another model, other texts or settings."""
+        made_of = {
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "adapter": self.model.active,
+            "acts": acting_hash(self.model),
+            "dtype": str(self.model.dtype),
+            "layers": list(self.layers),
+            "scopes": list(self.scopes),
+            "n": len(self.rows),
+            "texts": texts,
+        }
+        return ActivationStore(folder, made_of)
+
     def add_stored(self, store: ActivationStore) -> None:
         """Take the totals of what a store already holds from it."""
         done = sorted(store.where)
@@ -266,7 +289,8 @@ class _Collector:
         for position, layer in enumerate(self.layers):
             means = torch.stack([store.read(f"{scope}.{layer}", done).double() for scope in self.scopes], dim=1)
             sizes = torch.stack([norms[scope][:, position] for scope in self.scopes], dim=1)
-            totals = [(means * n[..., None]).sum(0), means.sum(0), (sizes * n).sum(0)]
+            parts = (means * rearrange(n, "row scope -> row scope 1"), means, sizes * n)
+            totals = [reduce(part, "row scope ... -> scope ...", "sum") for part in parts]
             self.add({layer: [x.to(self.model.device) for x in totals] if self.model.device.type != "mps" else totals})
 
     def check_stored(self, store: ActivationStore, side: Side, through: str) -> None:
@@ -289,6 +313,17 @@ def check_readable(model: ChatModel, conversations: Sequence[Conversation], scop
     """Raise, before any pass, what `collect` raises for conversations that it cannot read."""
     if set(scopes) <= set(TOKEN_SCOPES):
         _read_all(model, conversations, scopes)
+
+
+def _asked(model: ChatModel, scopes: Sequence[str], layers: Sequence[int] | None) -> tuple[list[str], list[int]]:
+    """The scopes and layers to read, each once. Raises ActivationError for unknown scopes, and for none."""
+    unknown = [scope for scope in scopes if scope not in TOKEN_SCOPES]
+    if unknown or not scopes:
+        raise ActivationError(f"token scopes {unknown or 'none'}: choose from {', '.join(TOKEN_SCOPES)}.")
+    wanted = {check_layer(layer, model.n_layers) for layer in (range(model.n_layers) if layers is None else layers)}
+    if not wanted:
+        raise ActivationError("no layers were asked for. Leave `layers` out to get all of them.")
+    return list(dict.fromkeys(scopes)), sorted(wanted)
 
 
 def collect(
@@ -321,37 +356,14 @@ def collect(
     ActivationError, ChatTemplateError, TextLimitError, ModelError (active dropout), HookError (unknown layer),
     StoreError, MemoryLimitError or OutputError.
     """
-    unknown = [scope for scope in scopes if scope not in TOKEN_SCOPES]
-    if unknown or not scopes:
-        raise ActivationError(f"token scopes {unknown or 'none'}: choose from {', '.join(TOKEN_SCOPES)}.")
-    wanted = sorted(
-        {check_layer(layer, model.n_layers) for layer in (range(model.n_layers) if layers is None else layers)}
-    )
-    if not wanted:
-        raise ActivationError("no layers were asked for. Leave `layers` out to get all of them.")
-    scopes = list(dict.fromkeys(scopes))
+    scopes, wanted = _asked(model, scopes, layers)
     rows = _read_all(model, conversations, scopes)
     texts = hashlib.sha256(json.dumps([(r.encoded.ids, r.start, r.end) for r in rows]).encode()).hexdigest()
     collector = _Collector(model, rows, scopes, wanted, keep=keep and store is None)
-    disk = None
-    if store is not None:
-        disk = ActivationStore(
-            store,
-            {
-                "model": model.name,
-                "revision": model.revision,
-                "adapter": model.active,
-                "acts": acting_hash(model),
-                "dtype": str(model.dtype),
-                "layers": wanted,
-                "scopes": scopes,
-                "n": len(rows),
-                "texts": texts,
-            },
-        )
-        if disk.where:
-            collector.check_stored(disk, side, through)
-            collector.add_stored(disk)
+    disk = None if store is None else collector.open_store(store, texts)
+    if disk is not None and disk.where:
+        collector.check_stored(disk, side, through)
+        collector.add_stored(disk)
     running = None
     if resume_in is not None and disk is None and not keep:
         made_by = [acting_hash(model), code_hash(), texts, wanted, scopes, tokens_per_batch, side, through]
@@ -365,11 +377,8 @@ def collect(
             totals, means = collector.forward(group, side, through, each=keep or disk is not None)
             if disk is not None:
                 disk.write(group, means)
-            elif collector.kept is not None:
-                for position, layer in enumerate(wanted):
-                    for scope in scopes:
-                        collector.kept[scope][position, group] = means[f"{scope}.{layer}"]
             collector.add(totals)
+            collector.keep(group, means)
             if running is not None:
                 running.keep(group)
             bar.update(len(group))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from einops import einsum
 from jaxtyping import Float
 from scipy.linalg import subspace_angles
 from torch import Tensor
@@ -177,14 +178,14 @@ def cosine_matrix(directions: Sequence[Direction], layer: int) -> Float[Tensor, 
         directions[0].cosine(other.only([layer]))  # refuses other widths and models
     units = torch.stack([direction.only([layer]).unit().vectors[0].double() for direction in directions])
     units = units / units.norm(dim=1, keepdim=True)
-    return (units @ units.T).clamp(-1, 1)
+    return einsum(units, units, "a d, b d -> a b").clamp(-1, 1)
 
 
 def layer_cosines(direction: Direction) -> Float[Tensor, "present present"]:
     """Cosines of a direction with itself across layers: what a wrong layer convention would cost."""
     units = direction.unit().vectors.double()
     units = units / units.norm(dim=1, keepdim=True)
-    return (units @ units.T).clamp(-1, 1)
+    return einsum(units, units, "layer d, other d -> layer other").clamp(-1, 1)
 
 
 def principal_angles(a: Sequence[Direction], b: Sequence[Direction], layer: int) -> Float[np.ndarray, "k"]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -104,7 +105,7 @@ def _read(model: ChatModel, adapter: LoraAdapter, inputs: dict[str, Tensor]) -> 
     handles = [modules[name].register_forward_pre_hook(reader(name)) for name in adapter.a]
     with firing(counts, handles):
         unwrap(model.hf).base_model(**inputs, use_cache=False)
-    return torch.stack([seen[name] for name in adapter.a], dim=-1)
+    return rearrange([seen[name] for name in adapter.a], "module row token -> row token module")
 
 
 def mean_scalars(
@@ -118,7 +119,7 @@ def mean_scalars(
     """Mean of `token_scalars` over each conversation's tokens, in the order of `conversations`; float64."""
     out = np.full((len(conversations), len(adapter.a)), np.nan)
     for i, values in token_scalars(model, adapter, conversations, scope=scope, tokens_per_batch=tokens_per_batch):
-        out[i] = values.double().mean(0).numpy()
+        out[i] = reduce(values.double(), "token module -> module", "mean").numpy()
     return out
 
 

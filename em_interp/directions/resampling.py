@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -114,7 +115,8 @@ def _participation(centred: Float[Tensor, "n d_model"]) -> float:
 
 
 def _weighted(weights: Weights, responses: Float[Tensor, "n n_layers d_model"]) -> Float[Tensor, "r n_layers d_model"]:
-    return torch.einsum("rn,nld->rld", torch.from_numpy(weights).to(responses), responses)
+    drawn = torch.from_numpy(weights).to(responses)
+    return einsum(drawn, responses, "resample response, response layer d -> resample layer d")
 
 
 def _questions(

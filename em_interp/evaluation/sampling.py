@@ -228,6 +228,11 @@ def _groups(rows: Sequence[tuple[int, int]], tokens_per_batch: int) -> list[tupl
     return found
 
 
+def _prompts(model: ChatModel, questions: Questions, system: str | None) -> dict[str, Encoded]:
+    conversations = {key: as_conversation(question, system) for key, question in questions.items()}
+    return {key: Encoded(prompt_ids(model.tokenizer, turns), ()) for key, turns in conversations.items()}
+
+
 @torch.no_grad()
 def sample_rows(
     model: ChatModel,
@@ -256,10 +261,7 @@ def sample_rows(
     _check_asked(questions, rows)
     check_seed(seed)
     refuse_dropout(model.hf)
-    prompts = {
-        key: Encoded(prompt_ids(model.tokenizer, as_conversation(question, system)), ())
-        for key, question in questions.items()
-    }
+    prompts = _prompts(model, questions, system)
     rooms = dict(zip(prompts, rooms_for(model.hf, [len(row) for row in prompts.values()], max_new_tokens), strict=True))
     encoded = [prompts[key] for key, _ in rows]
     stops, pad, stop_text = _stop_ids(model), pad_id(model.tokenizer), turns_of(model.tokenizer).stop_text

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -159,7 +160,12 @@ def _gain(norm: nn.Module, width: int, like: Tensor, model_name: str) -> Float[T
 
 def _project(weight: Tensor, basis: Float[Tensor, "d_model k"], axis: int) -> None:
     """Remove the span of `basis` from `weight` along `axis`, in place, computed in float64."""
-    _replace(weight, lambda w: w - (w @ basis.to(w)) @ basis.to(w).T, axis)
+    _replace(weight, lambda w: w - _within(w, basis.to(w)), axis)
+
+
+def _within(rows: Float[Tensor, "... d_model"], basis: Float[Tensor, "d_model k"]) -> Float[Tensor, "... d_model"]:
+    """The part of each row that lies in the span of an orthonormal basis."""
+    return einsum(einsum(rows, basis, "... d, d k -> ... k"), basis, "... k, d k -> ... d")
 
 
 def _replace(weight: Tensor, change: Callable[[Tensor], Tensor], axis: int, rows: int = 8192) -> None:
@@ -178,7 +184,7 @@ def _project_write(matrix: Any, norm: nn.Module | None, basis: Float[Tensor, "d_
 
     def change(w: Tensor) -> Tensor:
         g, q = gain.to(w), basis.to(w)
-        return w - ((w * g) @ q @ q.T) / g
+        return w - _within(w * g, q) / g
 
     _replace(matrix.weight, change, axis=output_axis(matrix))
     if getattr(matrix, "bias", None) is not None:

@@ -151,23 +151,14 @@ def sweep(
     `sample`. Answers are those of separate `intervening` runs with the same seed, but for rounding. parts: as for
     `sampling.sample_rows`.
     """
-    if not questions or n < 1 or not len(layers) or not len(coefficients) or random_arms < 0:
-        raise UsageError(
-            f"an empty sweep: {len(questions)} questions, n={n}, layers {list(layers)}, coefficients "
-            f"{list(coefficients)}, random_arms={random_arms}."
-        )
-    for what, values in (("layers", layers), ("coefficients", coefficients)):
-        if len(set(values)) < len(values):
-            raise UsageError(f"{what} {list(values)}: a repeated one would count its answers twice. Give each once.")
+    _check_sweep(questions, n, layers, coefficients, random_arms)
     check_direction(direction, model)
     typical = residual_norms(model, questions, layers)
     controls = random_directions(direction, random_arms, torch.Generator().manual_seed(check_seed(seed)))
     named = {name or direction.kind: direction} | {f"random {i}": control for i, control in enumerate(controls)}
+    added = {layer: _in_directions(direction, layer, coefficients, units, typical[layer]) for layer in layers}
     grid = [
-        _Arm(key, vectors is not direction, vectors, layer, coefficient)
-        for key, vectors in named.items()
-        for layer in layers
-        for coefficient in _in_directions(direction, layer, coefficients, units, typical[layer])
+        _Arm(key, d is not direction, d, layer, c) for key, d in named.items() for layer in layers for c in added[layer]
     ]
     generated = [arm for arm in grid if arm.coefficient]
     generated += [arm for arm in grid if not arm.coefficient][:1]  # the model as it is, once for all arms
@@ -193,6 +184,20 @@ def sweep(
     tables = {arm: answer_table(questions, asked, own) for arm, own in zip(generated, by_arm, strict=True)}
     described = [_described(tables[arm if arm.coefficient else generated[-1]], arm, typical) for arm in grid]
     return pd.concat(described, ignore_index=True)
+
+
+def _check_sweep(
+    questions: Questions, n: int, layers: Sequence[int], coefficients: Sequence[float], random_arms: int
+) -> None:
+    """Raise UsageError for an empty sweep, and for what would count twice."""
+    if not questions or n < 1 or not len(layers) or not len(coefficients) or random_arms < 0:
+        raise UsageError(
+            f"an empty sweep: {len(questions)} questions, n={n}, layers {list(layers)}, coefficients "
+            f"{list(coefficients)}, random_arms={random_arms}."
+        )
+    for what, values in (("layers", layers), ("coefficients", coefficients)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"{what} {list(values)}: a repeated one would count its answers twice. Give each once.")
 
 
 def _in_directions(

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -135,7 +136,7 @@ def head_sees_only(hf: nn.Module, positions: Bool[Tensor, "batch token"]) -> Ite
 
     def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         count[0] += 1
-        return (args[0][positions.to(args[0].device)].unsqueeze(0), *args[1:])
+        return (rearrange(args[0][positions.to(args[0].device)], "scored d -> 1 scored d"), *args[1:])
 
     with firing({"the output head": count}, [head.register_forward_pre_hook(pick)]):
         yield

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -184,8 +185,9 @@ class ModelEnd:
         """Logits of rows of the last block's output."""
         n = residual.shape[0]
         nothing = torch.zeros(n, 1, dtype=torch.long, device=residual.device)
-        with replaced_up_to(self.blocks, len(self.blocks) - 1, residual.unsqueeze(1), as_tuple=self.as_tuple):
+        each_a_text = rearrange(residual, "n d -> n 1 d")
+        with replaced_up_to(self.blocks, len(self.blocks) - 1, each_a_text, as_tuple=self.as_tuple):
             out = self.hf(
                 input_ids=nothing, attention_mask=torch.ones_like(nothing), position_ids=nothing, use_cache=False
             )
-        return out.logits[:, 0]
+        return rearrange(out.logits, "n 1 vocab -> n vocab")

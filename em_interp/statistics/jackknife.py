@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 from scipy.special import expit, logit
@@ -84,9 +85,9 @@ def _product(
     """
     n_a, n_b, n_both = int(in_a.sum()), int(in_b.sum()), int((in_a & in_b).sum())
     whole_a, whole_b = a.sum(-2), b.sum(-2)
-    same = np.einsum("...kd,...kd->...k", a, b)
-    whole = np.einsum("...d,...d->...", whole_a, whole_b)
-    crossed = np.einsum("...kd,...d->...k", a, whole_b) + np.einsum("...kd,...d->...k", b, whole_a)
+    same = einsum(a, b, "... k d, ... k d -> ... k")
+    whole = einsum(whole_a, whole_b, "... d, ... d -> ...")
+    crossed = einsum(a, whole_b, "... k d, ... d -> ... k") + einsum(b, whole_a, "... k d, ... d -> ... k")
     own = same.sum(-1)
     pairs = (n_a - in_a) * (n_b - in_b) - (n_both - (in_a & in_b))
     with np.errstate(invalid="ignore", divide="ignore"):
