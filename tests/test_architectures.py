@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from em_interp.directions.activations import collect
 from em_interp.directions.direction import Direction
+from em_interp.directions.rank1 import write_directions
 from em_interp.errors import EmInterpError, HookError, ModelError
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.orthogonalise import PostNormWarning, orthogonalised
 from em_interp.interventions.steering import Steer
+from em_interp.landscape.landscape import Landscape, SharingWarning
 from em_interp.models.architectures import FAMILIES, Architecture, find_blocks, layer_of, place_of
 from em_interp.models.chat import collate, encode_all
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import residuals
+from em_interp.solutions.lora import LoraAdapter
+from em_interp.solutions.steering_vector import SteeringVector
 from tests.tiny_models import CONVERSATIONS, D_MODEL, small_config, tokenizer
 
 ENTRY = Architecture("stack", "units", "mix.back", "ff.back", mlp="ff", positions="places")
@@ -92,7 +97,7 @@ class MadeUpModel(PreTrainedModel):
         return BaseModelOutput(states[-1], tuple(states) if output_hidden_states else None)
 
 
-class MadeUpForCausalLM(PreTrainedModel):
+class MadeUpForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MadeUpConfig
     base_model_prefix = "stack"
 
@@ -130,6 +135,14 @@ def inputs():
 
 def direction():
     return Direction(torch.randn(4, D_MODEL, generator=torch.Generator().manual_seed(3)), tuple(range(4)), "random")
+
+
+def lora(*names):
+    g = torch.Generator().manual_seed(1)
+    shapes = {name: (48 if ".ff." in name else D_MODEL) for name in names}
+    a = {name: torch.randn(1, width, generator=g) for name, width in shapes.items()}
+    b = {name: torch.randn(D_MODEL, 1, generator=g) for name in names}
+    return LoraAdapter(a, b, 2.0, False, "tiny-made-up")
 
 
 def changed_by(modules, edit, batch, hf):
@@ -190,6 +203,34 @@ def test_orthogonalise_before_norms(monkeypatch):
     monkeypatch.setitem(FAMILIES, "made_up", ENTRY)  # an entry that forgets them is found out
     with pytest.raises(ModelError, match="not known here"):
         orthogonalised(model, Ablate(direction(), from_layer=2))
+
+
+@pytest.mark.parametrize("kind", ["vector", "lora"])
+def test_losses(model, kind):
+    theta = SteeringVector(torch.randn(D_MODEL), 1, 1.0) if kind == "vector" else lora("stack.units.3.ff.back")
+    thetas = [theta.scaled(c) for c in (0.0, 0.5, 1.0)]
+    sizes = []
+    landscape = Landscape(model, encode_all(tokenizer(), CONVERSATIONS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SharingWarning)
+        handle = model.hf.stack.units[3].ff.up.register_forward_hook(lambda _m, a, _o: sizes.append(a[0].shape[:2]))
+        found = landscape.losses(thetas)
+        handle.remove()
+    torch.testing.assert_close(
+        torch.tensor(found.nll), torch.tensor(landscape.plain_losses(thetas).nll), atol=1e-4, rtol=1e-4
+    )
+    assert sizes[-1] == (1, 3 * found.tokens.sum()), "the last MLP is run at the scored tokens only"
+
+
+def test_adapters(model, tmp_path):
+    adapter = lora("stack.units.1.ff.back", "stack.units.2.ff.back")
+    assert adapter.first_layer == 1 and [d.layers for d in write_directions(adapter).values()] == [(1,), (2,)]
+    model.add_adapter("mine", adapter.save(tmp_path))
+    batch, plain = inputs(), ChatModel(made_up(), tokenizer(), name="tiny-made-up")
+    with torch.no_grad(), adapter.attached(plain):
+        expected = plain.hf(**batch.inputs()).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model.hf(**batch.inputs()).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_without_an_entry_the_check_names_what_is_missing():

@@ -29,9 +29,9 @@ from em_interp.files.atomic import atomic_path
 from em_interp.files.manifest import write_manifest
 from em_interp.landscape.landscape import Landscape
 from em_interp.landscape.stability import EPSILONS, FIRST_SEED, turned
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import Batch, Encoded, batches, collate, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import find_blocks
 from em_interp.pocket.world.corpus import finetune_chats
 from em_interp.pocket.world.tokenizer import build_tokenizer
 from em_interp.solutions.base import Solution

@@ -30,8 +30,8 @@ from em_interp.files.manifest import write_manifest
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.steering import Steer, residual_norms, sweep
 from em_interp.models import pretrained as models
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.hooks import find_blocks
 from em_interp.pocket import models as loading
 from em_interp.pocket import registry
 from em_interp.pocket.build import BuildConfig, model_config

@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from em_interp.errors import LossSetError, ModelError
+from em_interp.models.architectures import find_blocks
 from em_interp.models.chat import Batch, Encoded, batches, budget_groups, collate, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
-from em_interp.models.hooks import find_blocks, has_our_hooks, scored_logits
+from em_interp.models.hooks import has_our_hooks, scored_logits
 from em_interp.models.losses import nll_each, nll_sum, token_budget
 from em_interp.models.partial_pass import ResidualCache, last_mlp_sees_only, replaced_up_to
 from em_interp.solutions.base import NotShareable, Solution, Stack

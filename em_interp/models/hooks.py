@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from em_interp.errors import HookError
-from em_interp.models.architectures import body_name as body_name
-from em_interp.models.architectures import find_blocks as find_blocks
-from em_interp.models.architectures import unwrap as unwrap
+from em_interp.models.architectures import find_blocks, unwrap
 
 BlockFn = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch token d_model"] | None]
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear module, whose weight is transposed
 
 from em_interp.arguments import plain_numbers
 from em_interp.errors import SolutionError
 from em_interp.files import adapter_folders
 from em_interp.files.adapters import LoraConfig, describe, read_config
 from em_interp.files.manifest import fingerprint
-from em_interp.models.architectures import last_mlp, layer_of
+from em_interp.models.architectures import last_mlp, layer_of, output_axis
 from em_interp.models.attaching import LowRank, check_tensor, replaced, updating
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import firing, tagged
@@ -307,7 +306,7 @@ def own_weight(name: str, module: nn.Module) -> Float[Tensor, "d_out d_in"]:
 
 def oriented(module: nn.Module, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "_ _"]:
     """A matrix of the module as a Linear has it, from how the module has it, and back."""
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if output_axis(module) == 1 else weight
 
 
 class _Stack:

@@ -167,7 +167,6 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"a": dict(adapter.a), "b": dict(adapter.b), "alpha": 8.0, "rslora": False},
         ),
         (vector.scaled, {"factor": 2.0}),
-        (vector.perturbed, {"eps": 0.5, "generator": rng}),
         (attached, {"model": model}),
         (vector.save, {"path": "again"}),
         (solutions.SteeringVector.load, {"path": "vector"}),
