@@ -219,7 +219,7 @@ def acting_hash(model: HasWeights) -> str:
     return fingerprint(list(what_acts(model).values()))
 
 
-def what_acts(model: models.ChatModel) -> dict[str, str | None]:
+def what_acts(model: HasWeights) -> dict[str, str | None]:
     """The same in parts: hashes of the base weights, of the active PEFT adapter, and of what is attached besides."""
     attached = _hooks(model.hf)
     return {
