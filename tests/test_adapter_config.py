@@ -51,7 +51,7 @@ def test_every_key_of_the_installed_peft_is_classified():
 
     from em_interp.files import adapters as own
 
-    sets = [own._NO_EFFECT, own._BY_PEFT, own._UNUSED, {"r", "lora_alpha"}, set(own._VALUES) - own._BY_PEFT]
+    sets = [own._NO_EFFECT, own._BY_PEFT, own._UNUSED, own._SIZES, set(own._VALUES) - own._BY_PEFT]
     known = set().union(*sets)
     assert sum(map(len, sets)) == len(known)  # in one class each
     assert {field.name for field in dataclasses.fields(LoraConfig)} == known
@@ -123,11 +123,11 @@ PLAIN = [
     ("phi3", {"init_lora_weights": False}),
     ("falcon", {}),
     ("opt", {"layers_to_transform": [0, 2]}),
+    ("qwen2", {"rank_pattern": {"layers.1.mlp.down_proj": 5}, "alpha_pattern": {"q_proj": 9}}),
 ]
 BEYOND = [
     ("qwen2", {"use_dora": True}),
     ("gpt2", {"use_dora": True}),
-    ("qwen2", {"rank_pattern": {"layers.1.mlp.down_proj": 5}, "alpha_pattern": {"q_proj": 9}}),
     ("gpt_neox", {"lora_bias": True}),
     ("qwen2", {"modules_to_save": ["lm_head"]}),
     ("gemma2", {"modules_to_save": ["norm"]}),

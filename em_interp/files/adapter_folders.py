@@ -26,6 +26,8 @@ from em_interp.files.adapters import (
 )
 from em_interp.files.atomic import written_whole
 
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name of DoRA's m, which is a vector and not a layer's weight."""
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 
 
@@ -91,7 +93,8 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], LoraC
     """A, B and the description of a PEFT folder that holds plain LoRA, of which theta = scale * B A is all."""
     config = plain_lora(folder, read_config(folder))
     a, b = split_factors(adapter_tensors(folder), folder)
-    odd = sorted(n for n in a if a[n].ndim != 2 or a[n].shape[0] != config.rank)
+    odd = sorted(n for n in a if a[n].ndim != 2 or a[n].shape[0] != config.rank_of(n))
     if odd:
-        raise AdapterError(f"{folder}: its config says rank {config.rank}, {odd[0]} has A {list(a[odd[0]].shape)}.")
+        said = config.rank_of(odd[0])
+        raise AdapterError(f"{folder}: its config says rank {said}, {odd[0]} has A {list(a[odd[0]].shape)}.")
     return a, b, config

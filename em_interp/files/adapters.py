@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,8 +55,6 @@ _NO_EFFECT = frozenset(
 # What PEFT applies in a way that theta = scale * B A does not express.
 _BY_PEFT = frozenset(
     [
-        "rank_pattern",
-        "alpha_pattern",
         "use_dora",
         "lora_bias",
         "modules_to_save",
@@ -64,6 +62,7 @@ _BY_PEFT = frozenset(
         "trainable_token_indices",
     ]
 )
+_SIZES = frozenset(["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
 # Values that are understood, of keys that have others which are not. True and 1 are told apart.
 _VALUES: Mapping[str, tuple[object, ...]] = {
     "task_type": ("CAUSAL_LM",),
@@ -130,7 +129,10 @@ class VectorConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA of one rank and alpha, and under `beyond` what PEFT applies besides (DoRA, patterns, whole modules)."""
+    """LoRA: its rank and alpha, those of modules that have others, and under `beyond` what PEFT applies besides.
+
+    ranks, alphas: by regular expression over the end of a module's name, of which the first that matches counts.
+    """
 
     base: str | None
     rank: int
@@ -138,17 +140,35 @@ class LoraConfig:
     rslora: bool
     by_peft: ClassVar[bool] = True
     beyond: Mapping[str, object] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module."""
+        return _matching(self.ranks, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of one module."""
+        return _matching(self.alphas, module, self.alpha)
 
     def scale_of(self, module: str) -> float:
-        """alpha / sqrt(r) with rsLoRA, else alpha / r."""
-        del module
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """alpha / sqrt(r) of one module with rsLoRA, else alpha / r."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def tokens(self) -> list[int]:
         """Ids of the tokens whose embeddings the adapter replaces."""
         found: Any = self.beyond.get("trainable_token_indices", [])
         return sorted({i for ids in found.values() for i in ids} if isinstance(found, dict) else found)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _matching(patterns: Mapping[str, _Number], module: str, otherwise: _Number) -> _Number:
+    """PEFT's rule (`peft.utils.other.get_pattern_key`)."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
 
 
 def _unused(value: object) -> bool:
@@ -228,7 +248,7 @@ def _describe_lora(where: object, config: Mapping[str, Any]) -> LoraConfig:
         elif key in _UNUSED:
             if not _unused(value):
                 raise _refuse(where, key, value)
-        elif key not in _NO_EFFECT | _BY_PEFT | {"r", "lora_alpha"} and value is not None:
+        elif key not in _NO_EFFECT | _BY_PEFT | _SIZES and value is not None:
             raise _refuse(where, key, value)
     rank = whole_number(where, config, "r", least=1)
     alpha = scale_number(where, config, "lora_alpha")
@@ -236,7 +256,25 @@ def _describe_lora(where: object, config: Mapping[str, Any]) -> LoraConfig:
         raise AdapterError(f"{where}: a LoRA adapter whose config lacks {'r' if rank is None else 'lora_alpha'}.")
     beyond = {key: config[key] for key in sorted(_BY_PEFT) if not _unused(config.get(key))}
     base = _base_name(where, config.get("base_model_name_or_path"))
-    return LoraConfig(base, rank, alpha, bool(config.get("use_rslora")), beyond)
+    ranks = {key: int(value) for key, value in _pattern(where, config, "rank_pattern", whole=True).items()}
+    alphas = _pattern(where, config, "alpha_pattern", whole=False)
+    return LoraConfig(base, rank, alpha, bool(config.get("use_rslora")), beyond, ranks, alphas)
+
+
+def _pattern(where: object, config: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, float]:
+    """A rank_pattern or alpha_pattern. Raises AdapterError for what is no table of numbers by regular expression."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise AdapterError(f"{where}: {key} is {found!r}; it must be a table of modules.")
+    said = {name: _number(where, found, name, whole=whole) for name in found}
+    for name, value in said.items():
+        try:
+            re.compile(rf"(.*\.)?({name})$")
+        except re.error as error:
+            raise AdapterError(f"{where}: {key} has {name!r}, which is no regular expression ({error}).") from error
+        if value is None or (whole and value < 1):
+            raise AdapterError(f"{where}: {key} says {value} of {name}. Write a number there.")
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def describe(where: object, config: Mapping[str, Any]) -> VectorConfig | LoraConfig:

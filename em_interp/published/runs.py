@@ -294,18 +294,18 @@ def _read_adapters(
     described = _plain_lora(folder / CONFIG, config) if config else None
     trajectories = []
     for module, b in checkpoints[0].B.items():
+        short = module.removeprefix("base_model.model.")
         scale = None
         if described is not None:
             rank = b.shape[1]
-            if rank != described.rank:
+            if rank != (said := described.rank_of(short)):
                 raise UnreadableFileError(
-                    folder / CONFIG, f"it says rank {described.rank}, where {module} has rank {rank}", _PLAIN
+                    folder / CONFIG, f"it says rank {said}, where {module} has rank {rank}", _PLAIN
                 )
-            scale = described.alpha / (math.sqrt(rank) if described.rslora else rank)
+            scale = described.scale_of(short)
         a_stack = torch.stack([checkpoint.A[module] for checkpoint in checkpoints])
         b_stack = torch.stack([checkpoint.B[module] for checkpoint in checkpoints])
         several = len(checkpoints[0].B) > 1
-        short = module.removeprefix("base_model.model.")
         trajectories.append(
             Trajectory(
                 name=f"{folder.name}:{short}" if several else folder.name,

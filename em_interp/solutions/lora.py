@@ -269,7 +269,8 @@ class LoraAdapter(Solution):
 
     def save(self, path: str | Path) -> Path:
         """A PEFT folder: adapter_model.safetensors and adapter_config.json."""
-        return files.write_lora(Path(path), dict(self.a), dict(self.b), self.alpha, self.rslora, self.base)
+        alphas = {name: self.alphas.get(name, self.alpha) for name in self.a}
+        return files.write_lora(Path(path), {"lora_A": self.a, "lora_B": self.b}, alphas, self.rslora, self.base)
 
     @staticmethod
     def holds(folder: Path) -> bool:
@@ -278,9 +279,10 @@ class LoraAdapter(Solution):
 
     @classmethod
     def load(cls, path: str | Path) -> LoraAdapter:
-        """From a PEFT folder. Refuses what is not plain LoRA (DoRA, biases, per-module ranks)."""
+        """From a PEFT folder. Refuses what is not plain LoRA (biases, whole modules)."""
         a, b, config = adapter_folders.read_lora(Path(path))
-        return cls(a, b, config.alpha, config.rslora, config.base)
+        alphas = {name: config.alpha_of(name) for name in a if config.alpha_of(name) != config.alpha}
+        return cls(a, b, config.alpha, config.rslora, config.base, alphas)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], *, alpha: float, rslora: bool, base: str | None) -> LoraAdapter:
