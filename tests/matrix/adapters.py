@@ -154,6 +154,8 @@ VECTORS = ("vector", "vector-published")
 ALL = ("none", *FEATURES, *VECTORS, "two-active")
 MEANT = ("lora", "lora-one-module", "lora-rslora", "lora-negative-alpha", "lora-layers", "lora-regex", "lora-exclude")
 """Features whose theta is scale * B A of linear modules, so that a solution can be read from them."""
+PATTERNED = ("lora-rank-pattern", "lora-alpha-pattern")
+"""The same, with a rank or a scale of each module's own."""
 
 
 def _norm(hf: Any) -> str:

@@ -327,7 +327,7 @@ def theta(bench: Bench) -> Any:
 
 
 def _scales(bench: Bench) -> tuple[float, ...]:
-    return (1.0, 0.0, 0.5) if bench.feature in (*adapters.MEANT, *adapters.VECTORS) else (1.0, 0.0)
+    return (1.0, 0.0, 0.5) if bench.feature in (*adapters.MEANT, *adapters.PATTERNED, *adapters.VECTORS) else (1.0, 0.0)
 
 
 def losses_found(bench: Bench, way: Way) -> Values:
