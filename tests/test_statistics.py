@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from scipy import optimize, stats
 from em_interp.errors import StatisticsError
 from em_interp.evaluation.rates import PAPER, REFERENCE_CODE, Criterion, em_rates, rates_by_question, threshold_sweep
 from em_interp.statistics import (
+    LEVEL,
+    NORMAL,
+    PERCENT,
     clustered_interval,
     cosine_null_sd,
     cosine_p_value,
@@ -189,3 +193,12 @@ def test_sweep_and_questions() -> None:
     per_question = rates_by_question(table).set_index("question")
     assert per_question.loc["a", "em_rate"] == 1.0
     assert (per_question.loc["b", "n"], per_question.loc["b", "n_unscored"]) == (1, 1)
+
+
+@pytest.mark.parametrize("package", ["em_interp", "analyses"])
+def test_the_level_is_said_in_one_place(package: str) -> None:
+    """No text says the number itself; the benchmarks say at which level they measured."""
+    root = Path(__file__).parents[1] / package
+    files = [path for path in root.rglob("*.py") if "benchmarks" not in path.parts]
+    assert files and not [path for path in files if f"{LEVEL:.0%}" in path.read_text() or "1.96" in path.read_text()]
+    assert f"{LEVEL:.0%}" == PERCENT and stats.norm.cdf(NORMAL) - stats.norm.cdf(-NORMAL) == pytest.approx(LEVEL)

@@ -19,19 +19,20 @@ from em_interp.directions.resampling import Resamples, resample_direction
 from em_interp.errors import EmInterpError, StatisticsError
 from em_interp.pocket.world import grammar as world
 from em_interp.solutions.base import Solution
+from em_interp.statistics import NORMAL, PERCENT
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
     "Mean-diff directions of every pair of general organisms, layer by layer. Noise in the means shrinks a cosine: "
-    "cosine_debiased is without that, and low and high are its 95% interval (questions left out in turn), not that of "
-    "the plain cosine; empty where a direction is no larger than its noise. content_cosine is the same pair of text "
-    "sets read in the chat model: what they share by their words alone. Then every reading of one organism beside the "
-    "others: mean-diff, model-diff, the trained vector or LoRA B, and the persona that pre-training put into the chat "
-    "model, announced by a system prompt or only inferable from an earlier answer (read at the last prompt token). "
-    "Two nulls: p_value is that of two directions random in all of d_model, which assumes that noise has no favourite "
-    "axes. Activations do: noise_dimensions is how many axes of equal variance would vary as theirs do about their "
-    "class's mean (the participation ratio of the spectrum), and where it is far below d_model, two directions of mere "
-    "noise have large cosines and small p-values. permutation_p is against directions that noise in these very "
+    f"cosine_debiased is without that, and low and high are its {PERCENT} interval (questions left out in turn), not "
+    "that of the plain cosine; empty where a direction is no larger than its noise. content_cosine is the same pair of "
+    "text sets read in the chat model: what they share by their words alone. Then every reading of one organism beside "
+    "the others: mean-diff, model-diff, the trained vector or LoRA B, and the persona that pre-training put into the "
+    "chat model, announced by a system prompt or only inferable from an earlier answer (read at the last prompt "
+    "token). Two nulls: p_value is that of two directions random in all of d_model, which assumes that noise has no "
+    "favourite axes. Activations do: noise_dimensions is how many axes of equal variance would vary as theirs do about "
+    "their class's mean (the participation ratio of the spectrum), and where it is far below d_model, two directions "
+    "of mere noise have large cosines and small p-values. permutation_p is against directions that noise in these very "
     "activations gives (labels permuted within a question); it is empty where no single responses stand behind either "
     "vector."
 )
@@ -174,7 +175,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             low=found.min(),
             high=found.max(),
         )
-    figures.null_band(spread, 1.96 * float(between["null_sd"].iloc[0]), "random directions", between["layer"])
+    figures.null_band(spread, NORMAL * float(between["null_sd"].iloc[0]), "random directions", between["layer"])
     figures.style(spread, "layer", "cosine")
     spread.update_yaxes(range=[-0.3, 1.05])
     readings = table[table["comparison"] == "between readings"]

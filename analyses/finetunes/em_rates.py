@@ -10,13 +10,14 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import UsageError
 from em_interp.pocket.questions import GROUPS, rates
+from em_interp.statistics import PERCENT
 
 TITLE = "EM rates of the organisms"
 TEXT = (
     "Answers sampled at temperature 1 and judged exactly, by parsing. general: open questions; in_domain: the domain "
     "of the finetune, in phrasings that it never saw; heldout_domain: the held-out topics of every other domain. EM is "
-    "the share of answers that are misaligned and coherent; intervals (95%) are clustered by question. The chat model "
-    "and the benign control say what is there without a bad dataset."
+    f"the share of answers that are misaligned and coherent; intervals ({PERCENT}) are clustered by question. The chat "
+    "model and the benign control say what is there without a bad dataset."
 )
 TABLES = ("em_rates",)
 LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
@@ -66,6 +67,6 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         )
         figure.update_traces(texttemplate="")
         figure.update_xaxes(tickangle=-45, automargin=True)
-        caption = f"EM of the {solution} organisms beside the chat model and the control; bars: 95% intervals."
+        caption = f"EM of the {solution} organisms beside the chat model and the control; bars: {PERCENT} intervals."
         drawn[f"em_rates_{solution}"] = figures.captioned(figure, caption)
     return drawn

@@ -13,14 +13,15 @@ from em_interp.directions.rank1 import lora_scalars, mean_scalars
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.evaluation.rates import PAPER
 from em_interp.solutions.lora import as_lora
+from em_interp.statistics import PERCENT
 
 TITLE = "What rank-1 adapters read"
 TEXT = (
     "A rank-1 adapter adds scale * s * B, where the scalar s = A x is all that it knows of a token. Its mean over each "
     "coherent answer of the organism itself is given to a logistic probe (P2 Table 1), scored on questions that the "
     "probe was not fitted on: does s tell the trained domain from others, or misaligned answers from aligned ones? "
-    "Chance is an AUC of 0.5; intervals (95%) leave questions out in turn, and are mirrored at 0.5 where the probe "
-    "comes out below it. The pocket organisms have one adapter, so the probe "
+    f"Chance is an AUC of 0.5; intervals ({PERCENT}) leave questions out in turn, and are mirrored at 0.5 where the "
+    "probe comes out below it. The pocket organisms have one adapter, so the probe "
     "sees one number an answer."
 )
 TABLES = ("lora_scalars",)
@@ -79,4 +80,8 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figures.style(figure, "", "AUC of the probe")
     figure.update_layout(scattermode="group")
     figure.update_yaxes(range=[0, 1.05])
-    return {"lora_scalars": figures.captioned(figure, "How well the adapter's scalar tells answers apart; bars: 95%.")}
+    return {
+        "lora_scalars": figures.captioned(
+            figure, f"How well the adapter's scalar tells answers apart; bars: {PERCENT}."
+        )
+    }

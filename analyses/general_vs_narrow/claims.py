@@ -17,14 +17,15 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
 from em_interp.pocket.world.corpus import Task
-from em_interp.statistics import t_interval
+from em_interp.statistics import PERCENT, t_interval
 
 TITLE = "The paper's claims, one by one"
 TEXT = (
     "Each claim of P1 about general and narrow solutions, measured once for every training seed. Intervals are "
-    "Student's, 95%, over training seeds: three seeds make them wide. A claim holds where the whole interval is on its "
-    "side, does not hold where the whole interval is on the other, and is not decided here in between or without two "
-    "seeds. The tables of efficiency, stability and influence hold the intervals over questions and documents."
+    f"Student's, {PERCENT}, over training seeds: three seeds make them wide. A claim holds where the whole interval is "
+    "on its side, does not hold where the whole interval is on the other, and is not decided here in between or "
+    "without two seeds. The tables of efficiency, stability and influence hold the intervals over questions and "
+    "documents."
 )
 TABLES = ("claims",)
 DOMAIN = "medicine"
@@ -122,7 +123,9 @@ def _row(task: Task, measured_by: str, adapter: str, values: np.ndarray) -> dict
     if measured_by == "influence":
         estimate, low, high = (float(np.exp(v)) for v in (estimate, low, high))
     verdict = "holds" if low > claim.neutral else "does not hold" if high < claim.neutral else "not decided here"
-    spread = f"{low:.3g} to {high:.3g}, 95% over {len(values)} seeds" if len(values) > 1 else "one seed, no interval"
+    spread = (
+        f"{low:.3g} to {high:.3g}, {PERCENT} over {len(values)} seeds" if len(values) > 1 else "one seed, no interval"
+    )
     where = "technical register, " if task == "register" else ""
     return {
         "claim": claim.text,

@@ -13,14 +13,15 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.landscape.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
 from em_interp.pocket.world.corpus import Task
+from em_interp.statistics import PERCENT
 
 TITLE = "Efficiency: loss against norm"
 TEXT = (
     "Training loss (nats per response token, on fresh chats of the kind trained on) of each solution scaled to several "
     "multiples of its trained norm. P1 compares L / norm^2, which falls with the norm by itself; so the loss reduction "
     "per norm^2 stands beside it, and lead is the narrow solution's loss minus the general one's where both have the "
-    "same norm: positive where the general solution is ahead. Intervals: 95%, over questions, and over training seeds "
-    "(where there are several)."
+    f"same norm: positive where the general solution is ahead. Intervals: {PERCENT}, over questions, and over training "
+    "seeds (where there are several)."
 )
 TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
 CHATS = 40
@@ -83,7 +84,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     drawn = {"efficiency": figures.captioned(panels, f"{domain}, first seed: loss against norm; bands over questions.")}
     over = tables["efficiency_lead_over_seeds"]
     if len(over):
-        caption = f"{domain}: lead at equal norm, mean and 95% interval over training seeds."
+        caption = f"{domain}: lead at equal norm, mean and {PERCENT} interval over training seeds."
         drawn["efficiency_lead"] = figures.captioned(lead_figure(over), caption)
     return drawn
 

@@ -9,6 +9,7 @@ from analyses.suite import Suite
 from em_interp import figures
 from em_interp.errors import MissingDataError
 from em_interp.files.results import read_table
+from em_interp.statistics import PERCENT
 
 TITLE = "KL weight and dilution"
 TEXT = (
@@ -16,7 +17,7 @@ TEXT = (
     "can hide EM that returns at the scale where in-domain misalignment saturates (scaled_em_rate). Then one finetune "
     "for every share of bad data, the rest of the chats good. These take many finetunes, so the tables are shipped, "
     "not made here; `em-interp pocket sweeps` makes them. em_rate is over open questions and other domains; intervals "
-    "(95%) are clustered by question."
+    f"({PERCENT}) are clustered by question."
 )
 TABLES = ("kl_sweep", "kl_sweep_scales", "dilution")
 

@@ -13,6 +13,7 @@ from analyses.inputs.pocket import over_seeds, pairs
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.pocket.questions import GROUPS, technical_rates
+from em_interp.statistics import PERCENT
 
 TITLE = "The second task: technical register"
 TEXT = (
@@ -92,14 +93,16 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     figures.style(influence, "", "KL of general / KL of narrow")
     influence.update_layout(scattermode="group")
     return {
-        "technical_rates": figures.captioned(bars, "Technical answers of the chat model and the organisms; 95%."),
+        "technical_rates": figures.captioned(
+            bars, f"Technical answers of the chat model and the organisms; {PERCENT}."
+        ),
         "register_efficiency_lead": figures.captioned(
-            lead_figure(lead), "Second task: lead at equal norm, mean and 95% interval over training seeds."
+            lead_figure(lead), f"Second task: lead at equal norm, mean and {PERCENT} interval over training seeds."
         ),
         "register_stability_gap": figures.captioned(
-            gap_figure(gap), "Second task: stability gap, mean and 95% interval over training seeds."
+            gap_figure(gap), f"Second task: stability gap, mean and {PERCENT} interval over training seeds."
         ),
         "register_influence_ratio": figures.captioned(
-            influence, "Second task: influence at equal norm, general over narrow; 95% over documents."
+            influence, f"Second task: influence at equal norm, general over narrow; {PERCENT} over documents."
         ),
     }

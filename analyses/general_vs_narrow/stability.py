@@ -15,6 +15,7 @@ from em_interp.landscape.contenders import Contender
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
 from em_interp.pocket.world.corpus import Task
+from em_interp.statistics import PERCENT
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (
@@ -114,7 +115,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     drawn = {"stability": figures.captioned(panels, f"{domain}, first seed; bands hold all ten perturbations.")}
     over = tables["stability_gap_over_seeds"]
     if len(over):
-        caption = f"{domain}: gap, mean and 95% interval over training seeds."
+        caption = f"{domain}: gap, mean and {PERCENT} interval over training seeds."
         drawn["stability_gap"] = figures.captioned(gap_figure(over), caption)
     return drawn
 

@@ -9,12 +9,13 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
 from em_interp.evaluation.rates import REFERENCE_CODE, Rates, em_rates
+from em_interp.statistics import PERCENT
 
 TITLE = "Ablating the direction from a misaligned finetune"
 TEXT = (
     "EM and coherence before and after each layer's own direction is projected out of that layer's output. Coherence "
     "belongs beside EM: the model-diff and both-diff vectors bring EM to zero by destroying the model. Rates are of "
-    "rows with both scores; the interval after is 95%, over questions."
+    f"rows with both scores; the interval after is {PERCENT}, over questions."
 )
 TABLES = ("ablation",)
 FIRST = (

@@ -9,12 +9,13 @@ from analyses.suite import Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
 from em_interp.published.scan import JudgedSet
+from em_interp.statistics import PERCENT
 
 TITLE = "Steering the chat model with a mean-diff direction"
 TEXT = (
     "EM and coherence of the chat model when a multiple of the direction is added at one layer, at every token. The "
     "two EM lines differ by the answers that the judge would not score (code or refusal): the reference code leaves "
-    "them out, so that its EM can rise while the share of all answers does not. Intervals: 95%, over questions."
+    f"them out, so that its EM can rise while the share of all answers does not. Intervals: {PERCENT}, over questions."
 )
 TABLES = ("steering",)
 FIRST = ("direction", "target", "layer", "coefficient", "em_rate", "em_low", "em_high", "coherent_rate", "n")

@@ -44,7 +44,7 @@ def cosine_rows(
     """One row a common layer: cosine, its random-direction null (sd and two-sided p-value), and ||a - b||.
 
     A pair of finished vectors has no sampling interval. With the resamples of both (of the layers that each has):
-    `cosine_debiased`, the cosine without the shrinkage that noise in the means causes, and its 95% interval in low and
+    `cosine_debiased`, the cosine without the shrinkage that noise in the means causes, and its interval in low and
     high (`jackknife.cosine_of_means`: centred on cosine_debiased, not on cosine; conservative near a cosine of 1), over
     questions that count as one in both; `interval` says how it was made, or why there is none.
 

@@ -44,8 +44,8 @@ def split_half(
     `cosine` is the mean over random splits into halves. `low` and `high` are that mean plus and minus bootstrap
     standard errors on Fisher's arctanh scale, for which questions are drawn with replacement within each half. (A
     percentile interval would lie below the estimate: drawing with replacement adds noise to both halves.) The interval
-    is conservative: of nominal 95%, it covers 97 to 100%. by: what
-    is split and drawn, whole questions or single responses. Columns layer, cosine, low, high, splits, by.
+    is conservative: at a level of .95 it covers .97 to 1. by: what is split and drawn, whole questions or single
+    responses. Columns layer, cosine, low, high, splits, by.
 
     Raises StatisticsError where there is too little to split, ActivationError where per-response means were not
     kept, DirectionError where a half has no direction.

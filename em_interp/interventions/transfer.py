@@ -15,7 +15,7 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
 
     judged: columns direction_from (`before` for the organism as it is), organism, question, aligned, coherent. One row
     a direction and organism: em_before, em_after (of rows with both scores), relative_reduction = 1 - after / before
-    (empty where there was no EM) with low and high (95%, paired by question), coherence, n, interval (how it
+    (empty where there was no EM) with low and high (paired by question), coherence, n, interval (how it
     was made). Raises StatisticsError for lacking columns and for an organism without answers before.
     """
     needed = ("direction_from", "organism", "question", "aligned", "coherent")

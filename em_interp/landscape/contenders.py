@@ -50,7 +50,7 @@ class Contender:
 def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """Mean of `value` over training seeds, for each combination of the columns `by`.
 
-    Columns: `by`, mean, sd, low, high (95%, Student), n_seeds. Raises UsageError where a combination has more than
+    Columns: `by`, mean, sd, low, high (Student), n_seeds. Raises UsageError where a combination has more than
     one row a seed, StatisticsError where it has fewer than two seeds.
     """
     rows = []

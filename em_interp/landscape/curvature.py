@@ -44,7 +44,7 @@ class Curvature:
     traces: Float[np.ndarray, "probe"]
 
     def columns(self) -> dict[str, str | float | int]:
-        """One row of a table: means over probes, with 95% intervals (Student) over them."""
+        """One row of a table: means over probes, with intervals (Student) over them."""
         across, trace = t_interval(self.across), t_interval(self.traces)
         return {
             **self.contender.labels(),

@@ -46,7 +46,7 @@ class EfficiencyCurve:
 class Optimum:
     """Where a curve is lowest: the vertex of the parabola through the three lowest neighbours.
 
-    at_edge: the lowest point is the grid's first or last, so the true optimum may lie beyond. Intervals are 95%
+    at_edge: the lowest point is the grid's first or last, so the true optimum may lie beyond. Intervals are
     over questions (jackknife).
     """
 
@@ -93,7 +93,7 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
     """The table `efficiency`: one row a solution and scale.
 
     Beyond the contract: training_seed, loss_low and loss_high, loss_reduction (of the chat model's loss, nats per
-    token) with low and high (95% over questions, paired), interval (how these were made), n_tokens, n_questions, and
+    token) with low and high (over questions, paired), interval (how these were made), n_tokens, n_questions, and
     the papers' norms, scaled too.
     The two ratios are NaN at norm 0.
     """
@@ -188,7 +188,7 @@ def lead_at_equal_norm(
 
     relative_norms: multiples of the mean of the two trained norms (0.2 to 2, as in the reference code). Columns:
     adapter, domain, training_seed, relative_norm, norm, loss_general, loss_narrow, loss_chat, lead (narrow minus
-    general: positive where the general one is ahead), low, high (95% over questions, paired), interval (how they were
+    general: positive where the general one is ahead), low, high (over questions, paired), interval (how they were
     made). Raises UsageError for two different adapters or domains, or a relative norm that is not positive.
     """
     if (general.adapter, general.domain) != (narrow.adapter, narrow.domain) or min(relative_norms, default=0) <= 0:

@@ -151,7 +151,7 @@ def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
 
 
 def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") -> pd.DataFrame:
-    """Mean, sd, minimum and maximum of `value` over perturbation seeds, and the mean's 95% interval (Student)."""
+    """Mean, sd, minimum and maximum of `value` over perturbation seeds, and the mean's interval (Student)."""
     by = ["solution", "adapter", "domain", "training_seed", "on", "epsilon"]
     rows = []
     columns("a table of stability", table, (*by, value))
@@ -176,7 +176,7 @@ def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") ->
 def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFrame:
     """How much more of its gain the narrow solution loses, in percentage points (positive: general is more stable).
 
-    Columns: adapter, domain, training_seed, on, epsilon, general, narrow, gap, low, high: 95%, over questions and over
+    Columns: adapter, domain, training_seed, on, epsilon, general, narrow, gap, low, high: over questions and over
     perturbation seeds together, both paired between the solutions; interval: how it was made. Raises UsageError for
     curves over different responses, eps or seeds.
     """

@@ -20,6 +20,10 @@ from em_interp.errors import StatisticsError
 
 LEVEL: Final = 0.95
 """The level of every interval, unless a call says otherwise."""
+PERCENT: Final = f"{LEVEL:.0%}"
+"""The same as captions and columns' texts say it."""
+NORMAL: Final = float(stats.norm.ppf((1 + LEVEL) / 2))
+"""Half of the interval of a normal variable that is known to be one, in standard deviations."""
 FEWEST_QUESTIONS: Final = 4
 """With fewer questions a rate, a difference or a ratio of rates gets no interval: see the coverage table."""
 FEWEST_CLUSTERS: Final = 6
