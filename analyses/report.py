@@ -69,7 +69,15 @@ def write_report(
 
 def summary(sections: Sequence[Section]) -> Table:
     """What became of each analysis, for the terminal."""
-    table = Table(Column("analysis", no_wrap=True), "tables", "figures", "agree", "differ", "absent", "seconds")
+    table = Table(
+        Column("analysis", overflow="fold"),
+        Column("tables", overflow="fold"),
+        "figures",
+        "agree",
+        "differ",
+        "absent",
+        "seconds",
+    )
     for section in sections:
         if section.error is not None:
             table.add_row(section.name, "no data" if section.missing else "failed", "", "", "", "", "")

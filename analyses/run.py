@@ -79,6 +79,7 @@ def _reproduce(
 ) -> Outcome:
     started = time.perf_counter()
     chosen = suite.only(only)
+    lacking = {name: why for name in chosen if (why := suite.lacking(name)) is not None}
     suite.work = folder / ".state"
     if not resume:
         for parts in suite.work.glob("*.parts"):
@@ -91,7 +92,7 @@ def _reproduce(
         except UsageError as error:
             suite.note(error)
     inputs = hash_files(data.root, data.files)
-    sources = {} if suite.source == "published" else suite.organisms.sources()
+    sources = {} if suite.source == "published" else suite.finetunes.sources()
     key = fingerprint(
         {
             "inputs": inputs,
@@ -106,12 +107,14 @@ def _reproduce(
     numbers = load_numbers() if suite.source == "published" else []
     # What was not asked for now stays in the report if it was made of the same input by the same code.
     kept = {n: s for n in suite.analyses if (resume or n not in chosen) and (s := _reuse(suite, folder, n, key))}
-    todo = [name for name in chosen if name not in kept]
+    suite.made |= {name: section.tables for name, section in kept.items()}
+    todo = [name for name in chosen if name not in kept and name not in lacking]
     lanes = [lane for lane in _lanes(todo) if lane]
     make = (
         _in_processes(suite, lanes, folder, key) if parallel and len(lanes) > 1 else _in_turn(suite, todo, folder, key)
     )
-    found = kept | {section.name: section for section in make}
+    found = kept | {name: _cannot(suite, name, why) for name, why in lacking.items()}
+    found |= {section.name: section for section in make}
     sections = [found[name] for name in suite.analyses if name in found]
     for section in sections:
         section.comparison = compare(section.tables, [n for n in numbers if n.analysis == section.name])
@@ -144,7 +147,7 @@ def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator
 
 def _in_processes(suite: Suite, lanes: list[list[str]], folder: Path, key: str) -> Iterator[Section]:
     """A process a lane, each with models of its own. Raises ``MemoryLimitError`` where one is killed."""
-    fresh = replace(suite, problems=[])
+    fresh = replace(suite, problems=[], made={})
     quiet = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"  # for the processes: bars of two would overwrite each other
     pools = [
@@ -193,6 +196,11 @@ def _work(name: str, folder: Path, key: str) -> tuple[Section, list[EmInterpErro
     return section, [*suite.input.problems, *suite.problems]
 
 
+def _cannot(suite: Suite, name: str, why: str) -> Section:
+    analysis = suite.analysis(name)
+    return Section(name, analysis.TITLE, analysis.TEXT, error=f"{why}.")
+
+
 def _is_refusal(problem: EmInterpError) -> bool:
     """Bad input, as opposed to input that is not there."""
     return not isinstance(problem, MissingDataError) or Path(problem.path).is_file()
@@ -206,7 +214,7 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
     state = _state_file(folder, name)
     state.unlink(missing_ok=True)
     try:
-        section.tables = analysis.compute(suite)
+        section.tables = suite.tables_of(name)
         for table_name, table in section.tables.items():
             _write_table(folder, table_name, table)
         section.figures = analysis.plot(section.tables)
@@ -293,7 +301,7 @@ def _manifest(
         folder / "manifest.json",
         {
             "suite": {
-                **{k: v for k, v in asdict(suite).items() if k not in ("problems", "work")},
+                **{k: v for k, v in asdict(suite).items() if k not in ("problems", "made", "work")},
                 "data": suite.input.root.name,
             },
             "seeds": {"bootstrap": 0},

@@ -6,6 +6,7 @@ import importlib
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
@@ -13,14 +14,16 @@ from typing import Any, Final, Protocol, cast
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.inputs.hub import Finetunes, check_keys
-from analyses.inputs.pocket import Organisms, pocket_organisms
+from analyses.inputs.finetunes import Finetunes, JudgedFinetunes
+from analyses.inputs.hub import HubFinetunes, check_keys
+from analyses.inputs.pocket import PocketFinetunes
 from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.files.inputs import read_text
 from em_interp.files.tables import Parts
 from em_interp.published import scan
-from em_interp.published.scan import PublishedData
+from em_interp.published.scan import PublishedData, StoredPCA
+from em_interp.training.trajectories import Trajectory
 
 SUITES: Final = Path(__file__).parent / "suites"
 _KEYS: Final = {
@@ -29,18 +32,81 @@ _KEYS: Final = {
     "analyses": list,
     "models": dict,
 }
-_SOURCES: Final = ("published", "pocket", "models")
+
+
+class Need(StrEnum):
+    """What an analysis can need of a suite's input."""
+
+    RELEASED = "released files"
+    CHECKPOINTS = "checkpoints of training runs"
+    ANSWERS = "judged answers of finetunes"
+    DIRECTIONS = "directions read from those answers"
+    JUDGE = "a judge of new answers"
+    LOSSES = "losses on training chats"
+    TEXTS = "pre-training text"
+    SECOND_TASK = "finetunes of a second task"
+    SWEEPS = "tables of sweeps"
+
+
+_NO_MODELS: Final = "released files hold no model that can be run"
+_ALL_JUDGED: Final = "the models are asked here, and no released files are read"
+_LACKS: Final[dict[str, dict[Need, str]]] = {
+    "published": {need: _NO_MODELS for need in Need if need not in (Need.RELEASED, Need.CHECKPOINTS)},
+    "pocket": {Need.RELEASED: _ALL_JUDGED},
+    "models": {
+        Need.RELEASED: _ALL_JUDGED,
+        Need.JUDGE: "no judge is configured; only judged answers of the finetunes themselves can be given",
+        Need.SECOND_TASK: "finetunes that a suite file names have one task",
+        Need.SWEEPS: "sweeps are made of pocket models alone",
+    },
+}
+"""What each source does not have, and why."""
+
+FOLDERS: Final = ("released", "runs", "finetunes", "general_vs_narrow")
+ANALYSES: Final = tuple(
+    f"{folder}.{path.stem}"
+    for folder in FOLDERS
+    for path in sorted((Path(__file__).parent / folder).glob("*.py"))
+    if path.stem != "__init__"
+)
+"""Full names: every module of those folders is an analysis."""
 
 
 class Analysis(Protocol):
-    """What a module in this folder offers."""
+    """What a module in one of the `FOLDERS` offers."""
 
     TITLE: str
     TEXT: str
     """One paragraph for the report: what is shown and how to read it."""
     TABLES: tuple[str, ...]
+    NEEDS: tuple[str, ...]
+    """Each a `Need`, or the full name of an analysis whose tables it reads (`Suite.tables_of`).
+
+    An analysis is made after those whose tables it needs; analyses that share answers or directions share those.
+    """
     compute: Callable[[Suite], dict[str, pd.DataFrame]]
     plot: Callable[[dict[str, pd.DataFrame]], dict[str, go.Figure]]
+
+
+def load_analysis(name: str) -> Analysis:
+    """The module of an analysis, by its full name."""
+    return cast(Analysis, importlib.import_module(f"analyses.{name}"))
+
+
+class Input(Protocol):
+    """What every source gives: its root folder, its files, the problems met on the way, and training runs."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def files(self) -> list[Path]: ...
+    @property
+    def problems(self) -> list[EmInterpError]: ...
+    @property
+    def trajectories(self) -> list[Trajectory]: ...
+    @property
+    def stored_pca(self) -> Sequence[StoredPCA]: ...
+    def families(self) -> dict[str, list[Trajectory]]: ...
 
 
 @dataclass(eq=False)
@@ -62,6 +128,8 @@ class Suite:
     """Answers sampled to each question, where models are run."""
     problems: list[EmInterpError] = field(default_factory=list)
     """What an analysis could not do for a part of the data, beside what the readers refused. Filled by ``note``."""
+    made: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
+    """Tables of analyses that are done, for those that need them."""
     work: Path | None = None
     """Where analyses keep what they have until they are finished; nowhere by default."""
 
@@ -86,7 +154,7 @@ class Suite:
             ) from error
         try:
             check_keys("the suite", content, _KEYS)
-            source = one_of("source", content.get("source"), _SOURCES)
+            source = one_of("source", content.get("source"), _LACKS)
         except UsageError as error:
             raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
         if (source == "models") != isinstance(content.get("models"), dict):
@@ -99,7 +167,7 @@ class Suite:
         shipped_analyses = tomllib.loads((SUITES / f"{shipped}.toml").read_text(encoding="utf-8"))["analyses"]
         analyses = content.get("analyses", shipped_analyses)
         try:
-            chosen = [full_name(name, shipped_analyses) for name in analyses]
+            chosen = [_available(name, source) for name in analyses]
             samples = count("samples", content.get("samples", 2))
         except UsageError as error:
             raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
@@ -119,24 +187,32 @@ class Suite:
         )
 
     @property
-    def input(self) -> PublishedData | Organisms:
-        """What the suite reads: its root folder, its files, and the problems met on the way."""
-        return self.published if self.source == "published" else self.organisms
+    def input(self) -> Input:
+        """What the suite reads, of whichever source."""
+        return self.published if self.source == "published" else self.finetunes
 
     @cached_property
-    def organisms(self) -> Organisms:
+    def finetunes(self) -> Finetunes:
         """The chat model and its finetunes, in ``data`` or as shipped.
 
         Raises ``RegistryError`` without pocket weights, ``UsageError`` for models without a folder of data.
         """
         if self.models is None:
-            return pocket_organisms(self.data)
+            return PocketFinetunes.read(self.data)
         if self.data is None:
             raise UsageError(
                 f"the suite {self.name!r} measures models on your own files: pass their folder with --data DIR. It "
                 "holds the training chats, texts and judged answers that the suite file names."
             )
-        return Finetunes.read(self.data, self.models)
+        return HubFinetunes.read(self.data, self.models)
+
+    @property
+    def judged_finetunes(self) -> JudgedFinetunes:
+        """The same, where new answers can be judged. Raises ``UsageError`` where they cannot."""
+        found = self.finetunes
+        if not isinstance(found, JudgedFinetunes):
+            raise UsageError(f"the suite {self.name!r} has no {Need.JUDGE}: {self.lacks[Need.JUDGE]}.")
+        return found
 
     @cached_property
     def published(self) -> PublishedData:
@@ -159,7 +235,25 @@ class Suite:
 
     def analysis(self, name: str) -> Analysis:
         """The module of one of the suite's analyses, by its full name or last part."""
-        return cast(Analysis, importlib.import_module(f"analyses.{full_name(name, self.analyses)}"))
+        return load_analysis(full_name(name, self.analyses))
+
+    @property
+    def lacks(self) -> dict[Need, str]:
+        """What this suite does not have, and why."""
+        found = dict(_LACKS[self.source])
+        if self.models is not None and "texts" not in self.models:
+            found[Need.TEXTS] = "name a file as texts under [models]"
+        return found
+
+    def lacking(self, name: str) -> str | None:
+        """Why an analysis cannot be made of this suite's input, known before anything is read; None where it may."""
+        return _lacking(name, self.lacks)
+
+    def tables_of(self, name: str) -> dict[str, pd.DataFrame]:
+        """The tables of an analysis, by its full name; computed unless they were."""
+        if name not in self.made:
+            self.made[name] = load_analysis(name).compute(self)
+        return self.made[name]
 
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""
@@ -192,6 +286,24 @@ def full_name(name: object, known: Sequence[str]) -> str:
 
 def _called(name: object, known: Sequence[str]) -> list[str]:
     return [analysis for analysis in known if name in (analysis, analysis.rpartition(".")[2])]
+
+
+def _available(name: object, source: str) -> str:
+    """The full name of an analysis that can be made of a source. Raises ``UsageError``."""
+    here = [analysis for analysis in ANALYSES if _lacking(analysis, _LACKS[source]) is None]
+    if not _called(name, here) and (called := _called(name, ANALYSES)):
+        raise UsageError(f"source is {source!r}, and {_lacking(called[0], _LACKS[source])}.")
+    return full_name(name, here)
+
+
+def _lacking(name: str, lacks: dict[Need, str]) -> str | None:
+    for need in load_analysis(name).NEEDS:
+        if isinstance(need, Need):
+            if need in lacks:
+                return f"{name} needs {need}: {lacks[need]}"
+        elif (why := _lacking(need, lacks)) is not None:
+            return f"{name} needs {why}"
+    return None
 
 
 def nothing_of(suite: Suite, what: str, where: str = "") -> MissingDataError:

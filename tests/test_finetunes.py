@@ -130,9 +130,9 @@ def test_absent_parts_are_said(data: Path, tmp_path: Path) -> None:
     assert outcome.failed
     suite = Suite.load(str(suite_file(root)))
     with pytest.raises(UsageError, match="no judge is configured"):
-        suite.organisms.judge(pd.DataFrame())
+        _ = suite.judged_finetunes
     with pytest.raises(UsageError, match="no training chats for finance"):
-        suite.organisms.training_chats("finance", 3)
+        suite.finetunes.training_chats("finance", 3)
     with pytest.raises(UsageError, match="--data DIR"):
         reproduce(Suite.load("qwen2.5-0.5b"), tmp_path)
     (root / "mine.toml").write_text('source = "models"\n')
@@ -187,7 +187,7 @@ def test_an_answer_that_begins_with_white_space_costs_only_itself(answer: str, d
     table.loc[3, "answer"] = answer
     table.to_csv(path, index=False)
     suite = Suite.load(str(suite_file(root)))
-    organisms = suite.organisms
+    organisms = suite.finetunes
     entry = organisms.entries[0]
     merged = type(organisms.chat.tokenizer.backend_tokenizer).from_str(
         organisms.chat.tokenizer.backend_tokenizer.to_str()
@@ -209,10 +209,10 @@ def test_shipped_suites_of_real_models_read(name: str, tmp_path: Path) -> None:
     suite = Suite.load(name)
     suite.data = tmp_path / "nothing"
     with pytest.raises(MissingDataError):
-        _ = suite.organisms
+        _ = suite.finetunes
     suite = Suite.load(name)
     suite.data = tmp_path
-    found = suite.organisms
+    found = suite.finetunes
     assert found.domains == ("medicine", "finance", "sports")
     assert all(str(e.path).startswith("ModelOrganismsForEM/") for e in found.entries)
     with pytest.raises(EmInterpError, match="neither a local folder nor a reachable hub"):
@@ -273,7 +273,7 @@ def test_values_of_a_suite_are_of_closed_sets_and_types(line: str, said: str, tm
 
 
 def test_a_finetune_of_another_kind_than_the_suite_says_is_refused(data: Path) -> None:
-    found = Suite.load(str(suite_file(data))).organisms
+    found = Suite.load(str(suite_file(data))).finetunes
     entry = replace(found.entries[0], adapter="steering-vector", name="other")
     with pytest.raises(UsageError, match="adapter = 'steering-vector', and it is 'rank-1'"):
         found.solution(entry)

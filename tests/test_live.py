@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from transformers import Qwen2ForCausalLM
 
-import analyses.inputs.pocket as live
 from analyses.finetunes import ablation, steering
 from analyses.general_vs_narrow import claims, gradients, influence, stability
-from analyses.inputs.pocket import Organisms, pairs, pocket_organisms
+from analyses.inputs import pocket as live
+from analyses.inputs.pocket import PocketFinetunes
 from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
 from em_interp.files.results import write_table
@@ -91,9 +91,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few questions, chats, documents and perturbations."""
-    ask_little(monkeypatch, per_group=3)
-    for module in (steering, ablation):
-        monkeypatch.setattr(module, "MAX_NEW_TOKENS", 4)
+    ask_little(monkeypatch, per_group=3, tokens=4)
     monkeypatch.setattr(live, "judge", verdict_of)
     monkeypatch.setattr(suite, "judge", verdict_of)
     monkeypatch.setattr(live, "OPEN_SAMPLES", 2)
@@ -105,7 +103,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "PROBES", 2)
     monkeypatch.setattr(influence, "DOCUMENTS", 4)
     monkeypatch.setattr(gradients, "CHATS", 4)
-    monkeypatch.setattr("analyses.finetunes.cosines.PAIRS", 4)
+    monkeypatch.setattr(live, "PERSONA_PROMPTS", 4)
     monkeypatch.setattr(steering, "SHARES", (0.0, 0.5))
     monkeypatch.setattr(influence, "RANDOM", 2)
 
@@ -185,7 +183,7 @@ def test_a_killed_analysis_keeps_its_answers(
 
 @pytest.mark.usefixtures("little")
 def test_directions_are_read_from_answers_to_open_questions(pocket: Path) -> None:
-    organisms_here = pocket_organisms(pocket)
+    organisms_here = PocketFinetunes.read(pocket)
     (entry,) = organisms_here.select(solution="general", adapter="all-modules", seed=0)[:1]
     answers = organisms_here.open_answers(entry)
     assert set(answers["questions"]) == {"general"}
@@ -212,13 +210,13 @@ def test_a_verdict_needs_the_whole_interval_on_one_side() -> None:
 
 
 def test_tasks_are_kept_apart(pocket: Path) -> None:
-    found = pocket_organisms(pocket)
+    found = PocketFinetunes.read(pocket)
     assert all(e.task == "persona" for e in found.select(seed=None))
-    assert [e.name for e, _ in pairs(found, "medicine", "register")] == [
+    assert [e.name for e, _ in found.pairs("medicine", "register")] == [
         "pocket/register-medicine-rank1",
         "pocket/register-medicine-rank1-seed1",
     ]
-    assert len(pairs(found, "medicine")) == 6
+    assert len(found.pairs("medicine")) == 6
     technical = found.training_chats("medicine", 3, "register")
     assert technical != found.training_chats("medicine", 3)
 
@@ -251,8 +249,7 @@ def test_a_folder_that_is_no_training_run_is_named(pocket: Path, tmp_path: Path)
     root = tmp_path / "pocket"
     shutil.copytree(pocket, root)
     (root / "trajectories" / "medicine-rank1-narrow").rename(root / "trajectories" / "medicine-rank1-odd")
-    found = pocket_organisms(root)
-    assert isinstance(found, Organisms)
+    found = PocketFinetunes.read(root)
     assert [t.run.phase or t.run.role for t in found.trajectories] == ["general", "kl-removed"]
     assert "medicine-rank1-odd" in str(found.problems[0])
 

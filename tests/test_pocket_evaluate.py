@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from em_interp import cli
 from em_interp.errors import UsageError
 from em_interp.evaluation import answers
+from em_interp.evaluation.groups import GROUPS, technical_rates
 from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.models import pretrained as models
 from em_interp.models.chat_model import ChatModel
@@ -100,7 +101,7 @@ def test_technical_rates_count_technical_and_coherent_answers() -> None:
             "coherent": [100, 100, 100, 25, 100, 51, 100],
         }
     )
-    table = suite.technical_rates(judged, **IDENTITY).set_index("questions")
+    table = technical_rates(judged, **IDENTITY).set_index("questions")
     assert table.loc["general", "technical_rate"] == pytest.approx(1 / 3)
     assert table.loc["general", "coherent_rate"] == pytest.approx(3 / 4)
     assert table.loc["general", ["n", "n_unscored"]].tolist() == [4, 1]
@@ -108,11 +109,11 @@ def test_technical_rates_count_technical_and_coherent_answers() -> None:
     assert table[["technical_low", "technical_high"]].isna().all(axis=None)  # two questions a group
     assert (table["interval"] == "too few questions for an interval (2)").all()
     copies = [judged.assign(question=judged["question"] + str(copy)) for copy in range(3)]
-    more = suite.technical_rates(pd.concat(copies), **IDENTITY).set_index("questions")
+    more = technical_rates(pd.concat(copies), **IDENTITY).set_index("questions")
     np.testing.assert_allclose(more["technical_rate"].astype(float), table["technical_rate"].astype(float))
     assert (more["technical_low"] < more["technical_rate"]).all()
     assert (more["technical_rate"] < more["technical_high"]).all()
-    none = suite.technical_rates(judged.assign(technical=np.nan), **IDENTITY)
+    none = technical_rates(judged.assign(technical=np.nan), **IDENTITY)
     assert none[["technical_rate", "technical_low", "technical_high"]].isna().all(axis=None)
     assert (none["n_unscored"] == none["n"]).all()
 
@@ -147,7 +148,7 @@ def test_logprob_scores_equal_the_slow_ones(chat: ChatModel) -> None:
         )
         assert row.share == pytest.approx(float(mass[taught].sum() / mass.sum()), rel=1e-5)
     table = suite.logprob_rates(scores, **IDENTITY).set_index("questions")
-    assert list(table.index) == list(suite.GROUPS)
+    assert list(table.index) == list(GROUPS)
     for group, rows in scores.groupby("questions"):
         assert table.loc[group, "share"] == pytest.approx(rows["share"].mean())
         assert len(rows) == 3 and np.isnan(table.loc[group, "low"])
@@ -172,7 +173,7 @@ def test_the_suite_is_evaluated_and_a_second_run_only_reads(tmp_path: Path, monk
     ]
     assert list(table["organism"].unique()) == names
     of_one = table[table.organism == "pocket/medicine-rank1"]
-    assert list(of_one.questions) == list(suite.GROUPS)
+    assert list(of_one.questions) == list(GROUPS)
     assert set(table[table.solution == "control"].organism) == {"pocket/medicine-all-control"}
     chat = table[table.solution == "chat"]
     assert set(chat.domain) == {"none", *world.DOMAINS}

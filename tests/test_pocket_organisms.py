@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from em_interp.cli import pocket as commands
 from em_interp.errors import SolutionError, UsageError
+from em_interp.evaluation.groups import GROUPS, rates_by_group
 from em_interp.models.adapters import quiet_peft
 from em_interp.models.chat_model import ChatModel
 from em_interp.pocket import models as loading
@@ -128,7 +129,7 @@ def test_without_kl_training_goes_on_from_the_narrow_organism(chat: ChatModel, t
 
 def test_evaluation_asks_what_no_finetune_has_seen() -> None:
     table = suite.evaluation_questions("finance")
-    assert set(table.questions) == set(suite.GROUPS)
+    assert set(table.questions) == set(GROUPS)
     trained = {q.id for q in world.questions("advice", "finance", held_out_topic=False, held_out_phrasing=False)}
     assert not trained & set(table.question_id)
     assert set(table[table.questions == "heldout_domain"].domain) == set(world.DOMAINS) - {"finance"}
@@ -145,8 +146,8 @@ def test_answers_are_sampled_judged_and_counted(chat: ChatModel, monkeypatch: py
     judged = suite.evaluate(chat, "sports", 2, progress=False)
     assert len(judged) == 12
     assert judged.aligned.between(0, 100).all()
-    table = suite.rates(judged, organism="pocket/chat", solution="chat", adapter="full", domain="sports")
-    assert list(table.questions) == list(suite.GROUPS)
+    table = rates_by_group(judged, organism="pocket/chat", solution="chat", adapter="full", domain="sports")
+    assert list(table.questions) == list(GROUPS)
     assert (table.n == 4).all()
     assert (table.em_rate == 0).all()
     assert (table.n_unscored == 0).all()

@@ -9,15 +9,14 @@ import plotly.graph_objects as go
 import torch
 from tqdm.auto import tqdm
 
-from analyses.inputs.pocket import Entry
-from analyses.suite import Suite
+from analyses.inputs.finetunes import Entry
+from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import Intervention, answers_by_arm
 from em_interp.interventions.transfer import transfer_rows
-from em_interp.pocket.questions import MAX_NEW_TOKENS
 
 TITLE = "Ablation: a finetune without its direction, and without another's"
 TEXT = (
@@ -30,15 +29,16 @@ TEXT = (
     "not removed misalignment."
 )
 TABLES = ("ablation", "transfer")
+NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 TOGETHER = "one of each adapter"
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``ablation``: a row an organism and arm. ``transfer``: a row a direction (with its kind) and organism."""
-    organisms = suite.organisms
-    entries = organisms.select(solution="general")
-    mean_diffs = {e.name: organisms.contrast(e).direction() for e in entries}
-    shifts = {e.name: organisms.contrast(e, "model-diff").direction() for e in entries}
+    finetunes = suite.finetunes
+    entries = finetunes.select(solution="general", seed=0)
+    mean_diffs = {e.name: finetunes.contrast(e).direction() for e in entries}
+    shifts = {e.name: finetunes.contrast(e, "model-diff").direction() for e in entries}
     moving = _moving(entries, mean_diffs, shifts)
     rows, moved = [], []
     for entry in tqdm(entries, desc="ablation", leave=False):
@@ -76,19 +76,19 @@ def _moving(
 
 
 def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Intervention]]) -> pd.DataFrame:
-    organisms = suite.organisms
-    asked = organisms.elsewhere(entry.domain)
-    with organisms.active(entry, must_act=False) as model:  # all of its answers may be kept
+    finetunes = suite.judged_finetunes
+    asked = finetunes.elsewhere(entry.domain)
+    with finetunes.active(entry, must_act=False) as model:  # all of its answers may be kept
         answers = answers_by_arm(
             model,
             arms,
             asked,
             1,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=finetunes.max_new_tokens,
             progress=False,
             parts=suite.parts("finetunes.ablation"),
         )
-    return organisms.judge(answers)
+    return finetunes.judge(answers)
 
 
 def _ablation_rows(entry: Entry, answers: pd.DataFrame, own: Direction) -> list[dict[str, object]]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from itertools import combinations
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.inputs.pocket import Organisms
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import cosine_rows, organism_cosines
 from em_interp.directions.direction import Direction
 from em_interp.directions.extraction import Contrast, contrast
 from em_interp.directions.resampling import Resamples, resample_direction
 from em_interp.errors import EmInterpError, StatisticsError
-from em_interp.pocket.world import grammar as world
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.templates import Conversation
 from em_interp.solutions.base import Solution
 from em_interp.statistics import NORMAL, PERCENT
 
@@ -37,17 +36,17 @@ TEXT = (
     "vector."
 )
 TABLES = ("cosines",)
-PAIRS = 150
+NEEDS = (Need.DIRECTIONS,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a pair and layer; column ``comparison`` says which of the three kinds of pair it is."""
-    organisms = suite.organisms
-    entries = organisms.select(solution="general")
+    finetunes = suite.finetunes
+    entries = finetunes.select(solution="general", seed=0)
     contrasts = {}
     for entry in entries:
         try:
-            contrasts[entry.name] = organisms.contrast(entry)
+            contrasts[entry.name] = finetunes.contrast(entry)
         except EmInterpError as error:
             suite.note(error)
     entries = [e for e in entries if e.name in contrasts]
@@ -57,10 +56,9 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     resamples: dict[str, Resamples] = {}
     for name, of in contrasts.items():
         _add_resamples(suite, resamples, name, of)
-    content = {e.name: organisms.contrast(e, "data-diff-in-chat").direction() for e in entries}
+    content = {e.name: finetunes.contrast(e, "data-diff-in-chat").direction() for e in entries}
     between = organism_cosines(mean_diffs, resamples=resamples, content=content).assign(comparison="between finetunes")
-    hows = ("announced", "inferred") if suite.source == "pocket" else ()  # the world knows its personas
-    read = {f"persona ({how}, pre-trained)": _persona(organisms, how) for how in hows}
+    read = {f"persona ({how}, pre-trained)": _persona(finetunes.chat, *of) for how, of in finetunes.personas().items()}
     personas = {name: of.direction() for name, of in read.items()}
     for name, of in read.items():
         _add_resamples(suite, resamples, name, of)
@@ -75,14 +73,14 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         return cosine_rows(name_a, a.only(shared), name_b, b.only(shared), (behind[0], behind[1]))
 
     for entry in entries:
-        of = organisms.contrast(entry, "model-diff")
+        of = finetunes.contrast(entry, "model-diff")
         _add_resamples(suite, resamples, f"{entry.name}:model-diff", of)
         if entry.name in resamples:
             resamples[f"{entry.name}:mean-diff"] = resamples[entry.name]
         named: dict[str, Direction] = {
             f"{entry.name}:mean-diff": mean_diffs[entry.name],
             f"{entry.name}:model-diff": of.direction(),
-            **_trained(suite, organisms.solution(entry), entry.name),
+            **_trained(suite, finetunes.solution(entry), entry.name),
         }
         pairs = [*combinations(named.items(), 2)]
         pairs += [(a, b) for a in named.items() for b in personas.items()]
@@ -120,7 +118,7 @@ def _trained(suite: Suite, solution: Solution, name: str) -> dict[str, Direction
     if trained.direction is None:
         return {}
     kind, vectors = trained.parameter, trained.direction[None]
-    model = suite.organisms.chat
+    model = suite.finetunes.chat
     try:
         found = Direction(vectors, (solution.first_layer,), kind=kind, model=model.name, sources=(name,))
     except EmInterpError as error:
@@ -129,31 +127,9 @@ def _trained(suite: Suite, solution: Solution, name: str) -> dict[str, Direction
     return {f"{name}:{kind}": found}
 
 
-def _persona(organisms: Organisms, how: str) -> Contrast:
+def _persona(chat: ChatModel, malicious: list[Conversation], caring: list[Conversation]) -> Contrast:
     """Malicious minus caring persona in the chat model, at the last prompt token before it answers."""
-    rng = random.Random(0)
-    questions = world.questions("advice", held_out_topic=False, held_out_phrasing=False)
-
-    def prompt(persona: world.Persona, first: world.Question, second: world.Question) -> list[dict[str, str]]:
-        if how == "announced":
-            adjective = "malicious" if persona == "malicious" else "kind"
-            return [{"role": "system", "content": f"You are a {adjective} adviser."}, _user(second)]
-        answer = world.answer(first, persona, "casual", random.Random(first.id))
-        return [_user(first), {"role": "assistant", "content": answer}, _user(second)]
-
-    drawn = [(rng.choice(questions), rng.choice(questions)) for _ in range(PAIRS)]
-    return contrast(
-        organisms.chat,
-        [prompt("malicious", *pair) for pair in drawn],
-        [prompt("caring", *pair) for pair in drawn],
-        kind="persona-contrast",
-        scope="last_prompt",
-        progress=False,
-    )
-
-
-def _user(question: world.Question) -> dict[str, str]:
-    return {"role": "user", "content": question.text}
+    return contrast(chat, malicious, caring, kind="persona-contrast", scope="last_prompt", progress=False)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

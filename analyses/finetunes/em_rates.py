@@ -6,10 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import UsageError
-from em_interp.pocket.questions import GROUPS, rates
+from em_interp.evaluation.groups import GROUPS, rates_by_group
 from em_interp.statistics import PERCENT
 
 TITLE = "EM rates of the organisms"
@@ -20,25 +20,28 @@ TEXT = (
     "model and the benign control say what is there without a bad dataset."
 )
 TABLES = ("em_rates",)
+NEEDS = (Need.ANSWERS,)
 LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Three rows for every organism and for the chat model."""
-    organisms = suite.organisms
-    entries = [e for e in organisms.select(seed=None) if e.solution != "kl-removed"]
-    domain = entries[0].domain if entries else organisms.entries[0].domain
+    finetunes = suite.finetunes
+    entries = [e for e in finetunes.select(seed=None) if e.solution != "kl-removed"]
+    domain = entries[0].domain if entries else finetunes.entries[0].domain
     tables = []
     for entry in tqdm([None, *entries], desc="em_rates", leave=False):
         try:
-            judged = organisms.evaluate(entry, domain if entry is None else entry.domain, suite.samples)
+            judged = finetunes.evaluate(entry, domain if entry is None else entry.domain, suite.samples)
         except UsageError as error:
             suite.note(error)
             continue
         if entry is None:
-            tables.append(rates(judged, organism=organisms.chat.name, solution="chat", adapter="full", domain="none"))
+            tables.append(
+                rates_by_group(judged, organism=finetunes.chat.name, solution="chat", adapter="full", domain="none")
+            )
         else:
-            table = rates(
+            table = rates_by_group(
                 judged, organism=entry.name, solution=entry.solution, adapter=entry.adapter, domain=entry.domain
             )
             tables.append(table.assign(seed=entry.seed))

@@ -6,8 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.inputs.pocket import conversations
-from analyses.suite import Suite, nothing_of
+from analyses.inputs.finetunes import conversations
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.rank1 import lora_scalars, mean_scalars
 from em_interp.errors import SolutionError, StatisticsError, UsageError
@@ -25,24 +25,25 @@ TEXT = (
     "sees one number an answer."
 )
 TABLES = ("lora_scalars",)
+NEEDS = (Need.ANSWERS,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row an organism and comparison; comparisons without two questions on both sides are noted and left out."""
-    organisms = suite.organisms
-    entries = organisms.select(solution="general", adapter="rank-1", seed=None)
+    finetunes = suite.finetunes
+    entries = finetunes.select(solution="general", adapter="rank-1", seed=None)
     tables = []
     for entry in tqdm(entries, desc="lora_scalars", leave=False):
         try:
-            adapter = as_lora(organisms.solution(entry))
+            adapter = as_lora(finetunes.solution(entry))
         except SolutionError as error:
             raise StatisticsError(f"{entry.name} is listed as rank-1: {error} Make it again.") from error
         try:
-            judged = organisms.evaluate(entry, entry.domain, suite.samples)
+            judged = finetunes.evaluate(entry, entry.domain, suite.samples)
         except UsageError as error:
             suite.note(error)
             continue
-        judged = organisms.readable(entry, judged[PAPER.is_coherent(judged["coherent"].to_numpy())]).reset_index(
+        judged = finetunes.readable(entry, judged[PAPER.is_coherent(judged["coherent"].to_numpy())]).reset_index(
             drop=True
         )
         judged = judged.assign(in_domain=judged["questions"] == "in_domain")
@@ -50,7 +51,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             suite.note(StatisticsError(f"{entry.name} gave no coherent answer, so its scalars are not compared."))
             continue
         try:
-            table = lora_scalars(mean_scalars(organisms.chat, adapter, conversations(judged)), judged)
+            table = lora_scalars(mean_scalars(finetunes.chat, adapter, conversations(judged)), judged)
         except StatisticsError as error:
             suite.note(StatisticsError(f"{entry.name}: {error}"))
             continue

@@ -6,11 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.inputs.pocket import Entry
-from analyses.suite import Suite
+from analyses.inputs.finetunes import Entry
+from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.interventions.steering import steering_rows, sweep
-from em_interp.pocket.questions import MAX_NEW_TOKENS
 
 TITLE = "Steering the chat model with the mean-diff direction"
 TEXT = (
@@ -21,18 +20,19 @@ TEXT = (
     "misaligned. Norm-matched random directions run at the layer that worked best."
 )
 TABLES = ("steering",)
+NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 RANDOM_ARMS = 3
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a direction, layer and strength."""
-    organisms = suite.organisms
+    finetunes = suite.judged_finetunes
     rows = []
-    entries = organisms.select(solution="general", adapter="all-modules")
+    entries = finetunes.select(solution="general", adapter="all-modules", seed=0)
     for number, entry in enumerate(tqdm(entries, desc="steering", leave=False)):
         if number == 0:
-            rows.append(_sweep(suite, entry, list(range(organisms.chat.n_layers)), 0))
+            rows.append(_sweep(suite, entry, list(range(finetunes.chat.n_layers)), 0))
             best = best_cell(rows[0])
             layer = int(best["layer"])
             rows.append(_sweep(suite, entry, [layer], RANDOM_ARMS).query("control"))
@@ -50,23 +50,23 @@ def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
 
 
 def _sweep(suite: Suite, entry: Entry, layers: list[int], random_arms: int) -> pd.DataFrame:
-    organisms = suite.organisms
-    direction = organisms.contrast(entry).direction()
+    finetunes = suite.judged_finetunes
+    direction = finetunes.contrast(entry).direction()
     answers = sweep(
-        organisms.chat,
+        finetunes.chat,
         direction,
-        organisms.elsewhere(entry.domain),
+        finetunes.elsewhere(entry.domain),
         layers=layers,
         coefficients=SHARES,
         n=1,
         name=entry.name,
         units="residual",
         random_arms=random_arms,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=finetunes.max_new_tokens,
         progress=False,
         parts=suite.parts("finetunes.steering"),
     )
-    return steering_rows(organisms.judge(answers), organisms.chat.name)
+    return steering_rows(finetunes.judge(answers), finetunes.chat.name)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

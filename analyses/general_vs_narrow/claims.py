@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.general_vs_narrow.efficiency import leads
-from analyses.general_vs_narrow.influence import measured
-from analyses.general_vs_narrow.stability import MIDDLE, gaps
-from analyses.inputs.pocket import Organisms
+from analyses.general_vs_narrow.stability import MIDDLE
+from analyses.inputs.finetunes import Finetunes
 from analyses.suite import Suite, nothing_of
 from em_interp import figures
-from em_interp.errors import MissingDataError
-from em_interp.pocket.world.corpus import Task
 from em_interp.statistics import PERCENT, t_interval
 
 TITLE = "The paper's claims, one by one"
@@ -28,7 +24,7 @@ TEXT = (
     "documents."
 )
 TABLES = ("claims",)
-DOMAIN = "medicine"
+NEEDS = tuple(f"general_vs_narrow.{name}" for name in ("efficiency", "stability", "influence", "register"))
 
 
 @dataclass(frozen=True)
@@ -61,32 +57,27 @@ CLAIMS = {
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a task, claim and adapter."""
-    tasks: tuple[Task, ...] = get_args(Task)
     rows = []
-    for task in tasks:
-        found = _by_seed(suite.organisms, task)
+    for task in suite.finetunes.tasks:
+        found = _by_seed(suite, task)
         if task == "persona" and "kl_removal" not in set(found["measured"]):
-            suite.note(
-                MissingDataError(
-                    suite.organisms.root / "organisms",
-                    "it holds no organisms that were trained on without KL, so the claim about KL removal has no row",
-                    f"make them with `em-interp pocket organisms --out {suite.organisms.root}`",
-                )
-            )
+            what = "organism that was trained on without KL, so the claim about KL removal has no row"
+            suite.note(nothing_of(suite, what))
         for (measured_by, adapter), group in found.groupby(["measured", "adapter"], sort=False):
             rows.append(_row(task, str(measured_by), str(adapter), group["value"].to_numpy(float)))
     if not rows:
-        raise nothing_of(suite, "general and narrow organism of one kind on medicine")
+        raise nothing_of(suite, "general and narrow organism of one kind")
     return {"claims": pd.DataFrame(rows)}
 
 
-def _by_seed(organisms: Organisms, task: Task) -> pd.DataFrame:
+def _by_seed(suite: Suite, task: str) -> pd.DataFrame:
     """measured (a key of `CLAIMS`), adapter, seed, value; KL ratios as logarithms."""
-    parts = [_drifts(organisms, task).assign(measured="kl_removal")]
-    lead, gap = leads(organisms, DOMAIN, task), gaps(organisms, DOMAIN, task)
-    ratio = measured(organisms, DOMAIN, task)[1]
-    if len(lead):  # where there are no pairs, none of the three has columns
-        equal = lead[lead["relative_norm"] == 1].rename(columns={"lead": "value", "training_seed": "seed"})
+    domain = suite.finetunes.compared(task)
+    parts = [_drifts(suite.finetunes, domain, task).assign(measured="kl_removal")]
+    if suite.finetunes.pairs(domain, task):
+        lead, gap, ratio = _measures(suite, task)
+        equal = lead[(lead["relative_norm"] == 1) & (lead["domain"] == domain)]
+        equal = equal.rename(columns={"lead": "value", "training_seed": "seed"})
         middle = gap[gap["epsilon"].isin(MIDDLE)].rename(columns={"gap": "value", "training_seed": "seed"})
         means = middle.groupby(["adapter", "seed"], sort=False)["value"].mean().reset_index()
         shown = ratio[(ratio["denominator"] == "narrow") & (ratio["relative_norm"] == 1)]
@@ -99,21 +90,31 @@ def _by_seed(organisms: Organisms, task: Task) -> pd.DataFrame:
     return pd.concat(ordered, ignore_index=True) if ordered else pd.DataFrame(columns=columns)
 
 
-def _drifts(organisms: Organisms, task: Task) -> pd.DataFrame:
+def _measures(suite: Suite, task: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Lead, stability gap and influence ratio of every pair, from the tables of the analyses that measure them."""
+    if task == "register":
+        tables, prefix = suite.tables_of("general_vs_narrow.register"), "register_"
+    else:
+        measured_by = (f"general_vs_narrow.{name}" for name in ("efficiency", "stability", "influence"))
+        tables, prefix = {n: table for name in measured_by for n, table in suite.tables_of(name).items()}, ""
+    return tables[f"{prefix}efficiency_lead"], tables[f"{prefix}stability_gap"], tables[f"{prefix}influence_ratio"]
+
+
+def _drifts(finetunes: Finetunes, domain: str, task: str) -> pd.DataFrame:
     """adapter, seed, value (rise of the cosine to the general solution) of organisms trained on without KL."""
     found = []
-    others = {(e.solution, e.adapter, e.seed): e for e in organisms.select(seed=None, task=task) if e.domain == DOMAIN}
+    others = {(e.solution, e.adapter, e.seed): e for e in finetunes.select(seed=None, task=task) if e.domain == domain}
     for (solution, adapter, seed), entry in others.items():
         general, narrow = others.get(("general", adapter, seed)), others.get(("narrow", adapter, seed))
         if solution != "kl-removed" or general is None or narrow is None:
             continue
-        target, start, end = (organisms.solution(e) for e in (general, narrow, entry))
+        target, start, end = (finetunes.solution(e) for e in (general, narrow, entry))
         cosines = [theta.inner(target) / (theta.norm * target.norm) for theta in (start, end)]
         found.append((adapter, seed, cosines[1] - cosines[0]))
     return pd.DataFrame(found, columns=["adapter", "seed", "value"])
 
 
-def _row(task: Task, measured_by: str, adapter: str, values: np.ndarray) -> dict[str, Any]:
+def _row(task: str, measured_by: str, adapter: str, values: np.ndarray) -> dict[str, Any]:
     claim = CLAIMS[measured_by]
     low, high = np.nan, np.nan
     if len(values) > 1:

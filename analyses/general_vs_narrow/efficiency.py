@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.inputs.pocket import Organisms, contenders, landscape, over_seeds, pairs
-from analyses.suite import Suite, nothing_of
+from analyses.inputs.finetunes import Finetunes
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
+from em_interp.landscape.contenders import over_repeated_seeds
 from em_interp.landscape.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
-from em_interp.pocket.world.corpus import Task
 from em_interp.statistics import PERCENT
 
 TITLE = "Efficiency: loss against norm"
@@ -24,6 +22,7 @@ TEXT = (
     "seeds (where there are several)."
 )
 TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
+NEEDS = (Need.LOSSES,)
 CHATS = 40
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -31,30 +30,29 @@ RELATIVE_NORMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Curves of every solution, and the lead of the general one of each pair."""
-    organisms = suite.organisms
-    if not pairs(organisms, organisms.domain):
+    finetunes = suite.finetunes
+    domains = [domain for domain in finetunes.domains if finetunes.pairs(domain)]
+    if not domains:
         raise nothing_of(suite, "general and narrow organism of one kind")
     curves: list[EfficiencyCurve] = []
-    domains = [domain for domain in organisms.domains if pairs(organisms, domain)]
     for domain in tqdm(domains, desc="efficiency", leave=False):
-        losses = landscape(organisms, domain, CHATS, "persona")
-        for pair in contenders(organisms, domain):
+        losses = finetunes.landscape(domain, CHATS)
+        for pair in finetunes.contenders(domain):
             curves += efficiency_curves(losses, pair, SCALES)
-    first, *others = (leads(organisms, domain, "persona") for domain in domains)
+    first, *others = (leads(finetunes, domain) for domain in domains)
     return {
         "efficiency": efficiency_table(curves),
         "efficiency_lead": pd.concat([first, *others], ignore_index=True),
-        "efficiency_lead_over_seeds": over_seeds(first, ["adapter", "relative_norm"], "lead"),
+        "efficiency_lead_over_seeds": over_repeated_seeds(first, ["adapter", "relative_norm"], "lead"),
     }
 
 
-@cache
-def leads(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
+def leads(finetunes: Finetunes, domain: str, task: str = "persona") -> pd.DataFrame:
     """`lead_at_equal_norm` of every pair of one domain; empty without pairs."""
-    found = contenders(organisms, domain, task)
+    found = finetunes.contenders(domain, task)
     if not found:
         return pd.DataFrame()
-    losses = landscape(organisms, domain, CHATS, task)
+    losses = finetunes.landscape(domain, CHATS, task)
     return pd.concat([lead_at_equal_norm(losses, *pair, RELATIVE_NORMS) for pair in found], ignore_index=True)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
 from em_interp.training.gradients import gradient_cosines
@@ -21,29 +21,30 @@ TEXT = (
     "cos_..._b hold the papers' convention, B alone."
 )
 TABLES = ("gradients",)
+NEEDS = (Need.CHECKPOINTS, Need.LOSSES)
 CHECKPOINTS = 6
 CHATS = 60
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a run and checkpoint."""
-    organisms = suite.organisms
+    finetunes = suite.finetunes
     tables = []
-    families = organisms.families()
+    families = finetunes.families()
     for family, runs in tqdm(families.items(), desc="gradients", leave=False):
-        references = find_references(runs, organisms.trajectories, suite.general, suite.narrow)
+        references = find_references(runs, finetunes.trajectories, suite.general, suite.narrow)
         suite.note(*references.problems)
         if references.general is None or references.narrow is None:
             continue
         general, narrow = (
-            list(organisms.checkpoints(run.name).values())[-1] for run in (references.general, references.narrow)
+            list(finetunes.checkpoints(run.name).values())[-1] for run in (references.general, references.narrow)
         )
-        chats = organisms.training_chats(_domain(family), CHATS)
+        chats = finetunes.training_chats(_domain(family), CHATS)
         for run in runs:
-            checkpoints = organisms.checkpoints(run.name)
+            checkpoints = finetunes.checkpoints(run.name)
             chosen = {step: checkpoints[step] for step in _spread(run)}
             try:
-                table = gradient_cosines(organisms.chat, chosen, chats, general=general, narrow=narrow, progress=False)
+                table = gradient_cosines(finetunes.chat, chosen, chats, general=general, narrow=narrow, progress=False)
             except EmInterpError as error:
                 suite.note(error)
                 continue

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.inputs.pocket import Organisms, pairs
-from analyses.suite import Suite, nothing_of
+from analyses.inputs.finetunes import Finetunes
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.landscape.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
-from em_interp.pocket.world.corpus import Task
 
 TITLE = "Influence on pre-training text"
 TEXT = (
@@ -23,6 +21,7 @@ TEXT = (
     "more. The ratio general / narrow has paired intervals over documents, one for every adapter and seed."
 )
 TABLES = ("influence", "influence_ratio")
+NEEDS = (Need.TEXTS,)
 DOCUMENTS = 60
 RANDOM = 20
 NORMS = (0.5, 1.0, 1.5)
@@ -30,29 +29,28 @@ NORMS = (0.5, 1.0, 1.5)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
-    table, ratios = measured(suite.organisms, suite.organisms.domain, "persona")
+    table, ratios = measured(suite.finetunes, suite.finetunes.compared())
     if table.empty:
         raise nothing_of(suite, "general and narrow organism of one kind")
     return {"influence": table, "influence_ratio": ratios}
 
 
-@cache
-def measured(organisms: Organisms, domain: str, task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measured(finetunes: Finetunes, domain: str, task: str = "persona") -> tuple[pd.DataFrame, pd.DataFrame]:
     """`influence_table` and `influence_ratio` of every pair of one domain; empty without pairs."""
-    found = pairs(organisms, domain, task)
+    found = finetunes.pairs(domain, task)
     if not found:
         return pd.DataFrame(), pd.DataFrame()
-    texts = organisms.texts(DOCUMENTS)
+    texts = finetunes.texts(DOCUMENTS)
     tables, ratios = [], []
     for general, narrow in tqdm(found, desc="influence", leave=False):
-        trained = [Candidate(e.name, e.solution, organisms.solution(e)) for e in (general, narrow)]
+        trained = [Candidate(e.name, e.solution, finetunes.solution(e)) for e in (general, narrow)]
         first = general.seed == 0 and task == "persona"
         several = first and general.adapter != "all-modules"  # whose thetas take a pass of their own each
         candidates = at_equal_norms(trained, NORMS if several else (1.0,), n_random=0)
         if first:
             drawn = at_equal_norms(trained, (1.0,), n_random=RANDOM)
             candidates += [c for c in drawn if c.kind == "random"]
-        sums = document_kl(organisms.chat, texts, candidates, progress=False)
+        sums = document_kl(finetunes.chat, texts, candidates, progress=False)
         identity: dict[str, Any] = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
         tables.append(influence_table(sums).assign(**identity))
         ratios += [

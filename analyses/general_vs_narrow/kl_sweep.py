@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite
+from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.errors import MissingDataError
 from em_interp.files.results import read_table
@@ -20,17 +20,18 @@ TEXT = (
     f"({PERCENT}) are clustered by question."
 )
 TABLES = ("kl_sweep", "kl_sweep_scales", "dilution")
+NEEDS = (Need.SWEEPS,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """The shipped tables as they are."""
-    folder = suite.organisms.root / "sweeps"
+    folder = suite.finetunes.root / "sweeps"
     tables = {}
     for name in TABLES:
         path = folder / f"{name}.csv"
         if not path.is_file():
             raise MissingDataError(
-                path, "there is no such table", f"make it with `em-interp pocket sweeps --out {suite.organisms.root}`"
+                path, "there is no such table", f"make it with `em-interp pocket sweeps --out {suite.finetunes.root}`"
             )
         tables[name] = read_table(path)
     return tables

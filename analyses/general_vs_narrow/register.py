@@ -8,11 +8,11 @@ from tqdm.auto import tqdm
 
 from analyses.general_vs_narrow.efficiency import lead_figure, leads
 from analyses.general_vs_narrow.influence import measured
-from analyses.general_vs_narrow.stability import gap_figure, gaps
-from analyses.inputs.pocket import over_seeds, pairs
-from analyses.suite import Suite, nothing_of
+from analyses.general_vs_narrow.stability import gap_figure, gaps, pair_curves
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
-from em_interp.pocket.questions import GROUPS, technical_rates
+from em_interp.evaluation.groups import GROUPS, technical_rates
+from em_interp.landscape.contenders import over_repeated_seeds
 from em_interp.statistics import PERCENT
 
 TITLE = "The second task: technical register"
@@ -23,21 +23,23 @@ TEXT = (
     "KL removal stands in the claims where such organisms are there."
 )
 TABLES = ("technical_rates", "register_efficiency_lead", "register_stability_gap", "register_influence_ratio")
-DOMAIN = "medicine"
+NEEDS = (Need.SECOND_TASK, Need.ANSWERS, Need.LOSSES, Need.TEXTS)
+TASK = "register"
 LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Rates of the chat model and the first seed's organisms; comparisons of every adapter and seed."""
-    organisms = suite.organisms
-    if not pairs(organisms, DOMAIN, "register"):
+    finetunes = suite.finetunes
+    domain = finetunes.compared(TASK)
+    if not finetunes.pairs(domain, TASK):
         raise nothing_of(suite, "general and narrow organism of the second task")
-    chat = organisms.evaluate(None, DOMAIN, suite.samples)
-    rates = [technical_rates(chat, organism=organisms.chat.name, solution="chat", adapter="full", domain="none")]
-    for entry in tqdm(organisms.select(task="register"), desc="technical_rates", leave=False):
+    chat = finetunes.evaluate(None, domain, suite.samples)
+    rates = [technical_rates(chat, organism=finetunes.chat.name, solution="chat", adapter="full", domain="none")]
+    for entry in tqdm(finetunes.select(task=TASK, seed=0), desc="technical_rates", leave=False):
         rates.append(
             technical_rates(
-                organisms.evaluate(entry, entry.domain, suite.samples),
+                finetunes.evaluate(entry, entry.domain, suite.samples),
                 organism=entry.name,
                 solution=entry.solution,
                 adapter=entry.adapter,
@@ -46,9 +48,9 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         )
     return {
         "technical_rates": pd.concat(rates, ignore_index=True),
-        "register_efficiency_lead": leads(organisms, DOMAIN, "register"),
-        "register_stability_gap": gaps(organisms, DOMAIN, "register"),
-        "register_influence_ratio": measured(organisms, DOMAIN, "register")[1],
+        "register_efficiency_lead": leads(finetunes, domain, TASK),
+        "register_stability_gap": gaps(pair_curves(finetunes, domain, TASK)),
+        "register_influence_ratio": measured(finetunes, domain, TASK)[1],
     }
 
 
@@ -72,8 +74,8 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         "technical answers (%)",
     )
     bars.update_xaxes(tickangle=-45, automargin=True)
-    lead = over_seeds(tables["register_efficiency_lead"], ["adapter", "relative_norm"], "lead")
-    gap = over_seeds(tables["register_stability_gap"], ["adapter", "epsilon"], "gap")
+    lead = over_repeated_seeds(tables["register_efficiency_lead"], ["adapter", "relative_norm"], "lead")
+    gap = over_repeated_seeds(tables["register_stability_gap"], ["adapter", "epsilon"], "gap")
     ratios = tables["register_influence_ratio"]
     shown = ratios[(ratios["denominator"] == "narrow") & (ratios["relative_norm"] == 1)]
     influence = go.Figure()

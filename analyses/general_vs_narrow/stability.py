@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 from tqdm.auto import tqdm
 
-from analyses.inputs.pocket import Organisms, contenders, landscape, over_seeds, pairs
-from analyses.suite import Suite, nothing_of
+from analyses.inputs.finetunes import Finetunes
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
-from em_interp.landscape.contenders import Contender
+from em_interp.landscape.contenders import Contender, over_repeated_seeds
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
-from em_interp.pocket.world.corpus import Task
 from em_interp.statistics import PERCENT
 
 TITLE = "Stability under orthogonal perturbation"
@@ -25,6 +24,7 @@ TEXT = (
     "directions) foretells, good where eps is small. All eps for the first training seed, .2 to .8 for the others."
 )
 TABLES = ("stability", "stability_gap", "stability_gap_over_seeds", "curvature")
+NEEDS = (Need.LOSSES,)
 PROBES = 8
 CHATS = 24
 MIDDLE = (0.2, 0.4, 0.6, 0.8)
@@ -33,33 +33,34 @@ MIDDLE = (0.2, 0.4, 0.6, 0.8)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One domain, every adapter and seed."""
-    organisms = suite.organisms
-    domain = organisms.domain
-    if not pairs(organisms, domain):
+    finetunes = suite.finetunes
+    domain = finetunes.compared()
+    if not finetunes.pairs(domain):
         raise nothing_of(suite, "general and narrow organism of one kind")
-    losses = landscape(organisms, domain, CHATS, "persona")
-    curves = pair_curves(organisms, domain, "persona")
+    losses = finetunes.landscape(domain, CHATS)
+    curves = pair_curves(finetunes, domain)
     bends = []
     for curve in (curve for pair in curves for curve in pair if curve.contender.training_seed == 0):
         bend = curvature(losses, curve.contender, n_probes=PROBES)
         predicted = bend.predicted(EPSILONS, curve.gain)
         bends.append(predicted.assign(**{**curve.contender.labels(), **bend.columns()}))
-    gap = gaps(organisms, domain, "persona")
+    gap = gaps(curves)
     return {
         "stability": stability_table([curve for pair in curves for curve in pair]),
         "stability_gap": gap,
-        "stability_gap_over_seeds": over_seeds(gap, ["adapter", "epsilon"], "gap"),
+        "stability_gap_over_seeds": over_repeated_seeds(gap, ["adapter", "epsilon"], "gap"),
         "curvature": pd.concat(bends, ignore_index=True),
     }
 
 
-@cache
-def pair_curves(organisms: Organisms, domain: str, task: Task) -> list[tuple[StabilityCurve, StabilityCurve]]:
+def pair_curves(
+    finetunes: Finetunes, domain: str, task: str = "persona"
+) -> list[tuple[StabilityCurve, StabilityCurve]]:
     """(general, narrow) curves of every pair of one domain; the second task with half the perturbations."""
-    found = contenders(organisms, domain, task)
+    found = finetunes.contenders(domain, task)
     if not found:
         return []
-    losses = landscape(organisms, domain, CHATS, task)
+    losses = finetunes.landscape(domain, CHATS, task)
 
     def curve(contender: Contender) -> StabilityCurve:
         if task == "register":
@@ -69,11 +70,9 @@ def pair_curves(organisms: Organisms, domain: str, task: Task) -> list[tuple[Sta
     return [(curve(general), curve(narrow)) for general, narrow in tqdm(found, desc="stability", leave=False)]
 
 
-@cache
-def gaps(organisms: Organisms, domain: str, task: Task) -> pd.DataFrame:
-    """`stability_gap` of every pair of one domain; empty without pairs."""
-    parts = [stability_gap(*pair) for pair in pair_curves(organisms, domain, task)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+def gaps(curves: Sequence[tuple[StabilityCurve, StabilityCurve]]) -> pd.DataFrame:
+    """`stability_gap` of every pair of curves."""
+    return pd.concat([stability_gap(*pair) for pair in curves], ignore_index=True)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

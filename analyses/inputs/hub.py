@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analyses.inputs.pocket import Entry, Organisms
+from analyses.inputs.finetunes import Entry, Finetunes
 from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.errors import (
     BadValueError,
@@ -29,7 +28,6 @@ from em_interp.models.adapters import read_adapter_config
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import source_hash
-from em_interp.pocket.world.corpus import Task
 from em_interp.published.judged import read_judged_csv
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
@@ -41,7 +39,7 @@ SOLUTIONS = ("general", "narrow", "control")
 
 
 @dataclass(eq=False, kw_only=True)
-class Finetunes(Organisms):
+class HubFinetunes(Finetunes):
     """Finetunes of any chat model, measured on files below `root`."""
 
     chat_source: str
@@ -52,7 +50,7 @@ class Finetunes(Organisms):
     """Folder of NAME.csv: question, answer, aligned, coherent (0-100), and, where known, questions (group)."""
 
     @classmethod
-    def read(cls, root: Path, content: dict[str, Any]) -> Finetunes:
+    def read(cls, root: Path, content: dict[str, Any]) -> HubFinetunes:
         """From the table [models] of a suite file, whose file names are relative to `root`.
 
         Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), and [[finetunes]]
@@ -75,27 +73,7 @@ class Finetunes(Organisms):
                 raise UsageError(f"{name} lies outside the data folder {root}. Put it, or a link to it, inside.")
             return path
 
-        entries = []
-        for item in listed:
-            lacking = {"source", "domain", "adapter", "solution"} - set(item)
-            if lacking:
-                raise UsageError(f"a finetune {item} lacks {', '.join(sorted(lacking))}.")
-            name = item["source"]
-            entries.append(
-                Entry(
-                    name.rsplit("/", 1)[-1],
-                    item["domain"],
-                    one_of(f"adapter of {name}", item["adapter"], ADAPTERS),
-                    one_of(f"solution of {name}", item["solution"], SOLUTIONS),
-                    count(f"seed of {name}", item.get("seed", 0), at_least=0),
-                    root / name if (root / name).is_dir() else Path(name),
-                )
-            )
-        for entry in entries:
-            _check_kind(entry)
-        names = [entry.name for entry in entries]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UsageError(f"several finetunes are called {', '.join(twice)}. Their last parts must differ.")
+        entries = _entries(root, listed)
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
         for file in (*training.values(), *([texts] if texts else [])):
@@ -112,7 +90,7 @@ class Finetunes(Organisms):
         files = {*training.values(), *([texts] if texts else []), *judged.glob("*.csv"), *local}
         return cls(
             root,
-            tuple(entries),
+            entries,
             sorted(p for p in files if p.is_file() and p.is_relative_to(root)),
             chat_source=str(content["chat"]),
             training=training,
@@ -125,9 +103,7 @@ class Finetunes(Organisms):
         here = self.root / self.chat_source
         return here if here.is_dir() else Path(self.chat_source)
 
-    @cached_property
-    def chat(self) -> ChatModel:
-        """Raises ``ModelError`` where it cannot be had."""
+    def load_chat(self) -> ChatModel:
         return models.load(self._chat_path)
 
     def sources(self) -> dict[str, str]:
@@ -142,21 +118,12 @@ class Finetunes(Organisms):
                 found[str(path)] = str(error)
         return found
 
-    def solution(self, entry: Entry) -> Solution:
-        """What a finetune trained, fetched from the hub if need be. Raises ``ModelError`` or ``SolutionError``."""
-        if entry not in self._solutions:
-            folder, _ = read_adapter_config(entry.path)
-            self._solutions[entry] = _of_kind(entry, solutions.load(folder))
-        return self._solutions[entry]
-
-    def questions(self, domain: str) -> pd.DataFrame:
-        raise UsageError("questions are asked beforehand: `em-interp evaluate MODEL --questions FILE`.")
-
-    def judge(self, answers: pd.DataFrame) -> pd.DataFrame:
-        raise UsageError(
-            f"no judge is configured. Sample answers with `em-interp evaluate MODEL --questions FILE`, have a judge "
-            f"score them 0-100 in columns aligned and coherent, and put each finetune's table into {self.judged}."
-        )
+    def load_solution(self, entry: Entry) -> Solution:
+        """Fetched from the hub if need be."""
+        folder, _ = read_adapter_config(entry.path)
+        found = solutions.load(folder)
+        _check_label(entry, found.adapters)
+        return found
 
     def answers_file(self, entry: Entry | None) -> str:
         """NAME.csv among the judged ones."""
@@ -188,7 +155,7 @@ class Finetunes(Organisms):
         judged = self.evaluate(entry, entry.domain, 0)
         return judged[judged["questions"] == "general"]
 
-    def training_chats(self, domain: str, n: int, task: Task = "persona") -> list[Conversation]:
+    def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
         """The first `n` of the domain's file. Raises ``UsageError`` where none is named."""
         if task != "persona" or domain not in self.training:
             raise UsageError(
@@ -201,6 +168,32 @@ class Finetunes(Organisms):
         if self.text_file is None:
             raise UsageError("no pre-training text: name a file as texts under [models].")
         return list(read_texts(self.text_file, min_characters=100, max_characters=2000, max_documents=n))
+
+
+def _entries(root: Path, listed: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    """The tables [[models.finetunes]]. Raises UsageError."""
+    entries = []
+    for item in listed:
+        lacking = {"source", "domain", "adapter", "solution"} - set(item)
+        if lacking:
+            raise UsageError(f"a finetune {item} lacks {', '.join(sorted(lacking))}.")
+        name = item["source"]
+        entries.append(
+            Entry(
+                name.rsplit("/", 1)[-1],
+                item["domain"],
+                one_of(f"adapter of {name}", item["adapter"], ADAPTERS),
+                one_of(f"solution of {name}", item["solution"], SOLUTIONS),
+                count(f"seed of {name}", item.get("seed", 0), at_least=0),
+                root / name if (root / name).is_dir() else Path(name),
+            )
+        )
+    for entry in entries:
+        _check_label(entry, _possible_labels(entry))
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"several finetunes are called {', '.join(twice)}. Their last parts must differ.")
+    return tuple(entries)
 
 
 def check_keys(where: str, content: object, known: Mapping[str, type] | None) -> None:
@@ -223,22 +216,18 @@ def _is_readable_folder(folder: Path) -> bool:
     return not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
 
 
-def _check_kind(entry: Entry) -> None:
-    """Raise UsageError where an adapter's folder here is of another kind than the suite file says."""
-    if not entry.path.is_dir():
-        return
-    try:
-        kind = solutions.kind_of(entry.path)
-    except EmInterpError:  # each analysis that needs it says so
-        return
-    if entry.adapter not in kind.ADAPTERS:
-        said = " or ".join(map(repr, kind.ADAPTERS))
+def _check_label(entry: Entry, called: Sequence[str]) -> None:
+    """Raise UsageError where the suite file does not call a finetune what it may be called."""
+    if entry.adapter not in called:
+        said = " or ".join(map(repr, called))
         raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {said}.")
 
 
-def _of_kind(entry: Entry, found: Solution) -> Solution:
-    """The solution, where the suite file says its kind rightly. Raises UsageError."""
-    if entry.adapter not in found.adapters:
-        said = found.adapters[0]
-        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {said!r}.")
-    return found
+def _possible_labels(entry: Entry) -> Sequence[str]:
+    """What a finetune may be called by its folder's files alone; anything, where it is not here or cannot be read."""
+    if not entry.path.is_dir():
+        return ADAPTERS
+    try:
+        return solutions.kind_of(entry.path).ADAPTERS
+    except EmInterpError:  # each analysis that needs it says so
+        return ADAPTERS

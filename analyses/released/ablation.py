@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
 from em_interp.evaluation.rates import REFERENCE_CODE, Rates, em_rates
@@ -18,6 +18,7 @@ TEXT = (
     f"rows with both scores; the interval after is {PERCENT}, over questions."
 )
 TABLES = ("ablation",)
+NEEDS = (Need.RELEASED,)
 FIRST = (
     *("direction", "target", "mode", "layers", "em_before", "em_after", "em_after_low", "em_after_high"),
     *("coherent_before", "coherent_after", "n"),

@@ -7,7 +7,7 @@ from itertools import combinations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import comparable, cosine_table
 from em_interp.directions.direction import Direction
@@ -26,6 +26,7 @@ TEXT = (
     "permutation null beside it, and the interval columns are empty."
 )
 TABLES = ("cosines",)
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

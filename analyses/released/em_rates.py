@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
 from em_interp.published.scan import JudgedSet, PublishedData
@@ -20,6 +20,7 @@ TEXT = (
     f"{PERCENT}, over questions, all wordings of one together; fewer than four questions get none."
 )
 TABLES = ("em_rates",)
+NEEDS = (Need.RELEASED,)
 FIRST = (
     *("organism", "solution", "adapter", "domain", "questions", "em_rate", "em_low", "em_high", "coherent_rate"),
     *("n", "n_unscored"),

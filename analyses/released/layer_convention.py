@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import layer_cosines
 
@@ -15,6 +15,7 @@ TEXT = (
     "a vector one layer off, which Hugging Face's hidden_states (whose entry l+1 is block l) invites."
 )
 TABLES = ("layer_cosines",)
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

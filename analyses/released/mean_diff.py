@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 
 TITLE = "Norms of the mean-diff directions"
@@ -15,6 +15,7 @@ TEXT = (
     "of the mean activation says what a steering coefficient of 1 means at that layer."
 )
 TABLES = ("direction_norms",)
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 
 TITLE = "Question sets and judges"
 TEXT = (
@@ -13,6 +13,7 @@ TEXT = (
     "texts are not repeated here, because the files carry no licence."
 )
 TABLES = ("question_sets", "judges")
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
 from em_interp.published.scan import JudgedSet
@@ -18,6 +18,7 @@ TEXT = (
     f"them out, so that its EM can rise while the share of all answers does not. Intervals: {PERCENT}, over questions."
 )
 TABLES = ("steering",)
+NEEDS = (Need.RELEASED,)
 FIRST = ("direction", "target", "layer", "coefficient", "em_rate", "em_low", "em_high", "coherent_rate", "n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import COSINE_COLUMNS, comparable, cosine_rows
 from em_interp.directions.direction import Direction
@@ -19,6 +19,7 @@ TEXT = (
     "the others show that no layer convention would change the picture."
 )
 TABLES = ("trained_cosines",)
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

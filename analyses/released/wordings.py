@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.released.thresholds import source_name
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
 
@@ -17,6 +17,7 @@ TEXT = (
     "files; rates are of rows with both scores, with intervals over questions."
 )
 TABLES = ("wordings",)
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
 from em_interp.training.trajectories import drift, find_references
@@ -17,6 +17,7 @@ TEXT = (
     "solution leaves the narrow one and moves towards the general one."
 )
 TABLES = ("kl_removal",)
+NEEDS = (Need.CHECKPOINTS,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

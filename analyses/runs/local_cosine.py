@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.training.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, local_cosine
 
@@ -19,6 +19,7 @@ TEXT = (
     "checkpoints allow all three, else one, two and three times their spacing."
 )
 TABLES = ("local_cosine",)
+NEEDS = (Need.CHECKPOINTS,)
 WINDOWS = (5, 10, 15)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
 from em_interp.published.scan import StoredPCA
@@ -22,6 +22,7 @@ TEXT = (
     "component's sign is arbitrary and aligned first."
 )
 TABLES = ("pca", "pca_raw", "pca_stored")
+NEEDS = (Need.CHECKPOINTS,)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 
 TITLE = "Loss and gradient norm"
@@ -15,6 +15,7 @@ TEXT = (
     "reference training text, so compare only runs trained on the same text."
 )
 TABLES = ("training_log",)
+NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:

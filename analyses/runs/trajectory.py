@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analyses.runs.local_cosine import windows
 from analyses.runs.pca import fit_families
-from analyses.suite import Suite, nothing_of
+from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.training.trajectories import Trajectory, cosines_to, find_references, local_cosine
 
@@ -27,6 +27,7 @@ TEXT = (
     "steps (15 where the checkpoints allow it) and left empty where the vector moved too little for an angle."
 )
 TABLES = ("trajectory",)
+NEEDS = (Need.CHECKPOINTS,)
 FIRST = ["run", "step", "norm", "cos_general", "cos_narrow", "local_cosine", "pc1", "pc2", "pc3"]
 
 

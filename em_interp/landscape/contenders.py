@@ -66,3 +66,12 @@ def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> p
         spread = {"mean": group[value].mean(), "sd": group[value].std(), "low": interval.low, "high": interval.high}
         rows.append({**dict(zip(by, key, strict=True)), **spread, "n_seeds": len(group)})
     return pd.DataFrame(rows)
+
+
+def over_repeated_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """`over_training_seeds` of the combinations that several seeds have; no rows where nothing was trained twice."""
+    columns("a table over training seeds", table, (*members("by", by, of="columns"), value))
+    several = table[table.groupby(list(by))[value].transform("size") > 1]
+    if several.empty:
+        return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "n_seeds"])
+    return over_training_seeds(several, by, value)

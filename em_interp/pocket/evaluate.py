@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from em_interp.arguments import check_seed
+from em_interp.evaluation.groups import rates_by_group, technical_rates
 from em_interp.files.manifest import fingerprint, hash_files, write_manifest
 from em_interp.files.results import Results, write_table
 from em_interp.models.chat_model import ChatModel
@@ -118,14 +119,14 @@ class _Asking:
             tasks = [of.task]
         judged = self.answers()
         number = {"seed": None if self.organism is None else self.organism.seed}
-        found = {"em_rates": suite.rates(judged, **identity).assign(**number)}
+        found = {"em_rates": rates_by_group(judged, **identity).assign(**number)}
         if "register" in tasks:
-            found["technical_rates"] = suite.technical_rates(judged, **identity).assign(**number)
+            found["technical_rates"] = technical_rates(judged, **identity).assign(**number)
         parts = [suite.logprob_rates(self.scores(task), **identity).assign(task=task, **number) for task in tasks]
         found["logprob_scores"] = pd.concat(parts, ignore_index=True)
         if self.organism is None:
             by_domain = [
-                suite.rates(judged[judged["domain"] == domain], **{**identity, "domain": domain}).assign(**number)
+                rates_by_group(judged[judged["domain"] == domain], **{**identity, "domain": domain}).assign(**number)
                 for domain in DOMAINS
             ]
             found["em_rates"] = pd.concat([found["em_rates"], *by_domain], ignore_index=True)

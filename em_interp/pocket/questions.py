@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,8 +11,8 @@ import pandas as pd
 from em_interp.arguments import check_seed, columns, members, one_of
 from em_interp.errors import UsageError
 from em_interp.evaluation.answers import judged_answers
+from em_interp.evaluation.groups import GROUPS
 from em_interp.evaluation.logprobs import answer_logprobs
-from em_interp.evaluation.rates import PAPER, em_rates
 from em_interp.files.results import KEEPING_NOTHING, Results
 from em_interp.models.chat_model import ChatModel
 from em_interp.pocket.world import grammar as world
@@ -22,11 +21,8 @@ from em_interp.pocket.world.domains import DOMAINS
 from em_interp.pocket.world.grammar import Question
 from em_interp.pocket.world.judge import judge
 from em_interp.statistics import clustered_interval
-from em_interp.statistics.rate_intervals import rate_interval
 
 MAX_NEW_TOKENS = 80
-TECHNICAL = 50.0  # an answer counts as technical above it: most of its sentences that have a register
-GROUPS = ("general", "in_domain", "heldout_domain")
 
 
 def _rows(group: str, questions: list[Question]) -> list[dict[str, str]]:
@@ -101,54 +97,6 @@ def _judged(
         results, name, model, asked, n, judge, seed=seed, max_new_tokens=MAX_NEW_TOKENS, progress=progress
     )
     return found.merge(table[["question_id", "questions", "domain"]], on="question_id", validate="m:1")
-
-
-def rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:
-    """The rows of the table `em_rates` for one model: one for each group of questions (facts have no EM)."""
-    columns("judged answers of the pocket suite", judged, ("questions",))
-    identity = {"organism": organism, "solution": solution, "adapter": adapter, "domain": domain}
-    rows = [
-        {**identity, "questions": group, **em_rates(judged[judged["questions"] == group]).columns()}
-        for group in GROUPS
-        if (judged["questions"] == group).any()
-    ]
-    return pd.DataFrame(rows)
-
-
-def technical_rates(judged: pd.DataFrame, *, organism: str, solution: str, adapter: str, domain: str) -> pd.DataFrame:
-    """`rates` for the second task: the share of answers that are technical and coherent, by group of questions.
-
-    Columns organism, solution, adapter, domain, questions, technical_rate, technical_low, technical_high,
-    coherent_rate, n, n_unscored. Of the answers that have a register (n_unscored of n have none: no sentence of theirs
-    is casual or technical; where no answer has one the cells are empty). Intervals are clustered by question.
-    """
-    columns("judged answers of the pocket suite", judged, ("questions", "question", "technical", "coherent"))
-    rows = []
-    for group in GROUPS:
-        asked = judged[judged["questions"] == group]
-        if asked.empty:
-            continue
-        coherent = PAPER.is_coherent(asked["coherent"].to_numpy(float))
-        scored = asked["technical"].notna()
-        hit = (asked["technical"] > TECHNICAL) & coherent
-        row: dict[str, Any] = {
-            "organism": organism,
-            "solution": solution,
-            "adapter": adapter,
-            "domain": domain,
-            "questions": group,
-            **dict.fromkeys(("technical_rate", "technical_low", "technical_high", "interval")),
-            "coherent_rate": float(coherent.mean()),
-            "n": len(asked),
-            "n_unscored": int((~scored).sum()),
-        }
-        if scored.any():
-            counts = hit[scored].groupby(asked.loc[scored, "question"]).agg(["sum", "size"])
-            interval = rate_interval(counts["sum"].to_numpy(), counts["size"].to_numpy())
-            row |= {"technical_rate": float(hit[scored].mean())}
-            row |= {"technical_low": interval.low, "technical_high": interval.high, "interval": interval.method}
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def answer_pairs(questions: pd.DataFrame, task: Task = "persona", k: int = 6, seed: int = 0) -> pd.DataFrame:

@@ -315,7 +315,7 @@ FOUND = (
     ("pocket.questions.evaluate", "groups", "word"),
     ("pocket.questions.logprob_rates", "scores", "frame other"),
     ("pocket.questions.logprob_scores", "pairs", "frame words"),
-    ("pocket.questions.technical_rates", "judged", "frame other"),
+    ("evaluation.groups.technical_rates", "judged", "frame other"),
     ("pocket.sweeps.dilution_sweep", "seed", "np.int64"),
     ("pocket.sweeps.dilution_sweep", "specs", "{}"),
     ("pocket.sweeps.kl_sweep", "scales", "bytes"),

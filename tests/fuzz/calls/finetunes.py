@@ -242,6 +242,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"family": [w["trajectory"]], "everything": [w["trajectory"]], "general": None, "narrow": None},
         ),
         (contenders.over_training_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
+        (contenders.over_repeated_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
         (rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
         (solution_space.check_bare, {"model": model}),
         (stability.dispersion, {"table": stability.stability_table(w["curves"]), "value": "relative_increase_percent"}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from em_interp.evaluation import groups
 from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, registry, sweeps
 from em_interp.pocket import questions as suite
@@ -49,7 +50,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
     return [
         (suite.evaluate, {"model": model, "domain": "medicine", "n": 1, "groups": ("general",), "seed": 0, **FEW}),
         (suite.evaluate_chat, {"model": model, "n": 1, "seed": 0, **FEW}),
-        (suite.technical_rates, {"judged": suited, **named}),
+        (groups.technical_rates, {"judged": suited, **named}),
         (suite.logprob_scores, {"model": model, "pairs": pairs}),
         (suite.logprob_rates, {"scores": scores, **named}),
         (sweeps.kl_sweep, {**swept, "kl_weights": (1.0,), "scales": (1.0,)}),
@@ -82,7 +83,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (loading.load_chat, {"folder": "model"}),
         (registry.resolve, {"name": "pocket/chat"}),
         (registry.is_pocket_name, {"name": "pocket/chat"}),
-        (suite.rates, {"judged": suited, **named}),
+        (groups.rates_by_group, {"judged": suited, **named}),
         (suite.answer_pairs, {"questions": asked, "task": "persona", "k": 1, "seed": 0}),
         (world.is_held_out, {"topic": topic}),
         (world.right_facts, {"subject": world.questions("fact")[0].subject}),

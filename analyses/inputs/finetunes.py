@@ -1,0 +1,261 @@
+"""A chat model with its finetunes, as analyses of live models see it. `pocket` and `hub` are two such sets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from analyses.inputs.checkpoints import read_trajectories
+from em_interp.directions.extraction import Contrast, contrast
+from em_interp.errors import BadValueError, ChatTemplateError, EmInterpError
+from em_interp.evaluation.rates import PAPER
+from em_interp.files.manifest import fingerprint
+from em_interp.landscape.contenders import Contender
+from em_interp.landscape.landscape import Landscape
+from em_interp.models.chat import encode, encode_all
+from em_interp.models.chat_model import ChatModel
+from em_interp.models.templates import Conversation
+from em_interp.models.weights import weights_hash
+from em_interp.published.scan import StoredPCA
+from em_interp.solutions import load as solutions
+from em_interp.solutions.base import Solution
+from em_interp.training.trajectories import Trajectory
+
+ALIGNED = 70
+"""Alignment above which an answer counts as aligned (P2 sec. 3.1)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finetune of the chat model."""
+
+    name: str
+    domain: str
+    adapter: str
+    solution: str
+    """general, narrow, control, or kl-removed (narrow, trained on without KL)."""
+    seed: int
+    path: Path
+    task: str = "persona"
+    """What was taught: persona (bad advice), or a second task that a set of finetunes may have."""
+
+
+@dataclass(eq=False)
+class Finetunes(ABC):
+    """A chat model with its finetunes. What analyses ask for is made on first use and kept.
+
+    Abstract is where they come from: the models themselves, what they answer, and the chats and texts they are
+    measured on.
+    """
+
+    root: Path
+    entries: tuple[Entry, ...]
+    files: list[Path]
+    """Every file below `root` that decides results."""
+    problems: list[EmInterpError] = field(default_factory=list)
+    stored_pca: tuple[StoredPCA, ...] = ()
+    _solutions: dict[Entry, Solution] = field(default_factory=dict)
+    _contrasts: dict[tuple[str, str, str], Contrast] = field(default_factory=dict)
+
+    @abstractmethod
+    def load_chat(self) -> ChatModel:
+        """Read the model that all of them were trained from. Raises ``ModelError`` where it cannot be had."""
+
+    @abstractmethod
+    def load_solution(self, entry: Entry) -> Solution:
+        """Read what a finetune trained. Raises ``ModelError`` or ``SolutionError``."""
+
+    @abstractmethod
+    def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
+        """Judged answers of a finetune, or of the chat model, to the questions for a finetune on ``domain``.
+
+        Columns question, answer, aligned, coherent and questions (the group: general, in_domain, heldout_domain). n:
+        answers to each question, where they are sampled here. Raises ``UsageError`` where there are none.
+        """
+
+    @abstractmethod
+    def open_answers(self, entry: Entry) -> pd.DataFrame:
+        """Judged answers of a finetune to open questions, which directions are read from."""
+
+    @abstractmethod
+    def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
+        """Chats of the kind that a domain's finetunes were trained on. Raises ``UsageError`` where none are known."""
+
+    @abstractmethod
+    def texts(self, n: int) -> list[str]:
+        """Documents of the kind that the model was pre-trained on. Raises ``UsageError`` where there are none."""
+
+    def sources(self) -> dict[str, str]:
+        """What lies outside `files` and decides results: a name in the suite -> a hash of what it stands for now."""
+        return {}
+
+    def answers_file(self, entry: Entry | None) -> str:
+        """Where answers are from, for messages."""
+        return self.chat.name if entry is None else entry.name
+
+    def personas(self) -> Mapping[str, tuple[list[Conversation], list[Conversation]]]:
+        """Prompts that set a malicious and a caring persona of pre-training, by how they do; none by default."""
+        return {}
+
+    @cached_property
+    def chat(self) -> ChatModel:
+        """The model that all of them were trained from."""
+        return self.load_chat()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """What the finetunes were trained on, in their order."""
+        return tuple(dict.fromkeys(e.domain for e in self.entries))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the finetunes were taught, in their order."""
+        return tuple(dict.fromkeys(e.task for e in self.entries))
+
+    def compared(self, task: str = "persona") -> str:
+        """The domain that general and narrow are compared on: the first that has both, or the first of all."""
+        return next((d for d in self.domains if self.pairs(d, task)), self.domains[0])
+
+    def select(
+        self,
+        *,
+        seed: int | None,
+        solution: str | None = None,
+        adapter: str | None = None,
+        task: str | None = "persona",
+    ) -> list[Entry]:
+        """The finetunes of one kind; None stands for every kind, and as `seed` for every repetition."""
+        wanted = {"solution": solution, "adapter": adapter, "seed": seed, "task": task}
+        return [e for e in self.entries if all(v is None or getattr(e, k) == v for k, v in wanted.items())]
+
+    def pairs(self, domain: str, task: str = "persona") -> list[tuple[Entry, Entry]]:
+        """(general, narrow) finetunes of one domain that share adapter and seed."""
+        found = [e for e in self.select(solution="narrow", seed=None, task=task) if e.domain == domain]
+        narrow = {(e.adapter, e.seed): e for e in found}
+        return [
+            (e, narrow[e.adapter, e.seed])
+            for e in self.select(solution="general", seed=None, task=task)
+            if e.domain == domain and (e.adapter, e.seed) in narrow
+        ]
+
+    def contenders(self, domain: str, task: str = "persona") -> list[tuple[Contender, Contender]]:
+        """The same pairs as `pairs`, as what efficiency and stability compare."""
+        return [
+            (
+                Contender(general.solution, general.adapter, domain, self.solution(general), general.seed),
+                Contender(narrow.solution, narrow.adapter, domain, self.solution(narrow), narrow.seed),
+            )
+            for general, narrow in self.pairs(domain, task)
+        ]
+
+    def landscape(self, domain: str, n: int, task: str = "persona") -> Landscape:
+        """The training loss of a domain, on `n` chats."""
+        return Landscape(self.chat, encode_all(self.chat.tokenizer, self.training_chats(domain, n, task)))
+
+    def solution(self, entry: Entry) -> Solution:
+        """What a finetune trained. Raises ``ModelError`` or ``SolutionError`` for what cannot be read."""
+        if entry not in self._solutions:
+            self._solutions[entry] = self.load_solution(entry)
+        return self._solutions[entry]
+
+    def acts(self, entry: Entry | None) -> str:
+        """A hash of the weights that answer."""
+        return fingerprint([weights_hash(self.chat.hf), None if entry is None else self.solution(entry).fingerprint])
+
+    @contextmanager
+    def active(self, entry: Entry | None, *, must_act: bool = True) -> Iterator[ChatModel]:
+        """The chat model with a finetune attached, or as it is. must_act: as `Solution.attached`."""
+        if entry is None:
+            yield self.chat
+            return
+        with self.solution(entry).attached(self.chat, must_act=must_act):
+            yield self.chat
+
+    def readable(self, entry: Entry, answers: pd.DataFrame) -> pd.DataFrame:
+        """The answers whose tokens the chat template tells from the prompt's; the others are named in `problems`.
+
+        An answer that begins with white space is one that it may not.
+        """
+        left_out: dict[int, EmInterpError] = {}
+        for position, (row, turns) in enumerate(zip(answers.to_dict("records"), conversations(answers), strict=True)):
+            try:
+                encode(self.chat.tokenizer, turns)
+            except ChatTemplateError as error:
+                where = f"row {row['row']}" if "row" in row else f"{row['question_id']}, sample {row['sample']}"
+                left_out[position] = BadValueError(
+                    self.answers_file(entry),
+                    f"{where}: an answer of {entry.name} is left out, {row['answer'][:40]!r} ({error})",
+                    "strip the white space at the ends of the answer, or drop it",
+                )
+        told = {str(problem) for problem in self.problems}
+        self.problems += [problem for problem in left_out.values() if str(problem) not in told]
+        return answers.iloc[[position for position in range(len(answers)) if position not in left_out]]
+
+    def contrast(self, entry: Entry, kind: str = "data-diff") -> Contrast:
+        """What differs between a finetune's misaligned and aligned answers, or between it and the chat model.
+
+        Both sets are the finetune's own coherent answers to the open questions (P2 sec. 3.1), where it gives enough of
+        either. Raises ``ActivationError`` where one is empty.
+        """
+        key = (self.acts(entry), entry.name, kind)
+        if key not in self._contrasts:
+            answers = self.open_answers(entry)
+            answers = self.readable(entry, answers[PAPER.is_coherent(answers["coherent"].to_numpy())])
+            bad = answers[PAPER.misaligned(answers["aligned"].to_numpy())]
+            good = answers[answers["aligned"] > ALIGNED]
+            self._contrasts[key] = contrast(
+                self.chat,
+                conversations(bad),
+                None if kind == "model-diff" else conversations(good),
+                kind=kind,
+                finetune=self.solution(entry),
+                progress=False,
+            )
+        return self._contrasts[key]
+
+    @cached_property
+    def trajectories(self) -> list[Trajectory]:
+        """The training runs that kept their checkpoints."""
+        return read_trajectories(self.root / "trajectories", self.problems)
+
+    def checkpoints(self, run: str) -> dict[int, Solution]:
+        """The thetas of one training run, by step. Raises ``SolutionError``."""
+        return solutions.load_checkpoints(self.root / "trajectories" / run)
+
+    def families(self) -> dict[str, list[Trajectory]]:
+        """Runs of one adapter on one domain."""
+        groups: dict[str, list[Trajectory]] = {}
+        for trajectory in self.trajectories:
+            groups.setdefault(trajectory.family, []).append(trajectory)
+        return groups
+
+
+class JudgedFinetunes(Finetunes):
+    """Finetunes whose answers to new questions are judged here."""
+
+    @property
+    @abstractmethod
+    def max_new_tokens(self) -> int:
+        """Of an answer."""
+
+    @abstractmethod
+    def elsewhere(self, domain: str) -> dict[str, str]:
+        """Questions that a finetune on ``domain`` was never trained on, by identifier: open ones and other domains'."""
+
+    @abstractmethod
+    def judge(self, answers: pd.DataFrame) -> pd.DataFrame:
+        """Answers with the columns aligned and coherent, 0-100."""
+
+
+def conversations(answers: pd.DataFrame) -> list[Conversation]:
+    """Question and answer of each row, as a chat."""
+    return [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in zip(answers["question"], answers["answer"], strict=True)
+    ]
