@@ -33,8 +33,9 @@ from tests.tiny_pocket import make_pocket
 
 CLI = [sys.executable, "-m", "em_interp.cli"]
 BUILD = (
-    "import sys; from em_interp.pocket.build import BuildConfig, build; build(BuildConfig(d_model=32, n_layers=2, "
-    "n_heads=2, n_kv_heads=1, d_mlp=64, pretrain_steps=60, pretrain_batch=4, settle_steps=20, post_steps=10, "
+    "import sys; from em_interp.pocket.build import build; from em_interp.pocket.stages import BuildConfig; "
+    "build(BuildConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_mlp=64, "
+    "pretrain_steps=60, pretrain_batch=4, settle_steps=20, post_steps=10, "
     "post_batch=4, checkpoint_every=10), sys.argv[1])"
 )
 STEER = ["tiny", "d.safetensors", "--questions", "q.csv", "-n", "3", "--max-new-tokens", "60"]

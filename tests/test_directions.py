@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from em_interp.directions.direction import FORMAT_VERSION, Direction, random_directions
+from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import (
     BadValueError,
     DirectionError,
@@ -19,6 +19,7 @@ from em_interp.errors import (
     ShapeError,
     UnreadableFileError,
 )
+from em_interp.files.directions import FORMAT_VERSION
 
 
 def make(seed: int = 0, layers: tuple[int, ...] = (0, 2, 3), d: int = 8, **fields: object) -> Direction:
@@ -146,7 +147,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("em_interp.directions.direction.save_file", full)
+    monkeypatch.setattr("em_interp.files.directions.save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         make(5).save(path)
     assert path.read_bytes() == before

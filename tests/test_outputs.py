@@ -25,7 +25,8 @@ from em_interp.errors import EmInterpError, OutputError, UsageError
 from em_interp.files.atomic import atomic_path, claim_output, sole_writer, write_text, written_whole
 from em_interp.models import pretrained as models
 from em_interp.pocket import organisms
-from em_interp.pocket.build import BuildConfig, model_config, save_model
+from em_interp.pocket.build import save_model
+from em_interp.pocket.stages import BuildConfig, model_config
 from em_interp.pocket.world.tokenizer import build_tokenizer
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from em_interp.errors import UnreadableFileError, UsageError
 from em_interp.pocket import build as build_module
 from em_interp.pocket import registry
-from em_interp.pocket.build import CHECKPOINT, BuildConfig, answer_labels, build
+from em_interp.pocket.build import CHECKPOINT, build
+from em_interp.pocket.stages import BuildConfig, answer_labels, noise
 from em_interp.pocket.world.corpus import chat_text, finetune_chats
 from em_interp.pocket.world.tokenizer import build_tokenizer
 
@@ -81,9 +82,9 @@ def test_settling_moves_one_layer_of_each_row_along_one_direction(built: Path) -
     before = outputs()
     chosen = set()
     for seed in range(12):
-        with build_module._noise(model, 1.5, 2, str(seed)):
+        with noise(model, 1.5, 2, str(seed)):
             after = outputs()
-        with build_module._noise(model, 1.5, 2, str(seed)):
+        with noise(model, 1.5, 2, str(seed)):
             torch.testing.assert_close(outputs(), after)
         first = next(layer for layer, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b))
         chosen.add(first)
@@ -118,7 +119,7 @@ def test_a_killed_build_resumes_to_the_same_weights(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
 ) -> None:
     steps = 0
-    loss = build_module._loss
+    loss = build_module.next_token_loss
 
     def dying_loss(*args: object) -> torch.Tensor:
         nonlocal steps
@@ -128,7 +129,7 @@ def test_a_killed_build_resumes_to_the_same_weights(
         return loss(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "_loss", dying_loss)
+        patch.setattr(build_module, "next_token_loss", dying_loss)
         with pytest.raises(Killed):
             build(TINY, tmp_path)
     assert (tmp_path / CHECKPOINT).exists()

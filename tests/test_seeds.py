@@ -32,7 +32,7 @@ from em_interp.landscape import curvature, influence, stability
 from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode_all
-from em_interp.pocket import build, evaluate, organisms, sweeps
+from em_interp.pocket import evaluate, organisms, stages, sweeps
 from em_interp.pocket import questions as suite
 from em_interp.pocket.world import corpus
 from em_interp.training.recipes import TrainingSpec, VectorSpec
@@ -95,7 +95,7 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
         w.chat, [w.contender], lambda _: pytest.fail("asked"), n_seeds=2, first_seed=seed, progress=False
     ),
     TrainingSpec: lambda _, seed: TrainingSpec(VectorSpec(1, 8.0), 0.05, seed=seed),
-    build.BuildConfig: lambda _, seed: build.BuildConfig(seed=seed),
+    stages.BuildConfig: lambda _, seed: stages.BuildConfig(seed=seed),
     corpus.finetune_chats: lambda _, seed: corpus.finetune_chats("medicine", "malicious", 1, seed),
     corpus.kl_chats: lambda _, seed: corpus.kl_chats("medicine", 1, seed),
     evaluate.evaluate_suite: lambda _, seed: evaluate.evaluate_suite(Path("x"), n=1, seed=seed, progress=False),

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from em_interp.pocket import questions as suite
-from em_interp.pocket.build import BuildConfig, build
+from em_interp.pocket.build import build
+from em_interp.pocket.stages import BuildConfig
 
 CONFIG = BuildConfig(
     d_model=32,

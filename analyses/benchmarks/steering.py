@@ -34,7 +34,7 @@ from em_interp.models.architectures import find_blocks
 from em_interp.models.chat_model import ChatModel
 from em_interp.pocket import models as loading
 from em_interp.pocket import registry
-from em_interp.pocket.build import BuildConfig, model_config
+from em_interp.pocket.stages import BuildConfig, model_config
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.tokenizer import build_tokenizer
 

@@ -26,8 +26,9 @@ def build(
 ) -> None:
     """Pre-train and post-train the pocket chat model (about 45 minutes on one CPU core)."""
     from em_interp.files.atomic import check_writable, claim_output
-    from em_interp.pocket.build import CHECKPOINT, BuildConfig
+    from em_interp.pocket.build import CHECKPOINT
     from em_interp.pocket.build import build as run
+    from em_interp.pocket.stages import BuildConfig
 
     check_writable(out / CHECKPOINT)
     if not (out / CHECKPOINT).exists():  # else this build is not finished, and what is there is its own

@@ -6,8 +6,7 @@ misaligned minus aligned, so adding a direction induces misalignment (Convergent
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from numbers import Real
@@ -16,19 +15,20 @@ from typing import Any, Final
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from em_interp.arguments import plain_numbers
-from em_interp.errors import BadValueError, DirectionError, MissingDataError, ShapeError, UnreadableFileError
-from em_interp.files.atomic import atomic_path
-from em_interp.files.inputs import regular_file
+from em_interp.errors import BadValueError, DirectionError, ShapeError
+from em_interp.files.directions import (
+    FORMAT_VERSION,
+    HOOK_POINT,
+    LAYER_CONVENTION,
+    check_norms,
+    read_direction,
+    write_direction,
+)
 from em_interp.models.weights import UNKNOWN, same_weights
 
-FORMAT_VERSION: Final = 1
-HOOK_POINT: Final = "blocks.{layer}.hook_out"
-LAYER_CONVENTION: Final = "layer l (0-based) is the output of decoder block l"
 KINDS: Final = (
     "data-diff",
     "data-diff-in-chat",
@@ -42,11 +42,6 @@ KINDS: Final = (
 )
 TOKEN_SCOPES: Final = ("prompt", "last_prompt", "response", "all")
 OPERATIONS: Final = ("add", "ablate")
-_METADATA_KEY: Final = "em_interp"
-_REQUIRED: Final = (
-    *("format_version", "kind", "model", "model_revision", "hook_point", "layer_convention", "token_scope"),
-    *("operation", "n_positive", "n_negative", "norms", "sources", "created_by"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,9 +254,7 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with one tensor ``layer.{l}`` a layer. Atomic. Raises ``OutputError``."""
-        tensors = {f"layer.{layer}": row.clone() for layer, row in zip(self.layers, self.vectors, strict=True)}
-        with atomic_path(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(self.metadata())})
+        write_direction(Path(path), dict(zip(self.layers, self.vectors, strict=True)), self.metadata())
         return Path(path)
 
     @classmethod
@@ -282,19 +275,11 @@ class Direction:
         file and the remedy.
         """
         path = Path(path)
-        metadata, tensors = _read(path)
-        layers = tuple(sorted(int(name.removeprefix("layer.")) for name in tensors))
-        widths = {tuple(tensor.shape) for tensor in tensors.values()}
-        if len(widths) != 1 or len(next(iter(widths))) != 1:
-            raise ShapeError(
-                path,
-                f"layers have shapes {sorted(widths)}, not one shape [d_model]",
-                "save it again with Direction.save",
-            )
+        metadata, rows = read_direction(path)
         try:
             direction = cls(
-                vectors=torch.stack([tensors[f"layer.{layer}"].float() for layer in layers]),
-                layers=layers,
+                vectors=torch.stack([row.float() for _, row in rows]),
+                layers=tuple(layer for layer, _ in rows),
                 kind=metadata["kind"],
                 model=metadata["model"],
                 model_revision=metadata["model_revision"],
@@ -307,65 +292,9 @@ class Direction:
             )
         except DirectionError as error:
             raise BadValueError(path, str(error), "extract the direction again") from error
-        _check_norms(path, direction, metadata["norms"])
+        check_norms(path, direction.norms(), metadata["norms"])
         _check_model(path, direction, model, n_layers, d_model, weights)
         return direction
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(regular_file(path), framework="pt") as file:
-            raw = (file.metadata() or {}).get(_METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UnreadableFileError(
-            path, f"not a whole safetensors file ({error})", "copy or download it again"
-        ) from error
-    if raw is None:
-        raise MissingDataError(
-            path,
-            "it carries no em_interp metadata, so its layers, hook point and model are unknown",
-            "make it with Direction.save, which records them",
-        )
-    try:
-        metadata = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise UnreadableFileError(
-            path, f"its metadata is not JSON ({error})", "save it again with Direction.save"
-        ) from error
-    missing = [key for key in _REQUIRED if key not in metadata] if isinstance(metadata, dict) else list(_REQUIRED)
-    if missing:
-        raise MissingDataError(path, f"its metadata lacks {', '.join(missing)}", "save it again with Direction.save")
-    for key, expected in (
-        ("format_version", FORMAT_VERSION),
-        ("hook_point", HOOK_POINT),
-        ("layer_convention", LAYER_CONVENTION),
-    ):
-        if metadata[key] != expected:
-            raise UnreadableFileError(
-                path,
-                f"its {key} is {metadata[key]!r}, and this version of em_interp reads {expected!r}",
-                "convert it, or install the em_interp version that wrote it",
-            )
-    unknown = [name for name in tensors if not (name.startswith("layer.") and name.removeprefix("layer.").isdigit())]
-    if unknown or not tensors:
-        raise UnreadableFileError(
-            path,
-            f"tensors are named {sorted(tensors)}, not layer.0, layer.1, ...",
-            "save it again with Direction.save",
-        )
-    return metadata, tensors
-
-
-def _check_norms(path: Path, direction: Direction, recorded: Mapping[str, float]) -> None:
-    for layer, norm in direction.norms().items():
-        said = recorded.get(str(layer))
-        if said is None or abs(said - norm) > 1e-4 * max(1.0, norm):
-            raise BadValueError(
-                path,
-                f"layer {layer} has norm {norm:.6g} but its metadata says {said}",
-                "the file was altered after it was saved; copy or extract it again",
-            )
 
 
 def _check_model(
