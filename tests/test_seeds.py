@@ -25,7 +25,8 @@ from em_interp.directions import reliability, resampling
 from em_interp.directions.direction import Direction
 from em_interp.directions.extraction import contrast
 from em_interp.errors import UsageError
-from em_interp.evaluation import sampling
+from em_interp.evaluation import answers, sampling
+from em_interp.files.results import Results
 from em_interp.interventions import ablation, steering
 from em_interp.interventions import intervening as interventions
 from em_interp.landscape import curvature, influence, stability
@@ -66,6 +67,9 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     curvature.curvature: lambda w, seed: curvature.curvature(w.landscape, w.contender, n_probes=2, first_seed=seed),
     sampling.sample: lambda w, seed: sampling.sample(w.chat, QUESTIONS, 1, seed=seed, **FEW),
     sampling.sample_rows: lambda w, seed: sampling.sample_rows(w.chat, QUESTIONS, [("q", 0)], seed=seed, **FEW),
+    answers.judged_answers: lambda w, seed: answers.judged_answers(
+        Results(), "a", w.chat, QUESTIONS, 1, lambda table: table.assign(aligned=1.0, coherent=1.0), seed=seed, **FEW
+    ),
     interventions.answers_by_arm: lambda w, seed: interventions.answers_by_arm(
         w.chat, {"none": []}, QUESTIONS, 1, seed=seed, **FEW
     ),
