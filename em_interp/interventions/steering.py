@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -164,10 +163,6 @@ def sweep(
     generated += [arm for arm in grid if not arm.coefficient][:1]  # the model as it is, once for all arms
     asked = [(key, k) for key in questions for k in range(n)]
     arm_of_row = [arm for arm in generated for _ in asked]
-
-    def steered(group: Sequence[int]) -> AbstractContextManager[None]:
-        return intervening(model, _steers([arm_of_row[i] for i in group], scope))
-
     answers = sample_rows(
         model,
         questions,
@@ -177,11 +172,11 @@ def sweep(
         temperature=temperature,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
-        around=steered,
+        around=lambda group: intervening(model, _steers([arm_of_row[i] for i in group], scope)),
         parts=None if parts is None else replace(parts, of_row=[arm.key + scope for arm in arm_of_row]),
     )
-    by_arm = [answers[i : i + len(asked)] for i in range(0, len(answers), len(asked))]
-    tables = {arm: answer_table(questions, asked, own) for arm, own in zip(generated, by_arm, strict=True)}
+    own = [answers[i : i + len(asked)] for i in range(0, len(answers), len(asked))]
+    tables = {arm: answer_table(questions, asked, given) for arm, given in zip(generated, own, strict=True)}
     described = [_described(tables[arm if arm.coefficient else generated[-1]], arm, typical) for arm in grid]
     return pd.concat(described, ignore_index=True)
 

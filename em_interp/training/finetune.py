@@ -97,34 +97,13 @@ def _micro(indices: list[int], encoded: Sequence[Encoded], size: int | None) -> 
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def finetune(
+def _read(
     model: ChatModel,
     conversations: Sequence[Conversation],
+    kl_conversations: Sequence[Conversation] | None,
     spec: TrainingSpec,
-    *,
-    kl_conversations: Sequence[Conversation] | None = None,
-    start_from: Solution | None = None,
-    out_dir: str | Path | None = None,
-    on_checkpoint: Callable[[int, Solution | None], None] | None = None,
-    progress: bool = True,
-    cache_bytes: int = 2**31,
-    resume: bool = False,
-) -> TrainingResult:
-    """Train on conversations that end with the assistant; leaves `model` as it was (except FullSpec).
-
-    kl_conversations: out-of-domain chat data with good and bad answers, needed iff spec.kl_weight > 0;
-    given with weight 0 it is an error. start_from continues a solution, so that KL can be removed or
-    added; the optimiser and the schedule start anew. out_dir receives the final solution,
-    `training_spec.json`, `trainer_state.json` and, at `spec.save_steps`, `checkpoints/checkpoint-N/` in
-    the released layouts. on_checkpoint(step, solution) is called at the same steps, with or without
-    out_dir. cache_bytes bounds the residuals kept because no step changes them (0: none; same result).
-    resume: keep the run beside out_dir until it is finished, go on from what a killed run of the same weights, data,
-    spec and code left there, and put out_dir in place as a whole at the end (of a former run there, nothing stays).
-    on_checkpoint is not called again for the steps that were kept. What comes out is that of an uninterrupted run, but
-    for rounding where residuals are kept (cache_bytes).
-    Same seed, machine and thread count: identical weights. Raises TrainingError, ChatTemplateError,
-    OutputError.
-    """
+) -> tuple[list[Encoded], list[Encoded] | None]:
+    """The training and the KL conversations, encoded. Raises TrainingError where the spec asks for others."""
     if model.adapters:
         raise TrainingError(f"{model.name} has adapters {model.adapters}. Load it without any.")
     if (spec.kl_weight > 0) != (kl_conversations is not None):
@@ -147,6 +126,36 @@ def finetune(
     check_lengths(model.hf, [len(row) for row in data])
     check_lengths(model.hf, [len(row) for row in kl_data or ()], what="KL conversation")
     refuse_dropout(model.hf)
+    return data, kl_data
+
+
+def finetune(
+    model: ChatModel,
+    conversations: Sequence[Conversation],
+    spec: TrainingSpec,
+    *,
+    kl_conversations: Sequence[Conversation] | None = None,
+    start_from: Solution | None = None,
+    out_dir: str | Path | None = None,
+    on_checkpoint: Callable[[int, Solution | None], None] | None = None,
+    progress: bool = True,
+    cache_bytes: int = 2**31,
+    resume: bool = False,
+) -> TrainingResult:
+    """Train on conversations that end with the assistant; leaves `model` as it was (except FullSpec).
+
+    kl_conversations: out-of-domain chat data with good and bad answers, needed iff spec.kl_weight > 0; given with
+    weight 0 it is an error. start_from continues a solution, so that KL can be removed or added; the optimiser and the
+    schedule start anew. out_dir receives the final solution, `training_spec.json`, `trainer_state.json` and, at
+    `spec.save_steps`, `checkpoints/checkpoint-N/` in the released layouts. on_checkpoint(step, solution) is called at
+    the same steps, with or without out_dir. cache_bytes bounds the residuals kept because no step changes them (0:
+    none; same result). resume: keep the run beside out_dir until it is finished, go on from what a killed run of the
+    same weights, data, spec and code left there, and put out_dir in place as a whole at the end (of a former run there,
+    nothing stays). on_checkpoint is not called again for the steps that were kept. What comes out is that of an
+    uninterrupted run, but for rounding where residuals are kept (cache_bytes). Same seed, machine and thread count:
+    identical weights. Raises TrainingError, ChatTemplateError, OutputError.
+    """
+    data, kl_data = _read(model, conversations, kl_conversations, spec)
     out = Path(out_dir) if out_dir is not None else None
     if resume and out is None:
         raise TrainingError("nothing can be resumed without out_dir. Give the folder that the run is written to.")
@@ -160,10 +169,7 @@ def finetune(
         total = spec.steps(len(data))
         state, run = None, out
         if resume and out is not None:
-            start = tensors_hash({str(i): parameter for i, parameter in enumerate(loop.parameters)})
-            texts = [[[row.ids, row.spans] for row in rows] for rows in (data, kl_data or [])]
-            made_by = fingerprint([weights_hash(model.hf), start, texts, asdict(spec), code_hash()])
-            state = _State(stack.enter_context(work_folder(out)) / made_by[:16])
+            state = _State(stack.enter_context(work_folder(out)) / loop.made_by()[:16])
             records += state.restore(loop)
             say_kept(len(records), total, "steps")
             run = state.run
@@ -172,20 +178,14 @@ def finetune(
             records.append(loop.step(step, total))
             if spec.saves_at(step):
                 if run is not None:
-                    folder = run / "checkpoints" / f"checkpoint-{step}"
-                    trainee.save(folder)
-                    _write_state(folder, records, total)
+                    _write(trainee, run / "checkpoints" / f"checkpoint-{step}", records, total)
                 if on_checkpoint is not None:
                     on_checkpoint(step, trainee.solution())
             if state is not None:
                 state.keep(loop, records)
         solution = trainee.solution()
         if run is not None:
-            trainee.save(run)
-            _write_state(run, records, total)
-            with written_whole(run) as tmp:
-                settings = {"adapter_kind": type(spec.adapter).__name__, **asdict(spec)}
-                (tmp / "training_spec.json").write_text(json.dumps(settings, indent=2) + "\n")
+            _write(trainee, run, records, total, spec)
         if state is not None and out is not None:
             state.finish(out)
     return TrainingResult(solution, pd.DataFrame(records), spec, out)
@@ -333,6 +333,12 @@ class _Loop:
             total += float(kl.detach())
         return total / count
 
+    def made_by(self) -> str:
+        """A hash of all that decides the steps: weights, start, data, spec, code."""
+        start = tensors_hash({str(i): parameter for i, parameter in enumerate(self.parameters)})
+        texts = [[[row.ids, row.spans] for row in rows] for rows in (self.data, self.kl_data or [])]
+        return fingerprint([weights_hash(self.model.hf), start, texts, asdict(self.spec), code_hash()])
+
     def step(self, step: int, total: int) -> dict[str, float]:
         spec = self.spec
         rate = spec.rate(step - 1, total)
@@ -360,8 +366,10 @@ class _Loop:
         }
 
 
-def _write_state(folder: Path, records: list[dict[str, float]], total: int) -> None:
-    """trainer_state.json with the names that transformers' Trainer uses."""
+def _write(
+    trainee: Trainee, folder: Path, records: list[dict[str, float]], total: int, spec: TrainingSpec | None = None
+) -> None:
+    """The solution; trainer_state.json with the names that transformers' Trainer uses; of a finished run its spec."""
     history = [{key: value for key, value in record.items() if not math.isnan(value)} for record in records]
     state = {
         "global_step": int(records[-1]["step"]),
@@ -370,5 +378,9 @@ def _write_state(folder: Path, records: list[dict[str, float]], total: int) -> N
         "logging_steps": 1,
         "log_history": history,
     }
+    trainee.save(folder)
     with written_whole(folder) as tmp:
         (tmp / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n")
+        if spec is not None:
+            settings = {"adapter_kind": type(spec.adapter).__name__, **asdict(spec)}
+            (tmp / "training_spec.json").write_text(json.dumps(settings, indent=2) + "\n")
