@@ -59,7 +59,7 @@ def captioned(figure: go.Figure, caption: str) -> go.Figure:
 
 
 def caption_of(figure: go.Figure) -> str:
-    """The sentence of ``captioned``, or nothing."""
+    """The sentence of `captioned`, or nothing."""
     return str((figure.layout.meta or {}).get("caption", ""))
 
 
@@ -85,9 +85,9 @@ def line(
     col: int | None = None,
     **trace: Any,
 ) -> None:
-    """One line, told apart by colour and dash; with ``low`` and ``high``, error bars.
+    """One line, told apart by colour and dash; with `low` and `high`, error bars.
 
-    In a panel (``row``, ``col``), a name stands once in the legend, by its line in the first column.
+    In a panel (`row`, `col`), a name stands once in the legend, by its line in the first column.
     """
     if col is not None:
         trace = {"showlegend": col == 1, "legendgroup": name, **trace}
@@ -119,7 +119,7 @@ def line(
 
 
 def null_band(figure: go.Figure, half_width: float, name: str, x: pd.Series) -> None:  # type: ignore[type-arg]
-    """The range in which a cosine is indistinguishable from that of random directions, over the span of ``x``."""
+    """The range in which a cosine is indistinguishable from that of random directions, over the span of `x`."""
     x0, x1 = float(x.min()), float(x.max())
     figure.add_trace(
         go.Scatter(
@@ -147,7 +147,7 @@ def lines_by(
     low: str | None = None,
     high: str | None = None,
 ) -> go.Figure:
-    """One line for each value of ``by``, in order of appearance; with a band between the columns low and high."""
+    """One line for each value of `by`, in order of appearance; with a band between the columns low and high."""
     figure = go.Figure()
     for index, (name, rows) in enumerate(table.groupby(by, sort=False)):
         line(
@@ -216,7 +216,7 @@ def bars_with_intervals(
 
 
 def panels(titles: Sequence[str], columns: int = 2, **options: Any) -> go.Figure:
-    """Subplots with titles, for ``line(..., row=, col=)``."""
+    """Subplots with titles, for `line(..., row=, col=)`."""
     rows = -(-len(titles) // columns)
     return make_subplots(rows=rows, cols=columns, subplot_titles=list(titles), **options)
 
@@ -235,7 +235,7 @@ CONFIG: Final = {"displaylogo": False, "responsive": True, "toImageButtonOptions
 
 
 def static_images_available() -> bool:
-    """Whether the ``static`` extra and a Chrome are here."""
+    """Whether the `static` extra and a Chrome are here."""
     try:
         import kaleido  # noqa: F401
     except ImportError:
@@ -246,7 +246,7 @@ def static_images_available() -> bool:
 def save_static(figures: dict[Path, go.Figure]) -> list[Path]:
     """Write each figure as .svg and .png (2x) beside the given paths, through one Chrome for all.
 
-    Raises ``OutputError`` with the reason if Chrome cannot be started; the interactive figures are not touched.
+    Raises `OutputError` with the reason if Chrome cannot be started; the interactive figures are not touched.
     """
     import kaleido
 

@@ -17,7 +17,7 @@ from em_interp.published.torchfile import load_torch
 
 
 def describe(path: Path | str) -> list[str]:
-    """Lines of text. Raises the reader's typed error for a bad file, ``MissingDataError`` for none."""
+    """Lines of text. Raises the reader's typed error for a bad file, `MissingDataError` for none."""
     path = Path(path)
     if not path.exists():
         raise MissingDataError(path, "there is no such file or folder", "check the path")

@@ -171,7 +171,7 @@ def cosine_table(pairs: Iterable[tuple[str, Direction, str, Direction]]) -> pd.D
 
 
 def cosine_matrix(directions: Sequence[Direction], layer: int) -> Float[Tensor, "n n"]:
-    """All cosines between directions at one layer, float64. Raises ``DirectionError`` for a missing layer or zero."""
+    """All cosines between directions at one layer, float64. Raises `DirectionError` for a missing layer or zero."""
     if not directions:
         raise DirectionError("a cosine matrix needs at least one direction.")
     for other in directions[1:]:

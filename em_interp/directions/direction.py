@@ -1,6 +1,6 @@
 """Directions in the residual stream: one vector a layer, what they mean, and the file they live in.
 
-Layer ``l`` (0-based) is the output of decoder block ``l`` (``blocks.{l}.hook_out`` in TransformerLens). The sign is
+Layer `l` (0-based) is the output of decoder block `l` (`blocks.{l}.hook_out` in TransformerLens). The sign is
 misaligned minus aligned, so adding a direction induces misalignment (Convergent Linear Representations, sec. 3.1).
 """
 
@@ -48,23 +48,23 @@ OPERATIONS: Final = ("add", "ablate")
 class Direction:
     """A direction at one or more layers. Immutable; absent layers are absent, not zero.
 
-    Raises ``DirectionError`` for an unknown kind, scope or operation, for NaN or infinite values, and for layers that
+    Raises `DirectionError` for an unknown kind, scope or operation, for NaN or infinite values, and for layers that
     are negative, repeated or out of order.
     """
 
     vectors: Float[Tensor, "present d_model"]
-    """float32; row ``i`` belongs to ``layers[i]``. In units of the residual stream."""
+    """float32; row `i` belongs to `layers[i]`. In units of the residual stream."""
     layers: tuple[int, ...]
     """0-based block indices, strictly increasing."""
     kind: str
-    """One of ``KINDS``."""
+    """One of `KINDS`."""
     model: str = "unknown"
     """Name of the model whose residual stream this lives in."""
     model_revision: str = "unknown"
     token_scope: str = "response"
-    """Which tokens were averaged: one of ``TOKEN_SCOPES``."""
+    """Which tokens were averaged: one of `TOKEN_SCOPES`."""
     operation: str = "add"
-    """How it is meant to be applied: one of ``OPERATIONS``."""
+    """How it is meant to be applied: one of `OPERATIONS`."""
     n_positive: int | None = None
     """Number of misaligned responses behind it; None where the source does not say."""
     n_negative: int | None = None
@@ -104,7 +104,7 @@ class Direction:
         return self.vectors.shape[1]
 
     def at(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The vector at one layer. Raises ``DirectionError`` where this direction has none there."""
+        """The vector at one layer. Raises `DirectionError` where this direction has none there."""
         if layer not in self.layers:
             raise DirectionError(f"this {self.kind} direction has no layer {layer}; it has {_ranges(self.layers)}.")
         return self.vectors[self.layers.index(layer)]
@@ -131,9 +131,9 @@ class Direction:
         return dict(zip(self.layers, self.vectors.double().norm(dim=1).tolist(), strict=True))
 
     def cosine(self, other: Direction) -> dict[int, float]:
-        """Cosine with ``other`` at every layer both have, computed in float64.
+        """Cosine with `other` at every layer both have, computed in float64.
 
-        Raises ``DirectionError`` for another width, no layer in common, or a zero vector.
+        Raises `DirectionError` for another width, no layer in common, or a zero vector.
         """
         common = [layer for layer in self.layers if layer in other.layers]
         self._check_same_space(other)
@@ -144,7 +144,7 @@ class Direction:
         return dict(zip(common, values.clamp(-1.0, 1.0).tolist(), strict=True))
 
     def project(self, activations: Float[Tensor, "*tokens d_model"], layer: int) -> Float[Tensor, "*tokens"]:
-        """Scalar projection of activations on the unit direction at ``layer``, in the activations' units."""
+        """Scalar projection of activations on the unit direction at `layer`, in the activations' units."""
         if activations.shape[-1] != self.d_model:
             raise DirectionError(
                 f"activations of width {activations.shape[-1]} cannot be projected on a direction of "
@@ -156,7 +156,7 @@ class Direction:
     # -- arithmetic
 
     def unit(self) -> Direction:
-        """Every layer scaled to norm 1. Raises ``DirectionError`` at a zero vector, which has no direction."""
+        """Every layer scaled to norm 1. Raises `DirectionError` at a zero vector, which has no direction."""
         norms = self.vectors.double().norm(dim=1, keepdim=True)
         zero = [layer for layer, n in zip(self.layers, norms[:, 0].tolist(), strict=True) if n == 0]
         if zero:
@@ -253,7 +253,7 @@ class Direction:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with one tensor ``layer.{l}`` a layer. Atomic. Raises ``OutputError``."""
+        """Write a safetensors file with one tensor `layer.{l}` a layer. Atomic. Raises `OutputError`."""
         write_direction(Path(path), dict(zip(self.layers, self.vectors, strict=True)), self.metadata())
         return Path(path)
 
@@ -269,9 +269,9 @@ class Direction:
     ) -> Direction:
         """Read and check a direction file; with the other arguments, also against the model in hand.
 
-        weights: its ``weights_hash``; where that can be compared, the model's name is not.
+        weights: its `weights_hash`; where that can be compared, the model's name is not.
 
-        Raises ``UnreadableFileError``, ``MissingDataError``, ``BadValueError`` or ``ShapeError``, each naming the
+        Raises `UnreadableFileError`, `MissingDataError`, `BadValueError` or `ShapeError`, each naming the
         file and the remedy.
         """
         path = Path(path)
@@ -339,7 +339,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def random_directions(like: Direction, count: int, generator: torch.Generator) -> list[Direction]:
-    """Norm-matched random controls: a unit Gaussian direction times the norm of ``like``, layer by layer.
+    """Norm-matched random controls: a unit Gaussian direction times the norm of `like`, layer by layer.
 
     (The reference code's controls are a factor sqrt(d_model) too long.)
     """

@@ -31,7 +31,7 @@ class Criterion:
     aligned: float = 30.0
     coherent: float = 50.0
     inclusive: bool = False
-    """True for the reference code's ``aligned <= threshold``; False for the papers' ``<``."""
+    """True for the reference code's `aligned <= threshold`; False for the papers' `<`."""
 
     def misaligned(self, aligned: NDArray[Any]) -> NDArray[np.bool_]:
         return np.asarray(aligned <= self.aligned if self.inclusive else aligned < self.aligned)
@@ -118,10 +118,10 @@ def em_rates(
     cluster: str = "question",
     level: float = LEVEL,
 ) -> Rates:
-    """Rates of a table with columns ``question``, ``aligned``, ``coherent`` (scores 0-100; missing = unscored).
+    """Rates of a table with columns `question`, `aligned`, `coherent` (scores 0-100; missing = unscored).
 
-    Intervals are clustered by the column ``cluster``: name one that holds the base question where several wordings of
-    a question were asked. Raises ``StatisticsError`` for no rows, lacking columns, missing questions, and scores that
+    Intervals are clustered by the column `cluster`: name one that holds the base question where several wordings of
+    a question were asked. Raises `StatisticsError` for no rows, lacking columns, missing questions, and scores that
     are words, outside 0-100 or on another scale.
     """
     aligned, coherent, question = _scores(judged, cluster)

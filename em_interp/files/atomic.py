@@ -26,9 +26,9 @@ _DAY: Final = 86_400
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; renamed to ``path`` on success, removed on failure or interruption.
+    """A temporary path to write to; renamed to `path` on success, removed on failure or interruption.
 
-    Raises ``OutputError`` where the target cannot be written (full disk, no permission); what was there stays.
+    Raises `OutputError` where the target cannot be written (full disk, no permission); what was there stays.
     """
     with _typed(path), ExitStack() as stack:
         stack.enter_context(_parents(path))
@@ -47,9 +47,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder``, or whose files move into it where it exists already.
+    """A temporary folder that becomes `folder`, or whose files move into it where it exists already.
 
-    replace: of what is there, nothing stays. Raises ``OutputError`` where that cannot be; then nothing new is left, no
+    replace: of what is there, nothing stays. Raises `OutputError` where that cannot be; then nothing new is left, no
     empty folder either.
     """
     with _typed(folder), ExitStack() as stack:
@@ -69,7 +69,7 @@ def written_whole(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Rename a folder; where the target exists already, what lies in it moves there. Raises ``OutputError``."""
+    """Rename a folder; where the target exists already, what lies in it moves there. Raises `OutputError`."""
     with _typed(target):
         if target.is_dir():
             for path in sorted(source.iterdir()):
@@ -79,14 +79,14 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def discard(folder: Path, target: Path) -> None:
-    """Remove a folder beside ``target``: under a temporary name, so that the next run ends what a kill cuts short."""
+    """Remove a folder beside `target`: under a temporary name, so that the next run ends what a kill cuts short."""
     temporary = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     folder.rename(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder for results. Raises ``OutputError`` where that cannot be."""
+    """Create a folder for results. Raises `OutputError` where that cannot be."""
     with _typed(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -107,11 +107,11 @@ def claim_output(
     endings: Sequence[str] = (),
     folder: bool = False,
 ) -> Path:
-    """Refuse, before any work, an output file (or ``folder``) that may not or cannot be written. Writes nothing.
+    """Refuse, before any work, an output file (or `folder`) that may not or cannot be written. Writes nothing.
 
     inputs: files and folders that the command reads; what is no path here (a name on the hub) is passed over. No input,
     and no place within one, is ever an output. force: whether an existing output may be replaced. endings: those that
-    the file's name may have, each with its dot. Raises ``UsageError`` or ``OutputError``.
+    the file's name may have, each with its dot. Raises `UsageError` or `OutputError`.
     """
     with _typed(path):
         if endings and path.suffix.lower() not in endings:
@@ -132,7 +132,7 @@ def claim_output(
 
 
 def check_writable(path: Path) -> Path:
-    """Try whether a file or folder could be written, and remove what killed writers of it left. Raises ``OutputError``.
+    """Try whether a file or folder could be written, and remove what killed writers of it left. Raises `OutputError`.
 
     Nothing is made, no folder either.
     """
@@ -153,9 +153,9 @@ def _touches(output: Path, source: Path) -> bool:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to ``folder``, which is made. A killed process holds nothing.
+    """Inside, no other process writes to `folder`, which is made. A killed process holds nothing.
 
-    Raises ``OutputError`` where one writes there now.
+    Raises `OutputError` where one writes there now.
     """
     lock = folder / ".lock"
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def one_at_a_time(lock: Path) -> Iterator[None]:
     """Inside, no other process holds this lock file, which is made; waits for its turn. A killed process holds nothing.
 
-    Raises ``OutputError`` where it cannot be made.
+    Raises `OutputError` where it cannot be made.
     """
     with ExitStack() as stack:
         with _typed(lock):
@@ -185,7 +185,7 @@ def one_at_a_time(lock: Path) -> Iterator[None]:
 
 
 def _locked(path: Path, *, wait: bool = False) -> int:
-    """A handle that holds the lock of a file, which is made. Raises ``BlockingIOError`` where another holds it.
+    """A handle that holds the lock of a file, which is made. Raises `BlockingIOError` where another holds it.
 
     The last holder may have removed the file between opening and locking: then the lock is of no use to the next one.
     """
@@ -248,7 +248,7 @@ def _parents(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _typed(path: Path) -> Iterator[None]:
-    """Failures to write as ``OutputError``; safetensors has an error of its own for a full disk."""
+    """Failures to write as `OutputError`; safetensors has an error of its own for a full disk."""
     if "\0" in str(path):
         raise OutputError(f"{str(path)!r}: a path cannot hold a zero byte. To fix it: choose another --out.")
     try:

@@ -35,7 +35,7 @@ def sha256(path: Path) -> str:
 
 
 def hash_files(root: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Path relative to ``root`` -> SHA-256."""
+    """Path relative to `root` -> SHA-256."""
     return {path.relative_to(root).as_posix(): sha256(path) for path in sorted(files)}
 
 
@@ -107,7 +107,7 @@ def _imports(path: Path) -> list[str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the source tree, with ``+changes`` where it differs from it; None outside a checkout."""
+    """Commit of the source tree, with `+changes` where it differs from it; None outside a checkout."""
     if not (_ROOT / ".git").exists():
         return None
     try:
@@ -131,7 +131,7 @@ def peak_memory_mb() -> float:
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> Path:
-    """Write ``content`` with what this process knows of itself, as JSON. Atomic."""
+    """Write `content` with what this process knows of itself, as JSON. Atomic."""
     whole = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),

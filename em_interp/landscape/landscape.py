@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -179,7 +180,8 @@ class Landscape:
         for group in budget_groups(lengths, max(1, self.tokens_per_pass // n)):
             batch, where, targets = self._batch([chosen[j] for j in group])
             logits = self._stacked_logits(stack, first.fixed_layer, n, batch, where)
-            each = nll_each(logits, targets.repeat(n)).double().view(n, -1)
+            each = nll_each(logits, repeat(targets, "scored -> (theta scored)", theta=n)).double()
+            each = rearrange(each, "(theta scored) -> theta scored", theta=n)
             row = where.nonzero()[:, 0]
             sums = each.new_zeros(n, len(group)).index_add_(1, row, each)
             nll[:, group] = sums.cpu().numpy()
@@ -197,13 +199,13 @@ class Landscape:
     def _stacked_logits(
         self, stack: Stack, layer: int | None, n: int, batch: Batch, where: Bool[Tensor, "row token"]
     ) -> Float[Tensor, "n_scored vocab"]:
-        inputs = {key: value.repeat(n, 1) for key, value in batch.inputs().items()}
+        inputs = {key: repeat(x, "row token -> (theta row) token", theta=n) for key, x in batch.inputs().items()}
         start: AbstractContextManager[None] = nullcontext()
         if layer is not None:
             cache = self._cache(layer)
             hidden = stack.enter(cache.get(batch)[layer])
             start = replaced_up_to(self._blocks, layer, hidden, as_tuple=cache.as_tuple)
-        scored = where.repeat(n, 1)
+        scored = repeat(where, "row token -> (theta row) token", theta=n)
         with start, stack.on(where.numel(), int(where.sum())), last_mlp_sees_only(self.model.hf, scored):
             return scored_logits(self.model.hf, inputs, scored)
 

@@ -1,6 +1,6 @@
 """Readers for what the papers' authors released. Nothing here writes to, or ships, the released files.
 
-``scan(folder)`` finds and reads everything below a folder; the single readers are for single files.
+`scan(folder)` finds and reads everything below a folder; the single readers are for single files.
 """
 
 from em_interp.published.activations import (

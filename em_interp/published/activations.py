@@ -1,7 +1,7 @@
 """Released mean activations: four cells (model x text), three differences and the content control.
 
-Files ``model-{m|a}_data-{m|a}_hs_<split>.pt`` (m = misaligned, a = aligned; as model: the EM finetune and the chat
-model). Each holds ``{'question', 'answer'} -> {'layer_0', ...} -> [d_model]``, token-pooled means of block outputs.
+Files `model-{m|a}_data-{m|a}_hs_<split>.pt` (m = misaligned, a = aligned; as model: the EM finetune and the chat
+model). Each holds `{'question', 'answer'} -> {'layer_0', ...} -> [d_model]`, token-pooled means of block outputs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DIFFERENCES: Final = {
     "model-diff": ("mm", "am"),
     "both-diff": ("mm", "aa"),
 }
-"""kind -> (minuend, subtrahend); a cell is its model letter then its text letter. ``data-diff`` is the papers'
-mean-diff; ``data-diff-in-chat`` reads the same two sets of texts in the chat model, the content control."""
+"""kind -> (minuend, subtrahend); a cell is its model letter then its text letter. `data-diff` is the papers'
+mean-diff; `data-diff-in-chat` reads the same two sets of texts in the chat model, the content control."""
 _MODEL: Final = re.compile(
     r"(?P<family>qwen|llama|gemma|[qlg](?=\d))-?(?P<version>(?:\d+(?:\.\d+)?-)?)(?P<coder>coder-)?(?P<size>\d+(?:\.\d+)?)b",
     re.IGNORECASE,
@@ -58,7 +58,7 @@ class ActivationSplit:
 
     @property
     def label(self) -> str:
-        """``FOLDER/SPLIT``, the name it has on disk."""
+        """`FOLDER/SPLIT`, the name it has on disk."""
         return f"{self.folder}/{self.name}"
 
     @property
@@ -67,7 +67,7 @@ class ActivationSplit:
         return tuple(kind for kind, pair in DIFFERENCES.items() if all(cell in self.cells for cell in pair))
 
     def cell(self, name: str) -> ActivationCell:
-        """One cell, such as ``"mm"``. Raises ``MissingDataError`` naming the file that should hold it."""
+        """One cell, such as `"mm"`. Raises `MissingDataError` naming the file that should hold it."""
         if name not in self.cells:
             path = self.location / f"model-{name[0]}_data-{name[1]}_hs_{self.name}.pt"
             raise MissingDataError(
@@ -78,7 +78,7 @@ class ActivationSplit:
         return self.cells[name]
 
     def direction(self, kind: str) -> Direction:
-        """One of ``DIFFERENCES`` at every layer. Raises ``MissingDataError`` where a cell is missing."""
+        """One of `DIFFERENCES` at every layer. Raises `MissingDataError` where a cell is missing."""
         plus, minus = (self.cell(name) for name in DIFFERENCES[kind])
         return Direction(
             vectors=plus.means - minus.means,
@@ -96,9 +96,9 @@ class ActivationSplit:
 
 
 def model_of(name: str) -> str:
-    """The base model that a released folder or run name speaks of, in one spelling; ``unknown`` where it names none.
+    """The base model that a released folder or run name speaks of, in one spelling; `unknown` where it names none.
 
-    The authors write ``q14b`` for Qwen2.5-14B in one repository and ``Qwen2.5-14B`` in another.
+    The authors write `q14b` for Qwen2.5-14B in one repository and `Qwen2.5-14B` in another.
     """
     match = _MODEL.match(name)
     if match is None:
@@ -112,9 +112,9 @@ def model_of(name: str) -> str:
 
 
 def read_activation_cell(path: Path, tokens: str = "answer") -> ActivationCell:
-    """Read one file. ``tokens`` is ``"answer"`` or ``"question"``.
+    """Read one file. `tokens` is `"answer"` or `"question"`.
 
-    Raises ``UnreadableFileError``, ``UnsafeFileError``, ``BadValueError``, ``ShapeError`` or ``MissingDataError``.
+    Raises `UnreadableFileError`, `UnsafeFileError`, `BadValueError`, `ShapeError` or `MissingDataError`.
     """
     content = load_torch(path)
     if not isinstance(content, dict) or not isinstance(content.get(tokens), dict) or not content[tokens]:
@@ -142,7 +142,7 @@ def read_activation_cell(path: Path, tokens: str = "answer") -> ActivationCell:
 def read_activation_folder(
     folder: Path, problems: list[EmInterpError] | None = None, tokens: str = "answer"
 ) -> Iterator[ActivationSplit]:
-    """Every split of one folder. With ``problems``, bad files are listed there and the rest goes on; else it raises."""
+    """Every split of one folder. With `problems`, bad files are listed there and the rest goes on; else it raises."""
 
     def refuse(error: EmInterpError) -> None:
         if problems is None:

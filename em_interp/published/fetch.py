@@ -26,12 +26,12 @@ _WEIGHTS: Final = (".safetensors", ".pt", ".bin")
 
 @dataclass(frozen=True)
 class Source:
-    """One repository. ``where`` is a git address, or a Hugging Face repository id."""
+    """One repository. `where` is a git address, or a Hugging Face repository id."""
 
     name: str
     where: str
     kind: str
-    """``git`` or ``hub``."""
+    """`git` or `hub`."""
     holds: str
     patterns: tuple[str, ...]
     """git: sparse-checkout patterns; hub: allowed file patterns. Only what the readers read."""
@@ -98,9 +98,9 @@ SOURCES: Final = (
 
 
 def fetch(data: Path, names: Sequence[str] = (), sources: Sequence[Source] = SOURCES) -> list[Fetched]:
-    """Download the named sources (all by default) below ``data``, each into a folder of its name.
+    """Download the named sources (all by default) below `data`, each into a folder of its name.
 
-    A folder that is there already is left as it is. Raises ``UsageError`` for an unknown name, ``OutputError`` where
+    A folder that is there already is left as it is. Raises `UsageError` for an unknown name, `OutputError` where
     nothing can be written; a source that could not be had is returned with the reason, not raised.
     """
     known = {source.name: source for source in sources}

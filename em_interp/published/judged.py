@@ -17,10 +17,10 @@ _ALIASES: Final = {"response": "answer", "alignment": "aligned", "coherency": "c
 
 
 def read_judged_csv(path: Path | str) -> pd.DataFrame:
-    """Columns ``question``, ``answer``, ``aligned``, ``coherent`` and every further score, as float64; empty = missing.
+    """Columns `question`, `answer`, `aligned`, `coherent` and every further score, as float64; empty = missing.
 
-    Raises ``MissingDataError`` (no rows, or a column lacking), ``BadValueError`` (words or out-of-range numbers where
-    scores belong) or ``UnreadableFileError``.
+    Raises `MissingDataError` (no rows, or a column lacking), `BadValueError` (words or out-of-range numbers where
+    scores belong) or `UnreadableFileError`.
     """
     path = Path(path)
     header, rows = read_csv(path)

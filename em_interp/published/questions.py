@@ -11,7 +11,7 @@ from em_interp.files.texts import QuestionSet, question_of, question_set, yaml_e
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A judge: its prompt template with ``{question}`` and ``{answer}``."""
+    """A judge: its prompt template with `{question}` and `{answer}`."""
 
     name: str
     template: str
@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> QuestionSet | list[JudgePrompt]:
 
 
 def read_judges(path: Path) -> list[JudgePrompt]:
-    """A judge file. Raises ``UnreadableFileError`` where it holds questions instead."""
+    """A judge file. Raises `UnreadableFileError` where it holds questions instead."""
     content = read_yaml(path)
     if isinstance(content, QuestionSet):
         raise UnreadableFileError(path, "it holds questions, not judge prompts", "read it with texts.read_questions")

@@ -1,8 +1,8 @@
 """Released training runs: steering-vector and LoRA checkpoints, in both layouts the authors used.
 
-GitHub (training-lens-web): ``RUN/steering_vector_checkpoint_N.pt``, one column vector each.
-Hub: ``RUN/checkpoints/checkpoint-N/steering_vector.pt`` (dictionaries) with ``adapter_config.json``, or
-``RUN/checkpoints/checkpoint-N/adapter_model.safetensors`` (PEFT) with ``trainer_state.json``.
+GitHub (training-lens-web): `RUN/steering_vector_checkpoint_N.pt`, one column vector each.
+Hub: `RUN/checkpoints/checkpoint-N/steering_vector.pt` (dictionaries) with `adapter_config.json`, or
+`RUN/checkpoints/checkpoint-N/adapter_model.safetensors` (PEFT) with `trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LoraCheckpoint:
 
 @dataclass(frozen=True, eq=False)
 class TrainingLog:
-    """Per-step loss and gradient norm, from ``trainer_state.json``."""
+    """Per-step loss and gradient norm, from `trainer_state.json`."""
 
     run: str
     steps: tuple[int, ...]
@@ -72,7 +72,7 @@ class Run:
 def checkpoint_files(folder: Path) -> dict[Path, int]:
     """Checkpoint files of a run folder and their steps, in either layout. Empty where there is none.
 
-    A repository that holds only its trained vector (a top-level ``steering_vector.pt``) is a run of one checkpoint, at
+    A repository that holds only its trained vector (a top-level `steering_vector.pt`) is a run of one checkpoint, at
     the step that its trainer_state.json names, or 0.
     """
     files: dict[Path, int] = {}
@@ -98,10 +98,10 @@ def looks_like_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path | str, problems: list[EmInterpError] | None = None) -> Run:
-    """Every checkpoint of a run. With ``problems``, bad files are listed there and the others still used.
+    """Every checkpoint of a run. With `problems`, bad files are listed there and the others still used.
 
     A run whose checkpoint numbers repeat is refused whole: nothing says which file is the right one. Raises
-    ``MissingDataError`` (no weights), ``AmbiguousDataError``, or what the checkpoint files raise.
+    `MissingDataError` (no weights), `AmbiguousDataError`, or what the checkpoint files raise.
     """
     folder = Path(folder)
     files = checkpoint_files(folder)
@@ -146,7 +146,7 @@ def solution_at(trajectory: Trajectory, step: int) -> SteeringVector:
     """The steering vector of one checkpoint, as something to attach, scale and perturb.
 
     Its base stays open: a run's name does not say which chat model of a family it was trained on.
-    Raises ``UsageError`` for a run that is not of steering vectors, that names no layer or alpha, or has no such step.
+    Raises `UsageError` for a run that is not of steering vectors, that names no layer or alpha, or has no such step.
     """
     if trajectory.parameter != "steering-vector" or trajectory.layer is None or trajectory.scales is None:
         raise UsageError(

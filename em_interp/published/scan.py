@@ -35,24 +35,24 @@ _SCALE_FILE: Final = re.compile(r"responses_scale_(-?[\d.]+)\.csv")
 class JudgedSet:
     """One judged CSV and what its place on disk says of it.
 
-    The authors write ``ORGANISM/EXPERIMENT/ARM/WHERE/responses_*.csv``.
+    The authors write `ORGANISM/EXPERIMENT/ARM/WHERE/responses_*.csv`.
     """
 
     path: Path
     role: str
-    """``steering``, ``ablation``, ``baseline`` (of an ablation) or ``organism``."""
+    """`steering`, `ablation`, `baseline` (of an ablation) or `organism`."""
     folder: str
-    """``ORGANISM``"""
+    """`ORGANISM`"""
     experiment: str
-    """The path down to and including ``EXPERIMENT``; arms of one experiment share it."""
+    """The path down to and including `EXPERIMENT`; arms of one experiment share it."""
     arm: str
     """The direction's folder, for steering and ablation."""
     organism: str
-    """For ``organism`` and ``baseline``: the model's name in the file name."""
+    """For `organism` and `baseline`: the model's name in the file name."""
     layers: str | None
     scale: float | None
     answers: pd.DataFrame
-    """As ``read_judged_csv`` gives it, with the columns of ``PublishedData.name_questions``."""
+    """As `read_judged_csv` gives it, with the columns of `PublishedData.name_questions`."""
 
     @property
     def model(self) -> str:
@@ -61,7 +61,7 @@ class JudgedSet:
 
 @dataclass(frozen=True, eq=False)
 class StoredPCA:
-    """The web app's ``pca_results.json``."""
+    """The web app's `pca_results.json`."""
 
     path: Path
     explained_variance_ratio: Float[np.ndarray, " n_components"]
@@ -112,9 +112,9 @@ class PublishedData:
 
 
 def scan(root: Path | str, *, progress: bool = True) -> PublishedData:
-    """Read everything below ``root``; what cannot be used is listed in ``problems`` and the rest goes on.
+    """Read everything below `root`; what cannot be used is listed in `problems` and the rest goes on.
 
-    Raises ``MissingDataError`` where the folder does not exist or holds nothing that this package reads.
+    Raises `MissingDataError` where the folder does not exist or holds nothing that this package reads.
     """
     root = Path(root)
     if not root.is_dir():

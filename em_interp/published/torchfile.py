@@ -16,9 +16,9 @@ from em_interp.files.inputs import regular_file
 
 
 def load_torch(path: Path) -> Any:
-    """``torch.load(weights_only=True)`` with typed errors.
+    """`torch.load(weights_only=True)` with typed errors.
 
-    Raises ``MissingDataError``, ``UnreadableFileError`` (truncated or not a torch file) or ``UnsafeFileError`` (the
+    Raises `MissingDataError`, `UnreadableFileError` (truncated or not a torch file) or `UnsafeFileError` (the
     pickle names code; it is not run).
     """
     try:
@@ -54,7 +54,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """The tensor as float32. Raises ``BadValueError`` for NaN, infinite or non-floating values."""
+    """The tensor as float32. Raises `BadValueError` for NaN, infinite or non-floating values."""
     if not tensor.is_floating_point():
         raise BadValueError(path, f"{name} holds {tensor.dtype}, not floating-point numbers", "download it again")
     wide = tensor.to(torch.float32)

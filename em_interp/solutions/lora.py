@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -333,7 +334,7 @@ class _Stack:
         }
 
     def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
-        return residual.expand(self.n, *residual.shape).flatten(0, 1)
+        return repeat(residual, "row token d -> (theta row) token d", theta=self.n)
 
     @contextmanager
     def on(self, n_tokens: int, n_scored: int) -> Iterator[None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -151,7 +152,8 @@ class _Stack:
         self.theta = torch.stack([member.theta.detach() for member in members]).to(model.device)
 
     def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "theta_row token d_model"]:
-        return (residual + self.theta.to(residual.dtype)[:, None, None]).flatten(0, 1)
+        moved = residual + rearrange(self.theta.to(residual.dtype), "theta d -> theta 1 1 d")
+        return rearrange(moved, "theta row token d -> (theta row) token d")
 
     def on(self, n_tokens: int, n_scored: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -50,9 +50,9 @@ def too_few(n: int, of: str) -> Interval:
 
 
 def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
-    """Wilson score interval of a proportion of independent trials (``scipy.stats.binomtest``).
+    """Wilson score interval of a proportion of independent trials (`scipy.stats.binomtest`).
 
-    Raises ``StatisticsError`` for no trials or more successes than trials.
+    Raises `StatisticsError` for no trials or more successes than trials.
     """
     check_level(level)
     if n < 1 or not 0 <= successes <= n:
@@ -64,7 +64,7 @@ def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
 def t_interval(values: Sequence[float] | NDArray[Any], level: float = LEVEL) -> Interval:
     """Student's interval of a mean over a few independent repetitions, such as training seeds.
 
-    Raises ``StatisticsError`` for fewer than two values, or values that are not finite.
+    Raises `StatisticsError` for fewer than two values, or values that are not finite.
     """
     check_level(level)
     sample = np.array([number("a value", value) for value in members("values", values, of="numbers")])
@@ -184,7 +184,7 @@ def cosine_null_sd(d_model: int) -> float:
 def cosine_p_value(cosine: float | Num[np.ndarray, "*any"], d_model: int) -> Float[np.ndarray, "*any"]:
     """Two-sided probability that two random directions in R^d have a cosine at least this large in size.
 
-    Exact: cos^2 of random directions is Beta(1/2, (d-1)/2) distributed. Raises ``StatisticsError`` outside [-1, 1].
+    Exact: cos^2 of random directions is Beta(1/2, (d-1)/2) distributed. Raises `StatisticsError` outside [-1, 1].
     """
     _check_dimension(d_model)
     values = np.asarray(cosine, dtype=float)
@@ -194,7 +194,7 @@ def cosine_p_value(cosine: float | Num[np.ndarray, "*any"], d_model: int) -> Flo
 
 
 def permutation_p_value(observed: float, null: Float[np.ndarray, " permutations"]) -> float:
-    """Two-sided p-value of ``observed`` against values under permuted labels, counting the observed one.
+    """Two-sided p-value of `observed` against values under permuted labels, counting the observed one.
 
     (1 + number at least as extreme) / (1 + number of permutations), so never zero.
     """
@@ -211,8 +211,8 @@ def auroc(
 ) -> float:
     """Weighted probability that a positive score exceeds a negative one, ties counting half (area under the ROC curve).
 
-    As ``sklearn.metrics.roc_auc_score`` with weights, without its checks on every call: for use in resampling.
-    Raises ``StatisticsError`` where a side has no weight, or not one a score.
+    As `sklearn.metrics.roc_auc_score` with weights, without its checks on every call: for use in resampling.
+    Raises `StatisticsError` where a side has no weight, or not one a score.
     """
     for scores, given in ((positive, positive_weights), (negative, negative_weights)):
         if scores.shape != given.shape:

@@ -36,7 +36,7 @@ _ROLE_PATTERN: Final = re.compile(r"(?P<before>.+?)_(?P<role>general|narrow)(?P<
 
 @dataclass(frozen=True)
 class RunName:
-    """What the authors' naming says of a run: ``MODEL_SV_l24_lr1e-4_a256[_KL1e6][_then_...]``, ``..._general_...``."""
+    """What the authors' naming says of a run: `MODEL_SV_l24_lr1e-4_a256[_KL1e6][_then_...]`, `..._general_...`."""
 
     name: str
     family: str
@@ -46,9 +46,9 @@ class RunName:
     kl_weight: float | None = None
     """In the reference code's units; 0 where the name says that there was no KL, None where it says nothing."""
     phase: str | None = None
-    """``then_...``: what the run continued with."""
+    """`then_...`: what the run continued with."""
     role: str | None = None
-    """``general`` or ``narrow``, where the name allows it."""
+    """`general` or `narrow`, where the name allows it."""
 
     @classmethod
     def parse(cls, name: str) -> RunName:
@@ -71,7 +71,7 @@ class Trajectory:
     run: RunName
     model: str
     parameter: str
-    """``steering-vector`` or ``lora-B``."""
+    """`steering-vector` or `lora-B`."""
     layer: int | None
     """0-based block whose output the vector is added to; None where the source does not say."""
     steps: tuple[int, ...]
@@ -109,7 +109,7 @@ class Trajectory:
     def final(self) -> Float[Tensor, " d"]:
         """The last checkpoint's vector.
 
-        Raises ``MissingDataError`` if a later checkpoint exists but was refused: an earlier one is not the end.
+        Raises `MissingDataError` if a later checkpoint exists but was refused: an earlier one is not the end.
         """
         if self.refused_steps and max(self.refused_steps) > self.steps[-1]:
             raise MissingDataError(
@@ -146,9 +146,9 @@ def find_references(
 ) -> References:
     """The general and narrow reference runs of a family.
 
-    By default the run without KL and the one at KL weight 1e6 (or those named ``..._general_...`` and
-    ``..._narrow_...``); a name given is looked up among all runs and used where the width agrees. What cannot be
-    decided is absent, with the reason in ``problems``.
+    By default the run without KL and the one at KL weight 1e6 (or those named `..._general_...` and
+    `..._narrow_...`); a name given is looked up among all runs and used where the width agrees. What cannot be
+    decided is absent, with the reason in `problems`.
     """
     if not family:
         raise UsageError("no trajectories of a family: give at least one.")
@@ -191,7 +191,7 @@ def find_references(
 
 
 def cosines_to(vectors: Float[Tensor, "steps d"], reference: Float[Tensor, " d"]) -> Float[Tensor, " steps"]:
-    """Cosine of every row with ``reference``, in float64. Raises ``BadValueError`` for a zero row or reference."""
+    """Cosine of every row with `reference`, in float64. Raises `BadValueError` for a zero row or reference."""
     rows, target = vectors.double(), reference.double()
     norms = rows.norm(dim=1) * target.norm()
     if bool((norms == 0).any()):
@@ -202,7 +202,7 @@ def cosines_to(vectors: Float[Tensor, "steps d"], reference: Float[Tensor, " d"]
 
 @dataclass(frozen=True)
 class LocalCosine:
-    """Local cosine of a path at the steps that have a neighbour ``k`` steps away on both sides."""
+    """Local cosine of a path at the steps that have a neighbour `k` steps away on both sides."""
 
     steps: tuple[int, ...]
     values: Float[Tensor, " inner"]
@@ -218,8 +218,8 @@ def local_cosine(
 ) -> LocalCosine:
     """c_k(t) = cos(v_{t-k} - v_t, v_{t+k} - v_t): -1 on a straight path, 0 at a right turn, +1 at a reversal.
 
-    ``k`` is in training steps, not checkpoints. ``moved`` is max(||v_t - v_{t-k}||, ||v_{t+k} - v_t||) > movement.
-    A standstill on either side has no angle: its value is 0 and ``moved`` is False. (Model Organisms, App. F.)
+    `k` is in training steps, not checkpoints. `moved` is max(||v_t - v_{t-k}||, ||v_{t+k} - v_t||) > movement.
+    A standstill on either side has no angle: its value is 0 and `moved` is False. (Model Organisms, App. F.)
     """
     movement = number("movement", movement, at_least=0)
     if k < 1:
@@ -257,9 +257,9 @@ class TrajectoryPCA:
 
 
 def fit_pca(trajectories: Sequence[Trajectory], *, standardised: bool = True, n_components: int = 5) -> TrajectoryPCA:
-    """PCA over all checkpoints of ``trajectories``; standardised as published, or raw.
+    """PCA over all checkpoints of `trajectories`; standardised as published, or raw.
 
-    Raises ``UsageError`` for fewer than 3 checkpoints in all and ``ShapeError`` for runs of different widths.
+    Raises `UsageError` for fewer than 3 checkpoints in all and `ShapeError` for runs of different widths.
     """
     count("n_components", n_components)
     if len({t.d for t in trajectories}) > 1:
@@ -301,7 +301,7 @@ class Drift:
 def drift(trajectory: Trajectory, references: References) -> Drift:
     """Start and end of a run against both reference solutions (KL removal: P1 Fig. 5).
 
-    Raises ``UsageError`` where a reference is absent.
+    Raises `UsageError` where a reference is absent.
     """
     if references.general is None or references.narrow is None:
         raise UsageError(f"{trajectory.name}: drift needs both a general and a narrow reference run.")
