@@ -147,8 +147,8 @@ class Direction:
         """Scalar projection of activations on the unit direction at `layer`, in the activations' units."""
         if activations.shape[-1] != self.d_model:
             raise DirectionError(
-                f"activations of width {activations.shape[-1]} cannot be projected on a direction of "
-                f"width {self.d_model}; they come from different models."
+                f"activations of width {activations.shape[-1]} cannot be projected on a direction of width "
+                f"{self.d_model}; they come from different models."
             )
         unit = self.only([layer]).unit().vectors[0]
         return activations.to(torch.float32) @ unit.to(activations.device)
@@ -192,8 +192,8 @@ class Direction:
         self._check_same_space(other)
         if self.layers != other.layers:
             raise DirectionError(
-                f"layers differ: {_ranges(self.layers)} against {_ranges(other.layers)}; "
-                "bring both to the same ones with .only(layers)."
+                f"layers differ: {_ranges(self.layers)} against {_ranges(other.layers)}; bring both to the same ones "
+                "with .only(layers)."
             )
         return other.vectors
 

@@ -256,8 +256,8 @@ def _typed(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(
-            f"{path}: could not be written ({reason}). Nothing was changed there. "
-            "To fix it: free disk space or choose another --out folder that you may write to."
+            f"{path}: could not be written ({reason}). Nothing was changed there. To fix it: free disk space or choose "
+            "another --out folder that you may write to."
         ) from error
 
 

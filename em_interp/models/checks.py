@@ -46,8 +46,8 @@ def _rows(hf: Any, tokenizer: Tokenizer, name: str) -> list[Encoded]:
     vocabulary = hf.get_input_embeddings().weight.shape[0]
     if max(long) >= vocabulary:
         raise ModelError(
-            f"{name}: the tokenizer writes id {max(long)}, but the model has {vocabulary} embeddings. "
-            "Use the tokenizer that belongs to this model."
+            f"{name}: the tokenizer writes id {max(long)}, but the model has {vocabulary} embeddings. Use the "
+            "tokenizer that belongs to this model."
         )
     return [Encoded(long, ()), Encoded(long[: len(long) // 2], ())]
 
@@ -114,8 +114,8 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str, d_model: int
             gap = _differ(blocks[layer], out.hidden_states[layer + 1], tolerance)
             if gap is not None:
                 raise ModelError(
-                    f"{name}: the output of block {layer} is not hidden_states[{layer + 1}] (relative "
-                    f"difference {gap:.2g}). An architecture with another layer convention is not supported."
+                    f"{name}: the output of block {layer} is not hidden_states[{layer + 1}] (relative difference "
+                    f"{gap:.2g}). An architecture with another layer convention is not supported."
                 )
         alone.append(out.logits[0])
 
@@ -127,8 +127,8 @@ def check_behaviour(hf: nn.Module, tokenizer: Tokenizer, name: str, d_model: int
             gap = _differ(logits[r][batch.attention_mask[r].bool()], alone[r], tolerance)
             if gap is not None:
                 raise ModelError(
-                    f"{name}: {side} padding changes the logits of real tokens (relative difference "
-                    f"{gap:.2g}). Its attention mask does not work: try another dtype or transformers."
+                    f"{name}: {side} padding changes the logits of real tokens (relative difference {gap:.2g}). Its "
+                    "attention mask does not work: try another dtype or transformers."
                 )
 
 

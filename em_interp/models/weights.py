@@ -291,8 +291,8 @@ def source_hash(source: str | Path, revision: str | None = None) -> str:
                 if isinstance(found, str):  # .../snapshots/COMMIT/...
                     return f"{source}@{found.rpartition('/snapshots/')[2].partition('/')[0]}"
         raise ModelError(
-            f"{source}: neither a local folder nor a reachable hub repository "
-            f"({type(error).__name__}). Check the name, the revision, HF_TOKEN and the network."
+            f"{source}: neither a local folder nor a reachable hub repository ({type(error).__name__}). Check the "
+            "name, the revision, HF_TOKEN and the network."
         ) from error
 
 
