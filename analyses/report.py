@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-from rich.table import Column, Table
+from rich.table import Table
 
 from analyses.suite import Suite
 from em_interp import __version__
@@ -68,24 +68,21 @@ def write_report(
 
 
 def summary(sections: Sequence[Section]) -> Table:
-    """What became of each analysis, for the terminal."""
-    table = Table(
-        Column("analysis", overflow="fold"),
-        Column("tables", overflow="fold"),
-        "figures",
-        "agree",
-        "differ",
-        "absent",
-        "seconds",
-    )
+    """What became of each analysis, folder by folder, for the terminal."""
+    table = Table("analysis", "tables", "figures", "agree", "differ", "absent", "seconds")
+    before = ""
     for section in sections:
+        folder, _, name = section.name.rpartition(".")
+        if folder != before:
+            table.add_row(f"[bold]{folder}[/bold]")
+            before = folder
         if section.error is not None:
-            table.add_row(section.name, "no data" if section.missing else "failed", "", "", "", "", "")
+            table.add_row(f" {name}", "no data" if section.missing else "failed")
             continue
         agrees = [] if section.comparison is None else list(section.comparison["agrees"])
         counts = [str(sum(a is value for a in agrees)) for value in (True, False, None)]
         time = "reused" if section.reused else f"{section.seconds:.1f}"
-        table.add_row(section.name, " ".join(section.tables), str(len(section.figures)), *counts, time)
+        table.add_row(f" {name}", " ".join(section.tables), str(len(section.figures)), *counts, time)
     return table
 
 

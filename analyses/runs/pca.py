@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -25,7 +23,6 @@ TABLES = ("pca", "pca_raw", "pca_stored")
 NEEDS = (Need.CHECKPOINTS,)
 
 
-@cache
 def fit_families(suite: Suite) -> dict[tuple[str, bool], TrajectoryPCA]:
     """(family, standardised) -> fit. The basis is the stored PCA's where there is one, else the uncontinued runs."""
     fits: dict[tuple[str, bool], TrajectoryPCA] = {}
