@@ -292,7 +292,8 @@ def _available(name: object, source: str) -> str:
     """The full name of an analysis that can be made of a source. Raises ``UsageError``."""
     here = [analysis for analysis in ANALYSES if _lacking(analysis, _LACKS[source]) is None]
     if not _called(name, here) and (called := _called(name, ANALYSES)):
-        raise UsageError(f"source is {source!r}, and {_lacking(called[0], _LACKS[source])}.")
+        reasons = "; ".join(str(_lacking(analysis, _LACKS[source])) for analysis in called)
+        raise UsageError(f"source is {source!r}, and {reasons}.")
     return full_name(name, here)
 
 
@@ -302,7 +303,7 @@ def _lacking(name: str, lacks: dict[Need, str]) -> str | None:
             if need in lacks:
                 return f"{name} needs {need}: {lacks[need]}"
         elif (why := _lacking(need, lacks)) is not None:
-            return f"{name} needs {why}"
+            return f"{name} needs {need}; {why}"
     return None
 
 
