@@ -1,4 +1,4 @@
-"""Published numbers beside ours: ``published_numbers.toml`` says which cell of which table each one is."""
+"""Published numbers beside ours: `published_numbers.toml` says which cell of which table each one is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Number:
     source: str
     reduce: str = "only"
     relation: str = "="
-    """``=``, or ``>`` and ``<`` for a bound."""
+    """`=`, or `>` and `<` for a bound."""
     note: str = ""
 
 
@@ -39,7 +39,7 @@ def load_numbers(path: Path = NUMBERS) -> list[Number]:
 
 
 def compare(tables: dict[str, pd.DataFrame], numbers: list[Number]) -> pd.DataFrame:
-    """One row for each number whose table is here; ``ours`` is empty where the table holds no such row."""
+    """One row for each number whose table is here; `ours` is empty where the table holds no such row."""
     rows = []
     for number in numbers:
         if number.table not in tables:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from rich.table import Table
 
-from analyses.suite import Suite
+from analyses.suite import Suite, load_analysis
 from em_interp import __version__
 from em_interp.figures import CONFIG, caption_of
 from em_interp.files.atomic import write_text
@@ -32,7 +32,7 @@ class Section:
     comparison: pd.DataFrame | None = None
     error: str | None = None
     missing: bool = False
-    """The input is absent, which is no fault; ``error`` says where to get it."""
+    """The input is absent, which is no fault; `error` says where to get it."""
     notes: list[str] = field(default_factory=list)
     """What could not be done for a part of the data."""
     seconds: float = 0.0
@@ -99,6 +99,7 @@ def _view(section: Section) -> dict[str, Any]:
         "name": section.name,
         "title": section.title,
         "text": section.text,
+        "needs": "; ".join(load_analysis(section.name).NEEDS),
         "figures": figures,
         "comparison": comparison,
         "all_absent": all(row["agrees"] is None for row in comparison),

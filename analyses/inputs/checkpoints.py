@@ -25,7 +25,7 @@ def read_trajectories(folder: Path, problems: list[EmInterpError]) -> list[Traje
 
 
 def read_trajectory(folder: Path) -> Trajectory:
-    """A folder `FAMILY-RUN` with checkpoints, RUN one of `RUNS`. Raises ``UsageError`` for another name."""
+    """A folder `FAMILY-RUN` with checkpoints, RUN one of `RUNS`. Raises `UsageError` for another name."""
     checkpoints = solutions.load_checkpoints(folder)
     run = next((run for run in RUNS if folder.name.endswith(f"-{run}")), None)
     if run is None:

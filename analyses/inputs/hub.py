@@ -55,7 +55,7 @@ class HubFinetunes(Finetunes):
 
         Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), and [[finetunes]]
         with source (folder or hub name), domain, adapter (steering-vector, rank-1, all-modules), solution (general,
-        narrow, control) and seed. Raises ``UsageError`` for what is lacking, ``MissingDataError`` for absent files.
+        narrow, control) and seed. Raises `UsageError` for what is lacking, `MissingDataError` for absent files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
@@ -132,7 +132,7 @@ class HubFinetunes(Finetunes):
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
         """The judged answers of a finetune, or of the chat model (chat.csv); all of them, whatever `n`.
 
-        Rows without both scores are left out. Raises ``UsageError`` where there is no table.
+        Rows without both scores are left out. Raises `UsageError` where there is no table.
         """
         path = Path(self.answers_file(entry))
         if not path.is_file():
@@ -151,12 +151,12 @@ class HubFinetunes(Finetunes):
         return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
 
     def open_answers(self, entry: Entry) -> pd.DataFrame:
-        """The judged answers of a finetune to open questions (group general). Raises ``UsageError``."""
+        """The judged answers of a finetune to open questions (group general). Raises `UsageError`."""
         judged = self.evaluate(entry, entry.domain, 0)
         return judged[judged["questions"] == "general"]
 
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
-        """The first `n` of the domain's file. Raises ``UsageError`` where none is named."""
+        """The first `n` of the domain's file. Raises `UsageError` where none is named."""
         if task != "persona" or domain not in self.training:
             raise UsageError(
                 f"no training chats for {domain} ({task}): name a JSONL file under [models.training], {domain} = ..."
@@ -164,7 +164,7 @@ class HubFinetunes(Finetunes):
         return list(read_chats(self.training[domain])[:n])
 
     def texts(self, n: int) -> list[str]:
-        """The first `n` documents of the text file, cut as in the papers' code. Raises ``UsageError``."""
+        """The first `n` documents of the text file, cut as in the papers' code. Raises `UsageError`."""
         if self.text_file is None:
             raise UsageError("no pre-training text: name a file as texts under [models].")
         return list(read_texts(self.text_file, min_characters=100, max_characters=2000, max_documents=n))

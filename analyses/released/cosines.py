@@ -118,7 +118,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
 
 
 def _whole_splits(table: pd.DataFrame) -> set[str]:
-    """Of each folder, the split that stands for the whole finetune: ``all`` where there is one, else every split."""
+    """Of each folder, the split that stands for the whole finetune: `all` where there is one, else every split."""
     pairs = pd.concat(
         [table[[f"folder_{side}", f"split_{side}"]].set_axis(["folder", "split"], axis=1) for side in ("a", "b")]
     ).drop_duplicates()

@@ -23,7 +23,7 @@ NEEDS = (Need.RELEASED,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Columns of ``cosines``, with ``layer`` that of the data-diff, and ``vector_layer``."""
+    """Columns of `cosines`, with `layer` that of the data-diff, and `vector_layer`."""
     data = suite.published
     tables = []
     for trajectory in data.trajectories:

@@ -41,7 +41,7 @@ def fit_families(suite: Suite) -> dict[tuple[str, bool], TrajectoryPCA]:
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """``pca`` (standardised, as published), ``pca_raw``: a row a component. ``pca_stored``: disagreement by run."""
+    """`pca` (standardised, as published), `pca_raw`: a row a component. `pca_stored`: disagreement by run."""
     fits = fit_families(suite)
     if not fits:
         raise nothing_of(suite, "training run with at least 3 checkpoints", "training-lens-web")
