@@ -102,11 +102,13 @@ def check_geometry(theta: Solution, other: Solution, dense: Dense) -> None:
         assert dot(dense(one), dense(one)) == pytest.approx(one.norm**2, rel=1e-9)
         assert dict(one.space) == dict(theta.space)
     assert abs(drawn[0].inner(drawn[1])) < 0.5 * theta.norm**2
+    trained = theta.tensors()
     for eps in (0.0, 0.3, 1.0):
         away, again, elsewhere = (theta.perturbed(eps, torch.Generator().manual_seed(s)) for s in (5, 5, 6))
-        for name, t in theta.tensors().items():
+        moved = away.tensors()
+        for name, t in trained.items():
             if t.numel() > 1:
-                u = away.tensors()[name].double()
+                u = moved[name].double()
                 cosine = float((t * u).sum()) / float(t.double().norm() * u.norm())
                 assert float(u.norm()) == pytest.approx(float(t.double().norm()), rel=1e-6)
                 assert cosine == pytest.approx((1 - eps**2) ** 0.5, abs=1e-6)

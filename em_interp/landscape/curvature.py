@@ -114,18 +114,28 @@ def curvature(
     with frozen(landscape.model.hf):
         batches = landscape.differentiable(live)
         for total in tqdm(batches, desc="curvature", disable=not progress, leave=False):
-            gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+            gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True, materialize_grads=True)
             loss += float(total.detach())
             along += sum(_dot(g, x) for g, x in zip(gradients, leaves.values(), strict=True))
             for k, probe in enumerate(probes):
                 y = probe.tensors(on)
                 directions = [y[key].to(x) for key, x in leaves.items()]
-                products = torch.autograd.grad(gradients, list(leaves.values()), directions, retain_graph=True)
+                products = _products(gradients, list(leaves.values()), directions)
                 for key, direction, product in zip(leaves, directions, products, strict=True):
                     across[k] += _dot(direction, product)
                     traces[k] += weights[key] * _dot(direction, product)
     n = float(landscape.tokens.sum())
     return Curvature(contender, on, loss / n, along / n, across / n, traces / n)
+
+
+def _products(
+    gradients: Sequence[Tensor], leaves: Sequence[Tensor], directions: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The Hessian times `directions`; tensors that no text comes to have neither gradient nor curvature."""
+    live = [(g, direction) for g, direction in zip(gradients, directions, strict=True) if g.requires_grad]
+    return torch.autograd.grad(
+        [g for g, _ in live], leaves, [direction for _, direction in live], retain_graph=True, materialize_grads=True
+    )
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

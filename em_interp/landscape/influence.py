@@ -9,8 +9,9 @@ because tokens of one document are not independent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ from em_interp.models.checks import check_lengths
 from em_interp.models.hooks import block_hooks
 from em_interp.models.partial_pass import ModelEnd, ResidualCache, replaced_up_to
 from em_interp.solutions.base import Solution
-from em_interp.solutions.space import check_bare, check_comparable, check_inside_blocks
+from em_interp.solutions.space import check_bare, check_comparable
 from em_interp.statistics import LEVEL, clustered_interval
 
 TokenLabels = Callable[[Sequence[int]], Sequence[str]]
@@ -114,8 +115,6 @@ def document_kl(
     the chat model is the base. Raises UsageError (no text, text shorter than two tokens), SolutionError.
     """
     check_comparable({f"{c.direction} at {c.relative_norm:g}": c.solution for c in candidates}, model)
-    for candidate in candidates:
-        check_inside_blocks(candidate.solution)
     if max_tokens < 2:
         raise UsageError(f"max_tokens is {max_tokens}; a predicted token needs one before it, so give at least 2.")
     stream = enumerate(read_texts(texts))
@@ -167,11 +166,16 @@ def _batch_sums(
     batch = collate(rows, range(len(rows)), pad=cache.pad).to(model.device)
     known = cache.get(batch)
     where = batch.predicting()
-    steered = [
-        _last_rows(model, cache, batch, known, solution, start, where)
-        for solution, start in zip(solutions, starts, strict=True)
-    ]
-    kl = _kl_each(ModelEnd(model.hf, as_tuple=cache.as_tuple), known[last][where], steered).cpu().numpy()
+    end = ModelEnd(model.hf, as_tuple=cache.as_tuple)
+    kl = np.empty((len(solutions), int(where.sum())))
+    inside = [i for i, solution in enumerate(solutions) if not solution.outside_blocks]
+    steered = [_last_rows(model, cache, batch, known, solutions[i], starts[i], where) for i in inside]
+    kl[inside] = _kl_each(end, known[last][where], steered).cpu().numpy()
+    for i in set(range(len(solutions))) - set(inside):  # one at a time: what follows the blocks is its own
+        solution = solutions[i].ready(model)
+        rows_out = _last_rows(model, cache, batch, known, solution, starts[i], where)
+        own_end = partial(solution.attached, model, must_act=False)
+        kl[i] = _kl_each(end, known[last][where], [rows_out], own_end)[0].cpu().numpy()
     document = where.nonzero()[:, 0].cpu().numpy()
     kinds = np.concatenate([_labels(row, label) for row in rows])
     parts = []
@@ -215,16 +219,22 @@ def _last_rows(
     with ExitStack() as stack:
         if start is not None:
             stack.enter_context(replaced_up_to(cache.blocks, start, known[start], as_tuple=cache.as_tuple))
-        stack.enter_context(solution.attached(model))
+        stack.enter_context(solution.attached(model, must_act=not solution.outside_blocks))  # the head is not run
         stack.enter_context(block_hooks([cache.blocks], {len(cache.blocks) - 1: keep}))
         unwrap(model.hf).base_model(**batch.inputs(), use_cache=False)
     return kept[0]
 
 
 def _kl_each(
-    end: ModelEnd, base: Float[Tensor, "n d_model"], steered: list[Float[Tensor, "n d_model"]]
+    end: ModelEnd,
+    base: Float[Tensor, "n d_model"],
+    steered: list[Float[Tensor, "n d_model"]],
+    steered_end: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Float[Tensor, "candidates n"]:
-    """KL of each row for each candidate, in float64; the chat model's log-probabilities once per chunk."""
+    """KL of each row for each candidate, in float64; the chat model's log-probabilities once per chunk.
+
+    steered_end: a context in which what follows the blocks is the candidates' own.
+    """
     out = torch.zeros(len(steered), len(base), dtype=torch.float64, device=base.device)
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     vocabulary = int(unwrap(end.hf).get_output_embeddings().weight.shape[0])
@@ -233,7 +243,8 @@ def _kl_each(
         rows = slice(first, first + size)
         reference = torch.log_softmax(end.logits(base[rows]), dim=-1, dtype=wide)
         for i, residual in enumerate(steered):
-            ours = torch.log_softmax(end.logits(residual[rows]), dim=-1, dtype=wide)
+            with steered_end():
+                ours = torch.log_softmax(end.logits(residual[rows]), dim=-1, dtype=wide)
             out[i, rows] = F.kl_div(ours, reference, reduction="none", log_target=True).sum(-1).double()
     return out
 

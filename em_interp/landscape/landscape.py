@@ -250,6 +250,7 @@ class Landscape:
     def _plain(self, solution: Solution, only: Sequence[int] | None = None) -> Float[np.ndarray, "response"]:
         """nll of one solution by whole passes, on all conversations or `only` those."""
         chosen = list(range(len(self.encoded)) if only is None else only)
+        solution = solution.ready(self.model)
         encoded = [self.encoded[i] for i in chosen]
         nll = np.empty(len(chosen))
         for cpu_batch in batches(encoded, pad=self.pad, tokens_per_batch=self.tokens_per_pass):

@@ -46,14 +46,18 @@ def _has_weights(folder: Path) -> bool:
     return any(path.exists() for pattern in _WEIGHTS for path in folder.glob(pattern))
 
 
-def _hub_folder(source: str, revision: str | None) -> Path:
-    """An adapter on the hub as a local folder: `owner/name` or `owner/name/checkpoints/checkpoint-N`."""
+def hub_folder(source: str, revision: str | None = None, *, model: bool = False) -> Path:
+    """An adapter on the hub as a local folder: `owner/name` or `owner/name/checkpoints/checkpoint-N`.
+
+    model: with a whole model's weights and tokenizer too. Raises AdapterError.
+    """
     from huggingface_hub import snapshot_download
 
     parts = source.split("/")
     repository, inner = "/".join(parts[:2]), "/".join(parts[2:])
     prefix = f"{inner}/" if inner else ""
     patterns = [f"{prefix}{name}" for name in ("adapter_*", "steering_vector*", "*.json")]
+    patterns += [f"{prefix}{name}" for name in ("*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt") if model]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)) / inner
     except Exception as error:  # many kinds: network, permission, unknown repository or revision
@@ -67,7 +71,7 @@ def read_adapter_config(source: str | Path, revision: str | None = None) -> tupl
     """The local folder of an adapter and what its config means. Refuses a folder without weights."""
     folder = local(source)
     if not folder.exists():
-        folder = _hub_folder(str(source), revision)
+        folder = hub_folder(str(source), revision)
     if folder.is_file():
         raise AdapterError(f"{source}: a file. Give the folder that holds {CONFIG} and the weights.")
     config = read_config(folder)

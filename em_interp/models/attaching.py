@@ -42,8 +42,8 @@ class Host(Protocol):
         """Modules by name."""
         ...
 
-    def refusing_bridge(self, modules: Iterable[str]) -> AbstractContextManager[None]:
-        """Inside, a bridge that would leave these modules' outputs out refuses passes."""
+    def refusing_bridge(self, modules: Iterable[str] | None) -> AbstractContextManager[None]:
+        """Inside, a bridge that would leave these modules' outputs out refuses passes; None: any bridge does."""
         ...
 
 
@@ -218,23 +218,6 @@ def _refuse_unread(model: Host, names: Iterable[str]) -> None:
             "text is read by them, so that a part of theta could never act. Train on the text model alone (in "
             f"PEFT, target_modules below {body}), or drop those tensors from the adapter."
         )
-
-
-@contextmanager
-def replaced(places: Iterable[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Inside, these parameters (module, its name there) are other tensors; graphs through them stay whole.
-
-    The module's own parameters come back whatever happens: the same objects, untouched.
-    """
-    own: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-    try:
-        for module, leaf, tensor in places:
-            own.append((module, leaf, module._parameters[leaf]))
-            module._parameters[leaf] = tensor  # type: ignore[assignment]
-        yield
-    finally:
-        for module, leaf, parameter in reversed(own):
-            module._parameters[leaf] = parameter
 
 
 @contextmanager

@@ -42,18 +42,26 @@ class Bridged:
     dropped: frozenset[str]
 
     @contextmanager
-    def refusing(self, names: Iterable[str], model_name: str) -> Iterator[None]:
-        """Inside, a pass through the bridge raises ModelError if it would leave out one of these modules."""
-        lost = sorted(name for name in names if _kind(name) in self.dropped)
+    def refusing(self, names: Iterable[str] | None, model_name: str) -> Iterator[None]:
+        """Inside, a pass through the bridge raises ModelError if it would leave out one of these modules.
+
+        None: always, as where weights are replaced, of which the bridge holds some and has cut up others.
+        """
+        lost = sorted(name for name in names or () if _kind(name) in self.dropped)
 
         def refuse(*_: object) -> None:
+            if names is None:
+                raise ModelError(
+                    f"the bridge of {model_name} holds the base's weights, so it would leave out the full finetune. "
+                    "Pass the tokens through model.hf, as every function of this package does."
+                )
             raise ModelError(
                 f"the bridge of {model_name} does not run {lost[0]} (it computes fused projections from slices of "
                 f"their weights), so it would leave out the active adapter there, {len(lost)} modules in all. Pass the "
                 "tokens through model.hf, as every function of this package does."
             )
 
-        handle = self.blocks[0].register_forward_pre_hook(refuse) if lost else None
+        handle = self.blocks[0].register_forward_pre_hook(refuse) if lost or names is None else None
         try:
             yield
         finally:

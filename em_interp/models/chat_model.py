@@ -125,8 +125,11 @@ class ChatModel:
         """What has a `generate` of its own: the model and, once it was made, the bridge."""
         return [self.hf] + ([self._bridge.bridge] if self._bridge else [])
 
-    def refusing_bridge(self, modules: Iterable[str]) -> AbstractContextManager[None]:
-        """Inside, a pass through the bridge raises ModelError if it leaves out one of these modules' outputs."""
+    def refusing_bridge(self, modules: Iterable[str] | None) -> AbstractContextManager[None]:
+        """Inside, a pass through the bridge raises ModelError if it leaves out one of these modules' outputs.
+
+        None: always, since the weights themselves are others.
+        """
         return self._bridge.refusing(modules, self.name) if self._bridge else nullcontext()
 
     # -- adapters -------------------------------------------------------------------------------------------

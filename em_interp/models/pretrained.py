@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -70,25 +73,12 @@ def load_weights(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = local(source)
-    if folder.is_dir():
+    folder = _model_folder(source)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         found = listing(folder)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{source}: no config.json, found {found}. Give a folder written by save_pretrained.")
-        if not _has_weights(folder):
-            raise ModelError(f"{source}: a config.json but no weights, found {found}.")
-        if (folder / CONFIG).is_file():
-            raise ModelError(
-                f"{source}: holds a model and an adapter ({CONFIG}): it does not say which is meant. Put the adapter's "
-                "files into a folder of their own."
-            )
-        for path in folder.iterdir():
-            if path.exists() and not path.is_dir():
-                regular_file(path)
-        if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
-            raise ModelError(
-                f"{source}: no tokenizer, found {found}. Save it there too: tokenizer.save_pretrained(folder)."
-            )
+        raise ModelError(
+            f"{source}: no tokenizer, found {found}. Save it there too: tokenizer.save_pretrained(folder)."
+        )
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
@@ -109,6 +99,62 @@ def load_weights(
             "chat_template.jinja to the folder."
         )
     return hf, tokenizer
+
+
+def _model_folder(source: str | Path) -> Path:
+    """A model's folder, where it is one; a hub name as a path that is not there. Raises ModelError."""
+    folder = local(source)
+    if folder.is_dir():
+        found = listing(folder)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{source}: no config.json, found {found}. Give a folder written by save_pretrained.")
+        if not _has_weights(folder):
+            raise ModelError(f"{source}: a config.json but no weights, found {found}.")
+        if (folder / CONFIG).is_file():
+            raise ModelError(
+                f"{source}: holds a model and an adapter ({CONFIG}): it does not say which is meant. Put the adapter's "
+                "files into a folder of their own."
+            )
+        for path in folder.iterdir():
+            if path.exists() and not path.is_dir():
+                regular_file(path)
+    return folder
+
+
+def load_on_disk(source: str | Path, *, revision: str | None = None) -> Any:
+    """The transformers model of a folder or hub name, its weights left in their files (`weights.own_tensor` reads one).
+
+    Weights that transformers converts at load, such as fused experts, are written to a temporary folder. Raises
+    ModelError as `load_weights`; no tokenizer is needed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _model_folder(source)
+    folder = tempfile.TemporaryDirectory(prefix="em_interp_")
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    quiet = logging.getLogger("accelerate.big_modeling")
+    before = quiet.level
+    try:
+        quiet.setLevel(logging.ERROR)
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            str(source),
+            dtype="auto",
+            device_map={"": "disk"},
+            offload_folder=folder.name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except Exception as error:
+        folder.cleanup()
+        raise ModelError(
+            f"{source}: cannot be loaded ({_first_line(error)}). Give a folder with config and weights, or a hub name."
+        ) from error
+    finally:
+        quiet.setLevel(before)
+    weakref.finalize(hf, folder.cleanup)
+    _refuse_incomplete(source, report)
+    return hf
 
 
 def _refuse_incomplete(source: object, report: Mapping[str, Any]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
@@ -79,7 +79,7 @@ def weights_hash(hf: nn.Module) -> str:
     places: dict[int, str] = {}
     tied: dict[str, str] = {}
     todo: list[tuple[str, nn.Module, str]] = []
-    for name, module, leaf, tensor in _base_tensors(hf, ""):
+    for name, module, leaf, tensor in base_tensors(hf):
         first = name if tensor.is_meta else places.setdefault(id(tensor), name)
         tied[name] = first
         if first == name:
@@ -87,10 +87,7 @@ def weights_hash(hf: nn.Module) -> str:
 
     def read(place: tuple[str, nn.Module, str]) -> tuple[str, tuple[str, str]]:
         name, module, leaf = place
-        with _loaded(module, leaf):
-            tensor = getattr(module, leaf)
-            if tensor.is_meta:
-                raise ModelError(f"{name} has no values (it is on the meta device). Load the model's weights.")
+        with own_tensor(module, leaf) as tensor:
             try:
                 mark = _mark(tensor)
                 before = known.get(name)
@@ -106,7 +103,7 @@ def weights_hash(hf: nn.Module) -> str:
         found = dict(pool.map(read, todo))
     vars(hf)["_em_interp_digests"] = found
     content = {name: found[first][1] for name, first in tied.items()}
-    return f"{_precision(hf)}:{fingerprint([type(hf).__name__, _decisive(hf.config), content])}"
+    return f"{_precision(hf)}:{fingerprint([type(hf).__name__, decisive_config(hf.config), content])}"
 
 
 def same_weights(one: str, other: str) -> bool | None:
@@ -122,11 +119,12 @@ def _precision(hf: Any) -> str:
     return dtype if quantised is None else f"{dtype}-quantised"
 
 
-def _decisive(config: Any) -> Any:
+def decisive_config(config: Any) -> Any:
+    """What of a config decides a forward pass, as JSON values."""
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if isinstance(config, Mapping):
-        return {str(key): _decisive(value) for key, value in config.items() if key not in _BOOKKEEPING}
+        return {str(key): decisive_config(value) for key, value in config.items() if key not in _BOOKKEEPING}
     return sorted(map(str, config)) if isinstance(config, (set, frozenset)) else config
 
 
@@ -150,18 +148,67 @@ def _inner(module: nn.Module) -> nn.Module | None:
     return module.base_layer if isinstance(module, BaseTunerLayer) else None
 
 
-def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Parameters and saved buffers under the names that they have without PEFT."""
+def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Parameters and saved buffers (name, module, name there, tensor) under the names that they have without PEFT.
+
+    The base's own, also while `replaced` has put others in their place.
+    """
     inner = _inner(module)
     if inner is not None:
-        yield from _base_tensors(inner, prefix)
+        yield from base_tensors(inner, prefix)
         return
     for leaf, tensor in chain(module._parameters.items(), module._buffers.items()):
         if tensor is not None and leaf not in module._non_persistent_buffers_set:
-            yield f"{prefix}{leaf}", module, leaf, tensor
+            yield f"{prefix}{leaf}", module, leaf, _own(module, leaf)
     for name, child in module._modules.items():
         if child is not None:
-            yield from _base_tensors(child, f"{prefix}{name}.")
+            yield from base_tensors(child, f"{prefix}{name}.")
+
+
+_OWN: Final = "_em_interp_own"
+
+
+def _own(module: nn.Module, leaf: str) -> Tensor:
+    """A module's own tensor of that name."""
+    kept = vars(module).get(_OWN, {})
+    found: Tensor = kept[leaf] if leaf in kept else getattr(module, leaf)
+    return found
+
+
+@contextmanager
+def own_tensor(module: nn.Module, leaf: str) -> Iterator[Tensor]:
+    """A module's own tensor of that name; an offloaded one is on the CPU. Raises ModelError for one without values."""
+    with _loaded(module, leaf):
+        tensor = _own(module, leaf)
+        if tensor.is_meta:
+            raise ModelError(f"{leaf} has no values (it is on the meta device). Load the model's weights.")
+        yield tensor
+
+
+@contextmanager
+def replaced(places: Iterable[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Inside, these tensors (module, name there) are other ones; graphs through them stay whole.
+
+    The module's own come back whatever happens: the same objects, untouched. Raises ModelError for tensors that were
+    replaced already.
+    """
+    kept: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+    try:
+        for module, leaf, tensor in places:
+            own = vars(module).setdefault(_OWN, {})
+            if leaf in own:
+                raise ModelError(
+                    f"{leaf} of a {type(module).__name__} is replaced already: two finetunes of whole weights cannot "
+                    "act at once. Leave the context of the first."
+                )
+            held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            own[leaf] = held[leaf]
+            held[leaf] = tensor
+            kept.append((own, held, leaf))
+        yield
+    finally:
+        for own, held, leaf in reversed(kept):
+            held[leaf] = own.pop(leaf)
 
 
 def adapter_hash(hf: nn.Module) -> str | None:
@@ -184,7 +231,7 @@ def adapter_hash(hf: nn.Module) -> str | None:
                 if own and isinstance(held, Mapping) and isinstance(held.get(adapter), (int, float, str)):
                     settings[f"{path}.{key}.{adapter}"] = held[adapter]
             if own and adapter in (known := getattr(hf, "peft_config", {})):
-                configs[adapter] = _decisive(known[adapter])
+                configs[adapter] = decisive_config(known[adapter])
     return tensors_hash(tensors, settings, configs) if tensors else None
 
 

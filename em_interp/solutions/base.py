@@ -23,6 +23,9 @@ from torch import Tensor
 from em_interp.errors import SolutionError
 from em_interp.models.chat_model import ChatModel
 
+Base = ChatModel | str | Path | None
+"""What a solution's file may need to be read: the model in hand, or a folder or hub name of it."""
+
 
 class NotShareable(Exception):
     """Why a shared pass cannot be had."""
@@ -59,8 +62,8 @@ class Alone:
     """A stack of one solution."""
 
     def __init__(self, model: ChatModel, members: Sequence[Solution]) -> None:
-        (self.solution,) = members
-        self.model = model
+        (member,) = members
+        self.solution, self.model = member.ready(model), model
 
     def enter(self, residual: Float[Tensor, "row token d_model"]) -> Float[Tensor, "row token d_model"]:
         return residual
@@ -142,6 +145,10 @@ class Solution(ABC):
     def adapters(self) -> tuple[str, ...]:
         """What tables may call this one, its own name first."""
         return self.ADAPTERS
+
+    def ready(self, model: ChatModel) -> Solution:
+        """The same, with what attaching it to `model` costs done once; it holds on to that."""
+        return self
 
     def describe(self) -> str:
         """What it is, in a few words."""
@@ -247,7 +254,8 @@ def rotate_away(
     return turned
 
 
-def _check_factor(factor: float) -> float:
+def check_factor(factor: float) -> float:
+    """A finite number. Raises SolutionError."""
     if not math.isfinite(factor):
         raise SolutionError(f"cannot scale by {factor}.")
     return float(factor)

@@ -1,35 +1,68 @@
-"""Any folder -> the solution in it."""
+"""Any folder or name -> the solution in it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from em_interp.errors import SolutionError
-from em_interp.solutions.base import Solution
+from em_interp.files.adapters import CONFIG, local
+from em_interp.models.adapters import hub_folder
+from em_interp.solutions.base import Base, Solution
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.solutions.weight_delta import WeightDelta
 
-KINDS: Final[tuple[type[SteeringVector] | type[LoraAdapter], ...]] = (
+
+@runtime_checkable
+class Kind(Protocol):
+    """A class of `Solution`, as its folders know it."""
+
+    @property
+    def ADAPTERS(self) -> tuple[str, ...]:
+        """What tables call its members."""
+        ...
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder is of this kind. Raises AdapterError for one that no kind reads."""
+        ...
+
+    def read(self, source: Path, base: Base) -> Solution:
+        """What the folder holds."""
+        ...
+
+
+KINDS: Final[tuple[Kind, ...]] = (
+    WeightDelta,
     SteeringVector,
     LoraAdapter,
 )
 """All kinds: the first that a folder is of reads it."""
 
 
-def kind_of(path: str | Path) -> type[SteeringVector] | type[LoraAdapter]:
+def kind_of(path: str | Path) -> Kind:
     """The kind of the solution in a folder. Raises AdapterError."""
     folder = Path(path)
     return next(kind for kind in KINDS if kind.holds(folder))
 
 
-def load(path: str | Path) -> Solution:
-    """The solution in a folder, of whichever kind; a checkpoint's folder is one."""
-    return kind_of(path).load(path)
+def load(source: str | Path, base: Base = None) -> Solution:
+    """The solution in a folder, of whichever kind; a checkpoint's folder is one.
+
+    base: what the finetune was made from, a ChatModel, or its folder or hub name. A full finetune is read against it,
+    and of a ChatModel takes the weights that are in memory; adapters of their own weights do without. `source` may be
+    a hub name where a base is given. Raises SolutionError.
+    """
+    folder = local(source)
+    if base is not None and not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", str(source)):
+        folder = hub_folder(str(source))
+        if not (folder / CONFIG).exists():
+            folder = hub_folder(str(source), model=True)
+    return kind_of(folder).read(folder, base)
 
 
-def load_checkpoints(path: str | Path) -> dict[int, Solution]:
+def load_checkpoints(path: str | Path, base: Base = None) -> dict[int, Solution]:
     """All of a run's `checkpoints/checkpoint-N`, by step. Raises SolutionError if there are none."""
     root = Path(path) / "checkpoints"
     found = {
@@ -39,4 +72,4 @@ def load_checkpoints(path: str | Path) -> dict[int, Solution]:
     }
     if not found:
         raise SolutionError(f"{path}: no checkpoints/checkpoint-N folders in it. Train with save_steps.")
-    return {step: load(found[step]) for step in sorted(found)}
+    return {step: load(found[step], base) for step in sorted(found)}

@@ -20,16 +20,18 @@ from em_interp.files import adapter_folders
 from em_interp.files.adapters import LoraConfig, describe, read_config
 from em_interp.files.manifest import fingerprint
 from em_interp.models.architectures import last_mlp, layer_of, output_axis
-from em_interp.models.attaching import LowRank, check_tensor, replaced, updating
+from em_interp.models.attaching import LowRank, check_tensor, updating
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import firing, tagged
+from em_interp.models.weights import replaced
 from em_interp.solutions import files
 from em_interp.solutions.base import (
     STACKED_ENTRIES,
+    Base,
     NotShareable,
     Solution,
     Trained,
-    _check_factor,
+    check_factor,
 )
 
 
@@ -177,7 +179,7 @@ class LoraAdapter(Solution):
 
     def scaled(self, factor: float) -> LoraAdapter:
         """theta times `factor` (put into B)."""
-        return replace(self, b={n: b.detach() * _check_factor(factor) for n, b in self.b.items()})
+        return replace(self, b={n: b.detach() * check_factor(factor) for n, b in self.b.items()})
 
     def tensors(self, on: str = "both") -> Mapping[str, Tensor]:
         """Every A, then every B; or one of them alone.
@@ -277,6 +279,11 @@ class LoraAdapter(Solution):
     def holds(folder: Path) -> bool:
         """Whether a folder's adapter_config.json is LoRA's. Raises AdapterError."""
         return isinstance(describe(folder, read_config(folder)), LoraConfig)
+
+    @classmethod
+    def read(cls, source: Path, base: Base) -> LoraAdapter:
+        """As `load`: its file says all."""
+        return cls.load(source)
 
     @classmethod
     def load(cls, path: str | Path) -> LoraAdapter:

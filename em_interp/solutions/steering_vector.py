@@ -17,7 +17,7 @@ from em_interp.files import adapter_folders
 from em_interp.files.adapters import VectorConfig, describe, read_config
 from em_interp.models.attaching import AddedVector
 from em_interp.models.chat_model import ChatModel
-from em_interp.solutions.base import STACKED_ENTRIES, Solution, Trained, _check_factor
+from em_interp.solutions.base import STACKED_ENTRIES, Base, Solution, Trained, check_factor
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SteeringVector(AddedVector, Solution):
 
     def scaled(self, factor: float) -> SteeringVector:
         """theta times `factor`."""
-        return replace(self, vector=self.vector.detach() * _check_factor(factor))
+        return replace(self, vector=self.vector.detach() * check_factor(factor))
 
     def tensors(self, on: str = "both") -> Mapping[str, Tensor]:
         """The vector."""
@@ -132,6 +132,11 @@ class SteeringVector(AddedVector, Solution):
             "base_model_name_or_path": self.base,
         }
         return adapter_folders.write_vector(Path(path), self.vector.detach().float().cpu(), config)
+
+    @classmethod
+    def read(cls, source: Path, base: Base) -> SteeringVector:
+        """As `load`: its file says all."""
+        return cls.load(source)
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:

@@ -63,7 +63,7 @@ def loss_gradient(
     with model.no_adapter(), frozen(model.hf), solution.tracked(model) as leaves, torch.enable_grad():
         for batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=budget):
             loss, n = batch_nll(model.hf, batch.to(model.device))
-            gradients = torch.autograd.grad(loss, list(leaves.values()))
+            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             total, count = total + float(loss.detach()), count + n
             for name, gradient in zip(leaves, gradients, strict=True):
                 sums[name] = sums.get(name, 0) + gradient.double().cpu()
