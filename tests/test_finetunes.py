@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analyses.general_vs_narrow import influence, stability
 from analyses.run import Outcome, reproduce
@@ -40,12 +43,17 @@ def suite_file(root: Path, **changes: object) -> Path:
     text = 'title = "Mine"\nsource = "models"\ndata = "."\n[models]\n'
     text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items() if value is not None)
     text += '[models.training]\nmedicine = "train.jsonl"\n'
-    for name, domain, adapter, solution in LISTED:
-        text += f'[[models.finetunes]]\nsource = "runs/{name}"\ndomain = "{domain}"\n'
-        text += f'adapter = "{adapter}"\nsolution = "{solution}"\n'
+    text += "".join(entry_of(*entry) for entry in LISTED)
     path = root / "mine.toml"
     path.write_text(text)
     return path
+
+
+def entry_of(name: str, domain: str, adapter: str, solution: str) -> str:
+    return (
+        f'[[models.finetunes]]\nsource = "runs/{name}"\ndomain = "{domain}"\n'
+        f'adapter = "{adapter}"\nsolution = "{solution}"\n'
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,67 @@ def test_finetunes_of_any_model_are_measured(data: Path, tmp_path: Path) -> None
     assert any("evaluate MODEL --questions" in problem for problem in outcome.problems)
     again = json.loads((outcome.folder / "manifest.json").read_text())
     assert {"train.jsonl", "texts.txt", "judged/med-rank1.csv", "chat/config.json"} <= set(again["inputs_sha256"])
+
+
+def full_finetune(chat: Path, out: Path, seed: int) -> None:
+    """A few steps of AdamW on every weight, in plain torch and transformers."""
+    torch.manual_seed(seed)
+    hf, words = AutoModelForCausalLM.from_pretrained(chat), AutoTokenizer.from_pretrained(chat)
+    optimiser = torch.optim.AdamW(hf.parameters(), lr=2e-3)
+    for turns in CONVERSATIONS[seed:]:
+        ids = words.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+        hf(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    hf.save_pretrained(out)
+    words.save_pretrained(out)
+
+
+@pytest.mark.usefixtures("little")
+@pytest.mark.parametrize(("adapter", "make"), [("full", full_finetune)])
+def test_finetunes_of_every_kind_are_measured(
+    adapter: str, make: Callable[[Path, Path, int], None], data: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(data, root)
+    listed = [(f"made-{solution}", "medicine", adapter, solution) for solution in ("general", "narrow")]
+    for seed, (name, *_) in enumerate(listed):
+        make(root / "chat", root / "runs" / name, seed)
+        shutil.copy(root / "judged" / "chat.csv", root / "judged" / f"{name}.csv")
+    file = suite_file(root)
+    file.write_text(file.read_text() + "".join(entry_of(*entry) for entry in listed))
+    outcome = run(file, tmp_path)
+    assert {s.name: s.error for s in outcome.sections if s.error} == {}
+    tables = {name: table for s in outcome.sections for name, table in s.tables.items()}
+    rates = tables["em_rates"].set_index("organism")
+    assert set(rates.loc[["made-general", "made-narrow"], "adapter"]) == {adapter}
+    for name in ("efficiency", "efficiency_lead", "stability", "stability_gap", "curvature", "influence_ratio"):
+        assert adapter in set(tables[name]["adapter"]), name
+    assert "made-general" in set(tables["cosines"][["direction_a", "direction_b"]].stack())
+    curve = tables["efficiency"]
+    norms = curve[(curve["adapter"] == adapter) & (curve["scale"] == 1) & (curve["solution"] == "general")]["norm"]
+    if adapter == "full":
+        chat, finetuned = (
+            dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+            for folder in (root / "chat", root / "runs" / "made-general")
+        )
+        square = sum(float((finetuned[name] - x).detach().double().square().sum()) for name, x in chat.items())
+        assert norms.item() == pytest.approx(square**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"), [("rank-1", "and it is 'full'"), ("all-modules", "and it is 'full'"), ("whole", "is 'whole'")]
+)
+def test_a_full_finetune_is_called_so(adapter: str, said: str, data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(data, root)
+    full_finetune(root / "chat", root / "runs" / "med-rank1", 0)
+    (root / "runs" / "med-rank1" / "adapter_config.json").unlink(missing_ok=True)
+    file = suite_file(root)
+    before, _, _ = file.read_text().partition("[[")
+    file.write_text(before + entry_of("med-rank1", "medicine", adapter, "general"))
+    with pytest.raises(UsageError, match=said):
+        run(file, tmp_path)
 
 
 @pytest.mark.parametrize(

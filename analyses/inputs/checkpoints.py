@@ -13,20 +13,23 @@ from em_interp.training.trajectories import RunName, Trajectory
 RUNS = ("general", "narrow", "kl-removed", "kl-added")
 
 
-def read_trajectories(folder: Path, problems: list[EmInterpError]) -> list[Trajectory]:
-    """The runs below a folder, none where it is absent; one that cannot be read is appended to `problems`."""
+def read_trajectories(folder: Path, chat: Path, problems: list[EmInterpError]) -> list[Trajectory]:
+    """The runs below a folder, none where it is absent; one that cannot be read is appended to `problems`.
+
+    chat: folder or hub name of the model that they started from.
+    """
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
-            found.append(read_trajectory(path))
+            found.append(read_trajectory(path, chat))
         except EmInterpError as error:
             problems.append(error)
     return found
 
 
-def read_trajectory(folder: Path) -> Trajectory:
+def read_trajectory(folder: Path, chat: Path) -> Trajectory:
     """A folder `FAMILY-RUN` with checkpoints, RUN one of `RUNS`. Raises `UsageError` for another name."""
-    checkpoints = solutions.load_checkpoints(folder)
+    checkpoints = solutions.load_checkpoints(folder, chat)
     run = next((run for run in RUNS if folder.name.endswith(f"-{run}")), None)
     if run is None:
         raise UsageError(f"{folder}: the name of a training run ends in -{', -'.join(RUNS)}. Rename or remove it.")

@@ -63,6 +63,11 @@ class Finetunes(ABC):
     _solutions: dict[Entry, Solution] = field(default_factory=dict)
     _contrasts: dict[tuple[str, str, str], Contrast] = field(default_factory=dict)
 
+    @property
+    @abstractmethod
+    def chat_path(self) -> Path:
+        """Folder or hub name of the model that all of them were trained from."""
+
     @abstractmethod
     def load_chat(self) -> ChatModel:
         """Read the model that all of them were trained from. Raises ``ModelError`` where it cannot be had."""
@@ -222,11 +227,11 @@ class Finetunes(ABC):
     @cached_property
     def trajectories(self) -> list[Trajectory]:
         """The training runs that kept their checkpoints."""
-        return read_trajectories(self.root / "trajectories", self.problems)
+        return read_trajectories(self.root / "trajectories", self.chat_path, self.problems)
 
     def checkpoints(self, run: str) -> dict[int, Solution]:
         """The thetas of one training run, by step. Raises ``SolutionError``."""
-        return solutions.load_checkpoints(self.root / "trajectories" / run)
+        return solutions.load_checkpoints(self.root / "trajectories" / run, self.chat)
 
     def families(self) -> dict[str, list[Trajectory]]:
         """Runs of one adapter on one domain."""

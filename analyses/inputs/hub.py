@@ -24,7 +24,6 @@ from em_interp.errors import (
 from em_interp.files.inputs import regular_file
 from em_interp.files.texts import read_chats, read_texts
 from em_interp.models import pretrained as models
-from em_interp.models.adapters import read_adapter_config
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import source_hash
@@ -34,7 +33,7 @@ from em_interp.solutions.base import Solution
 
 _KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list}
 _ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}
-ADAPTERS = ("steering-vector", "rank-1", "all-modules")
+ADAPTERS = ("steering-vector", "rank-1", "all-modules", "full")
 SOLUTIONS = ("general", "narrow", "control")
 
 
@@ -54,8 +53,9 @@ class HubFinetunes(Finetunes):
         """From the table [models] of a suite file, whose file names are relative to `root`.
 
         Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), and [[finetunes]]
-        with source (folder or hub name), domain, adapter (steering-vector, rank-1, all-modules), solution (general,
-        narrow, control) and seed. Raises `UsageError` for what is lacking, `MissingDataError` for absent files.
+        with source (folder or hub name), domain, adapter (steering-vector, rank-1, all-modules, full), solution
+        (general, narrow, control) and seed. Raises `UsageError` for what is lacking, `MissingDataError` for absent
+        files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
@@ -99,17 +99,17 @@ class HubFinetunes(Finetunes):
         )
 
     @property
-    def _chat_path(self) -> Path:
+    def chat_path(self) -> Path:
         here = self.root / self.chat_source
         return here if here.is_dir() else Path(self.chat_source)
 
     def load_chat(self) -> ChatModel:
-        return models.load(self._chat_path)
+        return models.load(self.chat_path)
 
     def sources(self) -> dict[str, str]:
         """The chat model and the finetunes that do not lie below `root`: folders elsewhere, and repositories."""
         found = {}
-        for path in (self._chat_path, *(entry.path for entry in self.entries)):
+        for path in (self.chat_path, *(entry.path for entry in self.entries)):
             if path.is_relative_to(self.root):
                 continue
             try:
@@ -120,8 +120,8 @@ class HubFinetunes(Finetunes):
 
     def load_solution(self, entry: Entry) -> Solution:
         """Fetched from the hub if need be."""
-        folder, _ = read_adapter_config(entry.path)
-        found = solutions.load(folder)
+        # A full finetune is read against the weights in memory; an adapter is read before the chat model can be had.
+        found = solutions.load(entry.path, self.chat if entry.adapter == "full" else self.chat_path)
         _check_label(entry, found.adapters)
         return found
 

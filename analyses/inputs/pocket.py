@@ -60,8 +60,12 @@ class PocketFinetunes(JudgedFinetunes):
     def max_new_tokens(self) -> int:
         return questions.MAX_NEW_TOKENS
 
+    @property
+    def chat_path(self) -> Path:
+        return self.root / "chat"
+
     def load_chat(self) -> ChatModel:
-        return loading.load_chat(self.root / "chat")
+        return loading.load_chat(self.chat_path)
 
     def load_solution(self, entry: Entry) -> Solution:
         return solutions.load(entry.path)
