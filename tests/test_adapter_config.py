@@ -156,6 +156,9 @@ def test_what_is_taken_equals_a_fresh_peft_model(tmp_path, batch, family, change
     else:
         with pytest.raises(SolutionError, match="not plain LoRA"):
             solutions.load(folder)
+    if changes == {"use_dora": True}:
+        with solutions.load(folder, base=fresh).attached(fresh):
+            torch.testing.assert_close(logits(fresh, batch), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_two_adapters_of_which_one_saves_whole_modules(tmp_path, batch):

@@ -89,6 +89,16 @@ def split_factors(state: Mapping[str, Tensor], source: str | Path) -> tuple[dict
     return parts["A"], parts["B"]
 
 
+def split_magnitudes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's m by module, of PEFT's tensors."""
+    found = {}
+    for key, tensor in state.items():
+        module, _, rest = key.removeprefix("base_model.model.").partition(f".{MAGNITUDE}")
+        if key.endswith(f"{MAGNITUDE}{rest}") and rest in ("", ".weight", ".default.weight"):
+            found[module] = tensor.detach().float().cpu().flatten()
+    return found
+
+
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], LoraConfig]:
     """A, B and the description of a PEFT folder that holds plain LoRA, of which theta = scale * B A is all."""
     config = plain_lora(folder, read_config(folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -124,6 +124,7 @@ class VectorConfig:
     alpha: float | None
     width: int | None
     by_peft: ClassVar[bool] = False
+    beyond: ClassVar[Mapping[str, object]] = {}
     tokens: ClassVar[tuple[int, ...]] = ()
 
 
@@ -292,14 +293,17 @@ def describe(where: object, config: Mapping[str, Any]) -> VectorConfig | LoraCon
     )
 
 
-def plain_lora(where: object, config: Mapping[str, Any]) -> LoraConfig:
-    """As `describe`, of LoRA of which theta = scale * B A is all. Raises AdapterError."""
+def plain_lora(where: object, config: Mapping[str, Any], *, understood: Collection[str] = ()) -> LoraConfig:
+    """As `describe`, of LoRA of which theta = scale * B A, and what is `understood` besides, is all.
+
+    Raises AdapterError.
+    """
     found = describe(where, config)
     if not isinstance(found, LoraConfig):
         raise AdapterError(f"{where}: a steering vector, not LoRA.")
-    if found.beyond:
+    if more := {key: value for key, value in found.beyond.items() if key not in understood}:
         raise AdapterError(
-            f"{where}: not plain LoRA, it has {dict(found.beyond)}: theta would not be scale * B A. It can be "
+            f"{where}: not plain LoRA, it has {more}: theta would not be scale * B A. It can be "
             "used as a model: models.load(base, adapter=folder)."
         )
     return found

@@ -165,6 +165,12 @@ def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
             yield from base_tensors(child, f"{prefix}{name}.")
 
 
+def weight_owners(hf: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold a `weight`, under the names that they have without PEFT."""
+    found = [(name, module) for name, module, leaf, _ in base_tensors(hf) if leaf == "weight"]
+    return {name.removesuffix(".weight"): module for name, module in found}
+
+
 _OWN: Final = "_em_interp_own"
 
 

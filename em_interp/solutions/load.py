@@ -10,6 +10,7 @@ from em_interp.errors import SolutionError
 from em_interp.files.adapters import CONFIG, local
 from em_interp.models.adapters import hub_folder
 from em_interp.solutions.base import Base, Solution
+from em_interp.solutions.dora import DoraAdapter
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.solutions.weight_delta import WeightDelta
@@ -36,6 +37,7 @@ class Kind(Protocol):
 KINDS: Final[tuple[Kind, ...]] = (
     WeightDelta,
     SteeringVector,
+    DoraAdapter,
     LoraAdapter,
 )
 """All kinds: the first that a folder is of reads it."""

@@ -23,7 +23,7 @@ from em_interp.models.architectures import last_mlp, layer_of, output_axis
 from em_interp.models.attaching import LowRank, check_tensor, updating
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import firing, tagged
-from em_interp.models.weights import replaced
+from em_interp.models.weights import replaced, weight_owners
 from em_interp.solutions import files
 from em_interp.solutions.base import (
     STACKED_ENTRIES,
@@ -248,10 +248,10 @@ class LoraAdapter(Solution):
 
         Each is a leaf of its own over the same numbers: a tied weight also acts where theta does not.
         """
-        modules = model.module_sets()[0]
+        owners = weight_owners(model.hf)
         with self.attached(model):
-            leaves = {name: own_weight(name, modules[name]) for name in self.a}
-            places = [(modules[name], "weight", oriented(modules[name], leaf)) for name, leaf in leaves.items()]
+            leaves = {name: own_weight(name, owners[name]) for name in self.a}
+            places = [(owners[name], "weight", oriented(owners[name], leaf)) for name, leaf in leaves.items()]
             with replaced(places):
                 yield leaves
 

@@ -323,7 +323,7 @@ def theta(bench: Bench) -> Any:
     """The adapter's folder read as a solution."""
     if bench.folder is None:
         raise adapters.NotMade("no adapter, no theta")
-    return solutions.load(bench.folder)
+    return solutions.load(bench.folder, base=bench.bare)
 
 
 def _scales(bench: Bench) -> tuple[float, ...]:
