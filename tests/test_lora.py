@@ -13,7 +13,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from em_interp.directions.rank1 import (
-    _positions,
     _scored,
     contrasts,
     lora_scalars,
@@ -215,7 +214,7 @@ def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(SolutionError, match="rank 2"):
         write_lens(model, lora(rank=2))
     with pytest.raises(UsageError, match="last_prompt"):
-        _positions(encode(tokenizer(), CONVERSATIONS[0]), "answer")
+        encode(tokenizer(), CONVERSATIONS[0]).tokens_of("answer")
     query = LoraAdapter(
         {"model.layers.2.self_attn.q_proj": torch.ones(1, D_MODEL)},
         {"model.layers.2.self_attn.q_proj": torch.ones(D_MODEL, 1)},

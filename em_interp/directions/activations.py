@@ -26,10 +26,10 @@ from em_interp.directions.store import ActivationStore
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
 from em_interp.files.manifest import code_hash
 from em_interp.files.tables import RunningTotals
-from em_interp.models.chat import Batch, Encoded, Side, collate, encode, pad_id, prompt_ids
+from em_interp.models.chat import Encoded, Side, collate, encode, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
-from em_interp.models.hooks import BlockFn, check_layer, position_ids, run_bridge_until, run_until
+from em_interp.models.hooks import BlockFn, check_layer, run_bridge_until, run_until
 from em_interp.models.memory import run_in_batches
 from em_interp.models.templates import Conversation, Tokenizer
 from em_interp.models.weights import acting_hash
@@ -153,26 +153,6 @@ def _question(conversation: Conversation) -> str:
     return asked[-1] if asked else ""
 
 
-def scope_weights(
-    batch: Batch, starts: Sequence[int], ends: Sequence[int], scopes: Sequence[str]
-) -> Float[Tensor, "batch scope token"]:
-    """1 at the tokens of each scope, 0 elsewhere and at pads, for either padding side; float32.
-
-    starts, ends: each row's response [start, end), counted in its real tokens.
-    """
-    device = batch.attention_mask.device
-    real = batch.attention_mask.bool()
-    rank = position_ids(batch.attention_mask)
-    start, end = (rearrange(torch.tensor(given, device=device), "row -> row 1") for given in (starts, ends))
-    masks = {
-        "prompt": real & (rank < start),
-        "last_prompt": real & (rank == start - 1),
-        "response": real & (rank >= start) & (rank < end),
-        "all": real,
-    }
-    return rearrange([masks[scope] for scope in scopes], "scope row token -> row scope token").float()
-
-
 def masked_sums(
     hidden: Float[Tensor, "batch token d_model"], weights: Float[Tensor, "batch scope token"]
 ) -> tuple[Float[Tensor, "batch scope d_model"], Float[Tensor, "batch scope"]]:
@@ -220,7 +200,7 @@ class _Collector:
         """Totals over a batch by layer and, if `each`, the means of its rows under the store's names."""
         batch = collate(self.encoded, group, pad=pad_id(self.model.tokenizer), side=side).to(self.model.device)
         rows = [self.rows[i] for i in group]
-        weights = scope_weights(batch, [row.start for row in rows], [row.end for row in rows], self.scopes)
+        weights = batch.scope_weights([row.start for row in rows], [row.end for row in rows], self.scopes)
         counts = self.counts[list(group)].to(weights.device)
         totals: dict[int, list[Tensor]] = {}
         means: dict[int, tuple[Tensor, Tensor]] = {}

@@ -27,32 +27,18 @@ from em_interp.directions.direction import Direction
 from em_interp.directions.lens import logit_lens
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.models.architectures import layer_of, unwrap, writes_to_residual
-from em_interp.models.chat import Encoded, batches, encode_all, pad_id
+from em_interp.models.chat import batches, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths
 from em_interp.models.hooks import firing, tagged
 from em_interp.models.templates import Conversation
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.space import check_bare, check_comparable, check_inside_blocks
-from em_interp.statistics import LEVEL
+from em_interp.statistics import LEVEL, auroc
 from em_interp.statistics.jackknife import chance_interval, clustered_auc, sides_of
 
 Scope = Literal["prompt", "last_prompt", "response", "all"]
 ALIGNED, MISALIGNED = 90.0, 30.0  # P2 Table 1: aligned [90, 100], misaligned [0, 30]
-
-
-def _positions(row: Encoded, scope: str) -> slice:
-    """The tokens of a conversation that a scope means; the response is the last one."""
-    start, end = row.spans[-1]
-    scopes = {
-        "prompt": slice(0, start),
-        "last_prompt": slice(start - 1, start),
-        "response": slice(start, end),
-        "all": slice(0, len(row)),
-    }
-    if scope not in scopes:
-        raise UsageError(f"scope {scope!r}: take one of {', '.join(scopes)}.")
-    return scopes[scope]
 
 
 def token_scalars(
@@ -83,7 +69,7 @@ def token_scalars(
         with torch.no_grad(), model.no_adapter(), adapter.attached(model):
             read = _read(model, adapter, batch.to(model.device).inputs())
         for r, i in enumerate(batch.index):
-            yield i, read[r, : len(encoded[i])][_positions(encoded[i], scope)].clone()
+            yield i, read[r, : len(encoded[i])][encoded[i].tokens_of(scope)].clone()
 
 
 def _read(model: ChatModel, adapter: LoraAdapter, inputs: dict[str, Tensor]) -> Float[Tensor, "batch token module"]:
@@ -211,7 +197,7 @@ def separation(
             kept = codes != group
             own = _held_out_scores(x[kept], y[kept], fold[kept], inverse_penalty)
             if np.isfinite(own).all():
-                auc = clustered_auc(own, y[kept], np.zeros(len(own), dtype=int))[0]
+                auc = auroc(own[y[kept] == 1], own[y[kept] == 0])
                 refitted[group] = auc, ((own > 0) == (y[kept] == 1)).mean()
     return {"comparison": comparison, **_scored(score, y, codes, level, refitted), "n_questions": len(names)}
 

@@ -168,7 +168,7 @@ class _Halves:
 
 def _auroc(plus: Float[np.ndarray, " p"], minus: Float[np.ndarray, " m"]) -> float:
     """NaN where the direction is: a half that loses its only question of a side."""
-    return auroc(plus, minus, np.ones(len(plus)), np.ones(len(minus))) if np.isfinite(plus).all() else float("nan")
+    return auroc(plus, minus) if np.isfinite(plus).all() else float("nan")
 
 
 def _redrawn(rng: np.random.Generator, half: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:

@@ -119,8 +119,8 @@ def body_name(model: nn.Module) -> str:
             return body
     lists = [name for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
     raise HookError(
-        f"{type(base).__name__}: no decoder blocks at {entry.body}.{entry.blocks}. {_remedy(model, 'body', 'blocks')} "
-        f"Its lists of modules: {', '.join(lists[:4]) or 'none'}."
+        f"{type(base).__name__}: no decoder blocks at {entry.body}.{entry.blocks}. Name its `body` and `blocks` in "
+        f"{_entry(model)}. Its lists of modules: {', '.join(lists[:4]) or 'none'}."
     )
 
 
@@ -147,7 +147,8 @@ def check_architecture(model: nn.Module) -> None:
     for field, path, root in told:
         if path is not None and _submodule(root, path) is None:
             raise ModelError(
-                f"{type(base).__name__}: no module {path} in {type(root).__name__}. {_remedy(model, field)}"
+                f"{type(base).__name__}: no module {path} in {type(root).__name__}. Name its `{field}` in "
+                f"{_entry(model)}."
             )
 
 
@@ -165,7 +166,7 @@ def writes(model: nn.Module) -> list[tuple[Any, nn.Module | None]]:
             if not matrix or getattr(matrix, "weight", None) is None or matrix.weight.ndim != 2:
                 raise ModelError(
                     f"{type(block).__name__} has no single {what} output matrix{f' at {path}' if path else ''}. Ablate "
-                    f"with hooks. {_remedy(model, field)}"
+                    f"with hooks, or, if there is one, name it as `{field}` in {_entry(model)}."
                 )
             found.append((matrix, None if norm is None else block.get_submodule(norm)))
     return found
@@ -216,10 +217,9 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
     return here if isinstance(here, nn.Module) else None
 
 
-def _remedy(model: nn.Module, *fields: str) -> str:
+def _entry(model: nn.Module) -> str:
     family = family_of(model)
-    said = " and ".join(f"`{field}`" for field in fields)
-    return f"Name its {said} in {__name__}.FAMILIES[{family!r}]{'' if family in FAMILIES else ', a new entry'}."
+    return f"{__name__}.FAMILIES[{family!r}]{'' if family in FAMILIES else ', a new entry'}"
 
 
 # -- in the name of a module, without a model -------------------------------------------------------------------

@@ -13,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from em_interp.arguments import count
-from em_interp.errors import ChatTemplateError
+from em_interp.errors import ChatTemplateError, UsageError
 from em_interp.models.hooks import position_ids
 from em_interp.models.templates import Conversation as Conversation
 from em_interp.models.templates import Message as Message
@@ -46,6 +47,19 @@ class Encoded:
         """Number of response tokens, end-of-turn tokens included."""
         return sum(end - start for start, end in self.spans)
 
+    def tokens_of(self, scope: str) -> slice:
+        """The tokens that a scope means; the response is the last one. Raises UsageError for an unknown scope."""
+        start, end = self.spans[-1]
+        scopes = {
+            "prompt": slice(0, start),
+            "last_prompt": slice(start - 1, start),
+            "response": slice(start, end),
+            "all": slice(0, len(self)),
+        }
+        if scope not in scopes:
+            raise UsageError(f"scope {scope!r}: take one of {', '.join(scopes)}.")
+        return scopes[scope]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -73,6 +87,23 @@ class Batch:
     def targets(self) -> Int[Tensor, "n_response"]:
         """The response tokens, in the order in which `predicting()` picks positions."""
         return self.input_ids[self.answer_mask]
+
+    def scope_weights(
+        self, starts: Sequence[int], ends: Sequence[int], scopes: Sequence[str]
+    ) -> Float[Tensor, "batch scope token"]:
+        """1 at the tokens of each scope, 0 elsewhere and at pads, for either padding side; float32.
+
+        starts, ends: each row's response [start, end), counted in its real tokens.
+        """
+        real, rank = self.attention_mask.bool(), position_ids(self.attention_mask)
+        start, end = (rearrange(torch.tensor(given, device=rank.device), "row -> row 1") for given in (starts, ends))
+        masks = {
+            "prompt": real & (rank < start),
+            "last_prompt": real & (rank == start - 1),
+            "response": real & (rank >= start) & (rank < end),
+            "all": real,
+        }
+        return rearrange([masks[scope] for scope in scopes], "scope row token -> row scope token").float()
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer_mask.to(device), self.index)

@@ -206,14 +206,16 @@ def permutation_p_value(observed: float, null: Float[np.ndarray, " permutations"
 def auroc(
     positive: Float[np.ndarray, " p"],
     negative: Float[np.ndarray, " m"],
-    positive_weights: Float[np.ndarray, " p"],
-    negative_weights: Float[np.ndarray, " m"],
+    positive_weights: Float[np.ndarray, " p"] | None = None,
+    negative_weights: Float[np.ndarray, " m"] | None = None,
 ) -> float:
     """Weighted probability that a positive score exceeds a negative one, ties counting half (area under the ROC curve).
 
     As `sklearn.metrics.roc_auc_score` with weights, without its checks on every call: for use in resampling.
     Raises `StatisticsError` where a side has no weight, or not one a score.
     """
+    positive_weights = np.ones(len(positive)) if positive_weights is None else positive_weights
+    negative_weights = np.ones(len(negative)) if negative_weights is None else negative_weights
     for scores, given in ((positive, positive_weights), (negative, negative_weights)):
         if scores.shape != given.shape:
             raise StatisticsError(f"{scores.size} scores and {given.size} weights: an AUROC needs one weight a score.")

@@ -130,7 +130,6 @@ PARTS = {
         *("models.pretrained.base_of_adapter", "models.pretrained.load_weights", "models.pretrained.usable_base"),
         *(
             "directions.activations.masked_sums",
-            "directions.activations.scope_weights",
             "models.chat.collate",
             "pocket.world.corpus.chat_text",
         ),
