@@ -167,18 +167,16 @@ class Suite:
         shipped_analyses = tomllib.loads((SUITES / f"{shipped}.toml").read_text(encoding="utf-8"))["analyses"]
         analyses = content.get("analyses", shipped_analyses)
         try:
-            chosen = [_available(name, source) for name in analyses]
+            chosen = _chosen(analyses, source)
             samples = count("samples", content.get("samples", 2))
         except UsageError as error:
             raise UnreadableFileError(path, str(error).rstrip(".?"), "compare it with a shipped suite") from error
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise UnreadableFileError(path, f"analyses are {analyses}", "name each that you want once")
         data = content.get("data")
         return cls(
             name=path.stem,
             title=content.get("title", path.stem),
             source=source,
-            analyses=tuple(chosen),
+            analyses=chosen,
             data=None if data is None else (path.parent / data),
             general=content.get("general"),
             narrow=content.get("narrow"),
@@ -288,13 +286,28 @@ def _called(name: object, known: Sequence[str]) -> list[str]:
     return [analysis for analysis in known if name in (analysis, analysis.rpartition(".")[2])]
 
 
+def _chosen(given: Sequence[object], source: str) -> tuple[str, ...]:
+    """Full names of the analyses that a suite file gives. FOLDER.* is what else can be made. Raises `UsageError`."""
+    folders = [folder for folder in FOLDERS if f"{folder}.*" in given]
+    named = [_available(name, source) for name in given if name not in [f"{folder}.*" for folder in folders]]
+    rest = [name for folder in folders for name in _of_source(source, folder)]
+    if not (named or rest) or len(set(named)) < len(named):
+        raise UsageError(f"analyses are {given}: name each that you want once")
+    return tuple(dict.fromkeys([*named, *rest]))
+
+
 def _available(name: object, source: str) -> str:
     """The full name of an analysis that can be made of a source. Raises ``UsageError``."""
-    here = [analysis for analysis in ANALYSES if _lacking(analysis, _LACKS[source]) is None]
+    here = _of_source(source)
     if not _called(name, here) and (called := _called(name, ANALYSES)):
         reasons = "; ".join(str(_lacking(analysis, _LACKS[source])) for analysis in called)
         raise UsageError(f"source is {source!r}, and {reasons}.")
     return full_name(name, here)
+
+
+def _of_source(source: str, folder: str = "") -> list[str]:
+    """The analyses, of one folder or of all, that can be made of a source."""
+    return [name for name in ANALYSES if name.startswith(folder) and _lacking(name, _LACKS[source]) is None]
 
 
 def _lacking(name: str, lacks: dict[Need, str]) -> str | None:

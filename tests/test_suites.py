@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -58,7 +60,7 @@ def test_a_last_part_that_several_have_is_not_guessed() -> None:
         full_name("steering", ANALYSES)
 
 
-def suite_of(path: Path, source: str, *names: str, models: str = "") -> Suite:
+def suite_of(path: Path, source: str, *names: object, models: str = "") -> Suite:
     path.write_text(f'source = "{source}"\nanalyses = {list(names)}\n{models}')
     return Suite.load(str(path))
 
@@ -70,8 +72,24 @@ def test_short_names_are_those_of_the_source(tmp_path: Path) -> None:
     for source, folder in (("published", "released"), ("pocket", "finetunes")):
         loaded = suite_of(tmp_path / "s.toml", source, "steering", f"{folder}.ablation", "pca")
         assert loaded.analyses == (f"{folder}.steering", f"{folder}.ablation", "runs.pca")
+    with pytest.raises(UnreadableFileError, match=r"an analysis is \['pca'\]"):
+        suite_of(tmp_path / "s.toml", "pocket", ["pca"])
     with pytest.raises(UnreadableFileError, match="once"):
         suite_of(tmp_path / "s.toml", "pocket", "steering", "finetunes.steering")
+
+
+def test_a_new_module_is_an_analysis_of_the_shipped_suites(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = Suite.load("pocket").analyses
+    made = ModuleType("analyses.runs.made")
+    vars(made).update(TABLES=("made",), NEEDS=(Need.CHECKPOINTS,))
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    monkeypatch.setattr("analyses.suite.ANALYSES", (*ANALYSES, "runs.made"))
+    assert Suite.load("pocket").analyses == (*before, "runs.made")
+    assert Suite.load("published").only(("made",)) == ("runs.made",)
+    assert suite_of(tmp_path / "s.toml", "models", "runs.*", "runs.pca", models=MODELS).analyses[0] == "runs.pca"
+    assert "runs.training_log" not in suite_of(tmp_path / "s.toml", "models", "runs.*", models=MODELS).analyses
+    with pytest.raises(UnreadableFileError, match=r"an analysis is 'run\.\*'"):
+        suite_of(tmp_path / "s.toml", "pocket", "run.*")
 
 
 @pytest.mark.parametrize(
