@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analyses.general_vs_narrow import influence, stability
@@ -18,6 +19,7 @@ from analyses.run import Outcome, reproduce
 from analyses.suite import SUITES, Suite
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.models import pretrained as models
+from em_interp.models.adapters import quiet_peft
 from em_interp.models.weights import file_hash
 from em_interp.solutions import load as solutions
 from em_interp.training.finetune import finetune
@@ -125,8 +127,24 @@ def full_finetune(chat: Path, out: Path, seed: int) -> None:
     words.save_pretrained(out)
 
 
+def dora(chat: Path, out: Path, seed: int) -> None:
+    """By PEFT, with B and m moved as training would move them."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, lora_alpha=4, use_dora=True, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    with quiet_peft():
+        hf = get_peft_model(AutoModelForCausalLM.from_pretrained(chat), config)
+    with torch.no_grad():
+        for name, x in hf.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                x += 0.05 * torch.randn_like(x)
+    hf.save_pretrained(out)
+
+
 @pytest.mark.usefixtures("little")
-@pytest.mark.parametrize(("adapter", "make"), [("full", full_finetune)])
+@pytest.mark.parametrize(
+    ("adapter", "make"),
+    [("full", full_finetune), ("all-modules", dora)],
+)
 def test_finetunes_of_every_kind_are_measured(
     adapter: str, make: Callable[[Path, Path, int], None], data: Path, tmp_path: Path
 ) -> None:

@@ -120,8 +120,8 @@ class HubFinetunes(Finetunes):
 
     def load_solution(self, entry: Entry) -> Solution:
         """Fetched from the hub if need be."""
-        # A full finetune is read against the weights in memory; an adapter is read before the chat model can be had.
-        found = solutions.load(entry.path, self.chat if entry.adapter == "full" else self.chat_path)
+        folder = solutions.folder_of(entry.path)
+        found = solutions.load(folder, self.chat)
         _check_label(entry, found.adapters)
         return found
 

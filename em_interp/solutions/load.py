@@ -49,6 +49,16 @@ def kind_of(path: str | Path) -> Kind:
     return next(kind for kind in KINDS if kind.holds(folder))
 
 
+def folder_of(source: str | Path) -> Path:
+    """A folder, or the local copy of a finetune on the hub. Raises AdapterError."""
+    folder = local(source)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", str(source)):
+        folder = hub_folder(str(source))
+        if not (folder / CONFIG).exists():
+            folder = hub_folder(str(source), model=True)
+    return folder
+
+
 def load(source: str | Path, base: Base = None) -> Solution:
     """The solution in a folder, of whichever kind; a checkpoint's folder is one.
 
@@ -56,11 +66,7 @@ def load(source: str | Path, base: Base = None) -> Solution:
     and of a ChatModel takes the weights that are in memory; adapters of their own weights do without. `source` may be
     a hub name where a base is given. Raises SolutionError.
     """
-    folder = local(source)
-    if base is not None and not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", str(source)):
-        folder = hub_folder(str(source))
-        if not (folder / CONFIG).exists():
-            folder = hub_folder(str(source), model=True)
+    folder = local(source) if base is None else folder_of(source)
     return kind_of(folder).read(folder, base)
 
 
