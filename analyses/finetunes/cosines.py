@@ -40,7 +40,7 @@ NEEDS = (Need.DIRECTIONS,)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """One row a pair and layer; column ``comparison`` says which of the three kinds of pair it is."""
+    """One row a pair and layer; column `comparison` says which of the three kinds of pair it is."""
     finetunes = suite.finetunes
     entries = finetunes.select(solution="general", seed=0)
     contrasts = {}
