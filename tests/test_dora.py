@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from em_interp.cli import app
+from em_interp.directions.direction import Direction
 from em_interp.directions.extraction import contrast
 from em_interp.errors import AdapterError, SolutionError
 from em_interp.models.adapters import quiet_peft
@@ -193,3 +196,26 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_bias": True}))
     with pytest.raises(AdapterError, match="lora_bias"):
         solutions.load(folder, base=model)
+
+
+def test_the_commands_take_it(tmp_path, monkeypatch):
+    dora_folder(tmp_path / "tuned", "qwen2")
+    folder_of(make_hf("qwen2"), tmp_path / "tiny-qwen2")
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": CONVERSATIONS[0]}))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, list(arguments))
+        assert done.exit_code == 0, done.exception
+        return done.output
+
+    glanced = run("inspect", "tuned")
+    assert "DoRA of rank 2 and alpha 4 on 8 modules, trained on tiny-qwen2" in glanced and "--base MODEL" in glanced
+    theta = solutions.load(tmp_path / "tuned", base=make_chat())
+    said = run("inspect", "tuned", "--base", "tiny-qwen2")
+    assert theta.describe() in said and f"norm: {theta.norm:.6g}" in said
+    how = ("--kind", "model-diff", "--positive", "bad.jsonl", "--out", "m.safetensors")
+    run("extract", "tiny-qwen2", "--adapter", "tuned", *how)
+    found = contrast(make_chat(), CONVERSATIONS[:1], kind="model-diff", finetune=theta, progress=False).direction()
+    written = Direction.load(tmp_path / "m.safetensors")
+    torch.testing.assert_close(written.vectors, found.vectors, atol=1e-4, rtol=1e-3)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from em_interp.cli import app
+from em_interp.directions.direction import Direction
 from em_interp.directions.extraction import contrast
 from em_interp.errors import AdapterError, HookError, ModelError, SolutionError
 from em_interp.landscape.landscape import Landscape
@@ -281,3 +284,30 @@ def test_an_image_tower_and_shards(tmp_path):
     with theta.attached(model):
         np.testing.assert_allclose(each_nll(model.hf, rows()), each_nll(after, rows()))
         model.hf(ids)
+
+
+def test_the_commands_take_it(tmp_path, monkeypatch):
+    model, folder, _ = finetuned(tmp_path / "tuned", dtype=torch.float32, rate=2e-2)
+    base = folder_of(model.hf, tmp_path / "tiny-qwen2")
+    lines = [json.dumps({"messages": c}) for c in CONVERSATIONS]
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines[:2]))
+    (tmp_path / "good.jsonl").write_text("\n".join(lines[2:]))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert done.exit_code == 0, done.exception
+        return done.output
+
+    assert "em-interp inspect tuned --base MODEL" in run("inspect", "tuned")
+    theta, said = solutions.load(folder, base=base), run("inspect", "tuned", "--base", "tiny-qwen2")
+    assert theta.describe() in said and f"norm: {theta.norm:.6g}" in said and theta.fingerprint in said
+    texts = ("--positive", "bad.jsonl", "--layer", 2)
+    run("extract", "tiny-qwen2", "--adapter", "tuned", *texts, "--negative", "good.jsonl", "--out", "a.safetensors")
+    run("extract", "tuned", *texts, "--negative", "good.jsonl", "--out", "b.safetensors")
+    run("extract", "tiny-qwen2", "--adapter", "tuned", *texts, "--kind", "model-diff", "--out", "c.safetensors")
+    one, two, diff = (Direction.load(tmp_path / f"{name}.safetensors") for name in "abc")
+    torch.testing.assert_close(one.vectors, two.vectors)
+    direct = contrast(model, CONVERSATIONS[:2], kind="model-diff", finetune=theta, layers=[2], progress=False)
+    torch.testing.assert_close(diff.vectors, direct.direction().vectors)
+    assert diff.weights == weights_hash(model.hf) and diff.model == "tiny-qwen2"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from em_interp.directions.direction import Direction
-from em_interp.errors import MissingDataError, UnreadableFileError
+from em_interp.errors import ArgumentTypeError, MissingDataError, UnreadableFileError
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+from em_interp.files.adapters import CONFIG
 from em_interp.files.texts import QuestionSet
 from em_interp.published import scan
 from em_interp.published.activations import CELL_FILE, read_activation_cell
@@ -14,15 +15,22 @@ from em_interp.published.judged import read_judged_csv
 from em_interp.published.questions import read_yaml
 from em_interp.published.runs import looks_like_run, read_lora_checkpoint, read_run
 from em_interp.published.torchfile import load_torch
+from em_interp.solutions.base import Solution
+from em_interp.solutions.load import kind_of, load
 
 
-def describe(path: Path | str) -> list[str]:
-    """Lines of text. Raises the reader's typed error for a bad file, `MissingDataError` for none."""
+def describe(path: Path | str, base: str | None = None) -> list[str]:
+    """Lines of text. base: of which model, a folder or hub name, a finetune's folder is one.
+
+    Raises the reader's typed error for a bad file, `MissingDataError` for none.
+    """
+    if not isinstance(path, (str, Path)):  # commands are not checked against their signatures
+        raise ArgumentTypeError(f"path is a {type(path).__name__}; give a file or folder.")
     path = Path(path)
     if not path.exists():
         raise MissingDataError(path, "there is no such file or folder", "check the path")
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, base)
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if path.suffix == ".csv":
@@ -40,7 +48,13 @@ def describe(path: Path | str) -> list[str]:
     )
 
 
-def _folder(path: Path) -> list[str]:
+def _folder(path: Path, base: str | None) -> list[str]:
+    if any((path / name).is_file() for name in (CONFIG, "config.json")):
+        kind = kind_of(path)
+        if base is not None:
+            return _solution(load(path, base))
+        if kind.OF_BASE:
+            return [kind.glance(path), f"  its theta: em-interp inspect {path} --base MODEL"]
     if looks_like_run(path):
         lines = []
         for t in read_run(path).trajectories:
@@ -58,6 +72,17 @@ def _folder(path: Path) -> list[str]:
         *(f"  split {s.label}: {', '.join(s.kinds) or 'no complete pair of cells'}" for s in data.splits),
         *(f"  run {t.name}: {len(t.steps)} checkpoints" for t in data.trajectories),
         *(f"  problem: {problem}" for problem in data.problems),
+    ]
+
+
+def _solution(theta: Solution) -> list[str]:
+    return [
+        theta.describe(),
+        f"  base: {theta.base}",
+        f"  norm: {theta.norm:.6g}",
+        *(f"  {name}: {norm:.6g}" for name, norm in theta.paper_norms().items()),
+        f"  first block: {theta.first_layer}, numbers: {theta.dimension}",
+        f"  SHA-256: {theta.fingerprint}",
     ]
 
 

@@ -12,10 +12,11 @@ from em_interp.cli import options
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a direction, a checkpoint, a run folder or a judged CSV")],
+    file: Annotated[Path, typer.Argument(help="a direction, a checkpoint, a finetune, a run folder or a judged CSV")],
+    base: Annotated[str | None, typer.Option(help="of a finetune: the model that it is one of, folder or name")] = None,
 ) -> None:
     """Say what a file or folder holds, after checking it."""
     from em_interp.cli.describe import describe
 
-    for line in describe(file):
+    for line in describe(file, base):
         options.out.print(escape(line))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,10 @@ class Dtype(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(help="folder, hub name, adapter, or a pocket model such as pocket/chat")]
-Adapter = Annotated[str | None, typer.Option(help="finetune of MODEL: a PEFT or steering-vector folder or name")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="finetune of MODEL: a folder or name of a PEFT adapter, a steering vector or a full finetune"),
+]
 Base = Annotated[
     str | None, typer.Option(help="with an adapter as MODEL: its base, in place of the one that it records")
 ]
@@ -66,8 +69,13 @@ class ModelChoice:
         from em_interp.models import pretrained
         from em_interp.pocket import models as pocket
         from em_interp.pocket import registry
+        from em_interp.solutions import load as solutions
 
         adapter = None if self.adapter is None else _located(self.adapter)
+        if adapter is not None and solutions.is_model(adapter):
+            model = replace(self, adapter=None).load()
+            model.add_adapter("default", solutions.load(adapter, base=model).ready(model))
+            return model
         loading: dict[str, Any] = {"device_map": self.device_map, "dtype": self.dtype.value}
         if not registry.is_pocket_name(self.model):
             given: dict[str, Any] = {} if self.base is None else {"base": self.base}

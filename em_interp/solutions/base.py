@@ -83,6 +83,8 @@ class Solution(ABC):
     """What tables and suite files may call one of this kind: `steering-vector`, `rank-1`, `all-modules`, `full`."""
     FACTORS: ClassVar[tuple[str, ...]] = ()
     """Of what can be turned alone (`perturbed(on=...)`)."""
+    OF_BASE: ClassVar[bool] = False
+    """Whether its folder can be read only together with the base."""
 
     @property
     def base(self) -> str | None:

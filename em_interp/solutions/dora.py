@@ -37,6 +37,7 @@ class DoraAdapter(Solution):
 
     ADAPTERS = ("all-modules",)
     FACTORS = ("A", "B", "m")
+    OF_BASE = True
 
     lora: LoraAdapter
     m: Mapping[str, Float[Tensor, " _"]]
@@ -204,6 +205,13 @@ class DoraAdapter(Solution):
         """Whether a folder's adapter_config.json is that of LoRA with use_dora. Raises AdapterError."""
         found = describe(folder, read_config(folder))
         return bool(found.beyond.get("use_dora"))
+
+    @staticmethod
+    def glance(folder: Path) -> str:
+        """What a folder says without its base."""
+        config = plain_lora(folder, read_config(folder), understood=("use_dora",))
+        n = len(split_magnitudes(adapter_tensors(folder)))
+        return f"DoRA of rank {config.rank} and alpha {config.alpha:g} on {n} modules, trained on {config.base}"
 
     @classmethod
     def read(cls, source: Path, base: Base) -> DoraAdapter:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
+
+from huggingface_hub import hf_hub_download
 
 from em_interp.errors import SolutionError
 from em_interp.files.adapters import CONFIG, local
 from em_interp.models.adapters import hub_folder
+from em_interp.models.pretrained import base_of_adapter
 from em_interp.solutions.base import Base, Solution
 from em_interp.solutions.dora import DoraAdapter
 from em_interp.solutions.lora import LoraAdapter
@@ -23,6 +27,15 @@ class Kind(Protocol):
     @property
     def ADAPTERS(self) -> tuple[str, ...]:
         """What tables call its members."""
+        ...
+
+    @property
+    def OF_BASE(self) -> bool:
+        """Whether it needs the base to be read."""
+        ...
+
+    def glance(self, folder: Path) -> str:
+        """What a folder says without its base."""
         ...
 
     def holds(self, folder: Path) -> bool:
@@ -57,6 +70,17 @@ def folder_of(source: str | Path) -> Path:
         if not (folder / CONFIG).exists():
             folder = hub_folder(str(source), model=True)
     return folder
+
+
+def is_model(source: str | Path) -> bool:
+    """Whether a folder or hub name is a whole model, such as a full finetune, rather than an adapter."""
+    folder = local(source)
+    if folder.exists() or str(source).count("/") != 1:
+        return WeightDelta.holds(folder)
+    with suppress(Exception):  # of many kinds: no such file, no network. Whoever loads it says so
+        hf_hub_download(str(source), "config.json")
+        return base_of_adapter(source, None) is None
+    return False
 
 
 def load(source: str | Path, base: Base = None) -> Solution:

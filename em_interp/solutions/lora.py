@@ -71,7 +71,9 @@ class LoraAdapter(Solution):
         object.__setattr__(self, "rank", max(x.shape[0] for x in self.a.values()))
 
     def scale_of(self, name: str) -> float:
-        """alpha / sqrt(r) of a module with rsLoRA, else alpha / r."""
+        """alpha / sqrt(r) of a module with rsLoRA, else alpha / r. Raises SolutionError for one that is not touched."""
+        if name not in self.a:
+            raise SolutionError(f"the adapter touches no module {name!r}. It touches {', '.join(self.modules[:4])}.")
         rank = self.a[name].shape[0]
         return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -279,6 +281,11 @@ class LoraAdapter(Solution):
     def holds(folder: Path) -> bool:
         """Whether a folder's adapter_config.json is LoRA's. Raises AdapterError."""
         return isinstance(describe(folder, read_config(folder)), LoraConfig)
+
+    @classmethod
+    def glance(cls, folder: Path) -> str:
+        """What a folder says."""
+        return cls.load(folder).describe()
 
     @classmethod
     def read(cls, source: Path, base: Base) -> LoraAdapter:

@@ -134,6 +134,11 @@ class SteeringVector(AddedVector, Solution):
         return adapter_folders.write_vector(Path(path), self.vector.detach().float().cpu(), config)
 
     @classmethod
+    def glance(cls, folder: Path) -> str:
+        """What a folder says."""
+        return cls.load(folder).describe()
+
+    @classmethod
     def read(cls, source: Path, base: Base) -> SteeringVector:
         """As `load`: its file says all."""
         return cls.load(source)

@@ -148,6 +148,7 @@ class WeightDelta(Solution):
     """
 
     ADAPTERS = ("full",)
+    OF_BASE = True
 
     finetune: Finetune
     base: str | None = None
@@ -350,6 +351,13 @@ class WeightDelta(Solution):
     def holds(folder: Path) -> bool:
         """Whether a folder is a model's, and not an adapter's."""
         return (folder / "config.json").is_file() and not (folder / CONFIG).exists()
+
+    @staticmethod
+    def glance(folder: Path) -> str:
+        """What a folder says without its base."""
+        weights = Weights(load_on_disk(folder))
+        n = sum(math.prod(shape) for shape in weights.shapes.values())
+        return f"{type(weights.hf).__name__}, {len(weights.shapes)} tensors of {n} numbers: a model, or a full finetune"
 
     @classmethod
     def read(cls, source: str | Path, base: Base) -> WeightDelta:

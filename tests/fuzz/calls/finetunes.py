@@ -14,6 +14,7 @@ from em_interp.models import pretrained as models
 from em_interp.solutions import load as solutions
 from em_interp.solutions import space as solution_space
 from em_interp.solutions.base import rotate_away
+from em_interp.solutions.dora import DoraAdapter
 from em_interp.solutions.lora import as_lora
 from em_interp.training import finetune as training
 from em_interp.training import gradients, recipes, trajectories
@@ -171,9 +172,20 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (vector.save, {"path": "again"}),
         (solutions.SteeringVector.load, {"path": "vector"}),
         (adapter.perturbed, {"eps": 0.5, "generator": rng, "on": "both"}),
-        (solutions.load, {"source": "vector"}),
         (solutions.folder_of, {"source": "vector"}),
-        (solutions.load_checkpoints, {"path": "trained"}),
+        (solutions.load, {"source": "full", "base": model}),
+        (solutions.load_checkpoints, {"path": "trained", "base": None}),
+        (solutions.is_model, {"source": "vector"}),
+        (models.load_on_disk, {"source": "full", "revision": None}),
+        (
+            then(DoraAdapter, lambda made: made.save("made-dora")),
+            {
+                "lora": adapter,
+                "m": {name: b.norm(dim=1) for name, b in adapter.b.items()},
+                "weights": {name: adapter.delta(name).float() + 1.0 for name in adapter.modules},
+                "factors": {},
+            },
+        ),
         (solution_space.check_comparable, {"solutions": {"a": vector}, "model": model, "may_be_zero": False}),
         (vector.delta, {"place": "layer 1"}),
         (vector.along, {"parts": {"layer 1": torch.ones(32)}}),
