@@ -106,7 +106,7 @@ def test_folders_that_are_not_one_model(folder, tmp_path):
 
 
 def test_one_rule_for_bases():
-    from em_interp.files.adapters import same_base
+    from em_interp.files.base_names import same_base
 
     qwen = "Qwen/Qwen2.5-14B-Instruct"
     for other in (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from em_interp.errors import AdapterError, EmInterpError, InputFileError
+from em_interp.errors import AdapterError, InputFileError
 from em_interp.files import inputs
 from em_interp.files.inputs import regular_file
 
@@ -112,7 +112,6 @@ _VECTOR_KEYS = frozenset(
         "steering_vector_path",
     ]
 )
-_GENERIC_NAME = re.compile(r"checkpoint-\d+|final|best|last|merged|model|output")
 
 
 @dataclass(frozen=True)
@@ -350,30 +349,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             "(checkpoint-N); some published repositories are empty."
         )
     return read_json(path)
-
-
-def _base_key(name: str) -> str:
-    path = name.replace("\\", "/").rstrip("/")
-    path = Path(path).resolve().as_posix() if path.startswith(".") else path
-    cached = re.search(r"models--[^/]+--([^/]+)/snapshots/[^/]+$", path)
-    *parents, last = (cached[1] if cached else path).lower().split("/")
-    last = re.sub(r"(-unsloth)?-bnb-[48]bit$", "", last)
-    return f"{parents[-1]}/{last}" if parents and _GENERIC_NAME.fullmatch(last) else last
-
-
-def same_base(recorded: str, *known_as: str) -> bool:
-    """Whether a recorded base is the model that is known by any of these names.
-
-    The last part of the name decides ('unsloth/Qwen2.5-14B' and 'Qwen/Qwen2.5-14B' are one base, and so is a
-    '-bnb-4bit' copy of it), with its folder where that part says nothing ('run/checkpoint-500').
-    """
-    return _base_key(recorded) in {_base_key(name) for name in known_as if name}
-
-
-def refuse_other_base(recorded: str | None, known_as: Iterable[str], error: EmInterpError) -> None:
-    """Raise `error` if a base is recorded that is none of the names which the model in hand is known by."""
-    if recorded and not same_base(recorded, *known_as):
-        raise error
 
 
 def _first_line(error: Exception) -> str:

@@ -24,8 +24,8 @@ from em_interp.files.adapters import (
     listing,
     local,
     read_config,
-    refuse_other_base,
 )
+from em_interp.files.base_names import refuse_other_base
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from em_interp.errors import AdapterError, HookError, ModelError, UsageError
 from em_interp.files.adapter_folders import read_lora
-from em_interp.files.adapters import LoraConfig, VectorConfig, same_base
+from em_interp.files.adapters import LoraConfig, VectorConfig
+from em_interp.files.base_names import same_base
 from em_interp.models.adapters import (
     _active_in,
     _set_peft,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from em_interp.errors import SolutionError, UsageError
-from em_interp.files.adapters import refuse_other_base
+from em_interp.files.base_names import refuse_other_base
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import has_our_hooks
 from em_interp.solutions.base import Solution

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from em_interp.errors import SolutionError
-from em_interp.files.adapters import CONFIG, refuse_other_base
+from em_interp.files.adapters import CONFIG
 from em_interp.files.atomic import written_whole
+from em_interp.files.base_names import refuse_other_base
 from em_interp.files.manifest import fingerprint
 from em_interp.models.architectures import body_name, find_blocks, layer_of
 from em_interp.models.chat_model import ChatModel

@@ -38,6 +38,7 @@ INNER = {
     "solutions.files": "called by solutions",
     "files.adapter_folders": "called by solutions",
     "models.attaching": "called by solutions",
+    "files.base_names": "called by models",
     "files.atomic": "called by the commands",
     "models.hooks": "called by passes",
     "statistics.jackknife": "called by intervals",
