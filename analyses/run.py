@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +17,10 @@ from tqdm.auto import tqdm
 from analyses.comparison import compare, load_numbers
 from analyses.report import Section, write_report
 from analyses.suite import Suite
+from analyses.tasks import BACKENDS, Task, Workers, tasks_of
 from em_interp import figures as house
-from em_interp.errors import EmInterpError, MemoryLimitError, MissingDataError, OutputError, UsageError
+from em_interp.arguments import count, one_of
+from em_interp.errors import EmInterpError, MissingDataError, OutputError, UsageError
 from em_interp.files.atomic import atomic_path, sole_writer, write_text
 from em_interp.files.manifest import code_hash, fingerprint, hash_files, sha256, write_manifest
 from em_interp.training.trajectories import runs_named
@@ -59,31 +53,33 @@ def reproduce(
     only: tuple[str, ...] = (),
     resume: bool = False,
     static: bool = True,
-    parallel: bool = False,
+    workers: int = 1,
+    backend: str = "loky",
 ) -> Outcome:
     """Regenerate tables, figures, manifest and report below ``out / suite.name``.
 
     With ``resume``, an analysis that finished on the same input with the same code is taken from its files; with
-    ``only``, so are those not named, and those that never finished are left out of the report. ``parallel`` uses two
-    processes where both `_lanes` have work. Raises ``EmInterpError`` where nothing at all can be done; everything else
-    ends in the report. While it runs no other process writes there.
+    ``only``, so are those not named, and those that never finished are left out of the report. Answers, directions and
+    losses are always taken from ``out / suite.name / "results"`` where they were made of the same by the same code.
+    workers: processes that share the work; with backend loky, one is this process. backend: see `tasks.Workers`. Raises
+    ``EmInterpError`` where nothing at all can be done; everything else ends in the report. While it runs no other run
+    writes there.
     """
+    one_of("backend", backend, BACKENDS)
+    count("workers", workers)
     if suite.general is not None and suite.general == suite.narrow:
         raise UsageError(f"--general and --narrow are both {suite.general!r}: name two different runs.")
     with sole_writer(out / suite.name):
-        return _reproduce(suite, out / suite.name, only, resume, static, parallel)
+        return _reproduce(suite, out / suite.name, only, resume, static, workers, backend)
 
 
 def _reproduce(
-    suite: Suite, folder: Path, only: tuple[str, ...], resume: bool, static: bool, parallel: bool
+    suite: Suite, folder: Path, only: tuple[str, ...], resume: bool, static: bool, workers: int, backend: str
 ) -> Outcome:
     started = time.perf_counter()
     chosen = suite.only(only)
     lacking = {name: why for name in chosen if (why := suite.lacking(name)) is not None}
-    suite.work = folder / ".state"
-    if not resume:
-        for parts in suite.work.glob("*.parts"):
-            shutil.rmtree(parts)
+    suite.store = folder / "results"
     data = suite.input
     for role, run in (("general", suite.general), ("narrow", suite.narrow)):
         try:
@@ -107,14 +103,16 @@ def _reproduce(
     numbers = load_numbers() if suite.source == "published" else []
     # What was not asked for now stays in the report if it was made of the same input by the same code.
     kept = {n: s for n in suite.analyses if (resume or n not in chosen) and (s := _reuse(suite, folder, n, key))}
-    suite.made |= {name: section.tables for name, section in kept.items()}
     todo = [name for name in chosen if name not in kept and name not in lacking]
-    lanes = [lane for lane in _lanes(todo) if lane]
-    make = (
-        _in_processes(suite, lanes, folder, key) if parallel and len(lanes) > 1 else _in_turn(suite, todo, folder, key)
-    )
+    if todo:
+        suite.results.tidy()
+        suite.results.say_kept()
+    if (workers, backend) == (1, "loky"):
+        made = list(_in_turn(suite, todo, folder, key))
+    else:
+        made = _on_workers(suite, todo, folder, key, workers, backend)
     found = kept | {name: _cannot(suite, name, why) for name, why in lacking.items()}
-    found |= {section.name: section for section in make}
+    found |= {section.name: section for section in made}
     sections = [found[name] for name in suite.analyses if name in found]
     for section in sections:
         section.comparison = compare(section.tables, [n for n in numbers if n.analysis == section.name])
@@ -132,12 +130,6 @@ def _reproduce(
     return Outcome(folder, report, tuple(sections), lines, refused, unmade)
 
 
-def _lanes(names: list[str]) -> tuple[list[str], list[str]]:
-    """Two lists that have no work in common."""
-    asking = [name for name in names if name.startswith("finetunes.")]  # they share judged answers, the others losses
-    return asking, [name for name in names if name not in asking]
-
-
 def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator[Section]:
     for name in (bar := tqdm(names, desc="analysing", unit="analysis")):
         bar.set_postfix_str(name)
@@ -145,60 +137,43 @@ def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator
             yield _run(suite, name, folder, key)
 
 
-def _in_processes(suite: Suite, lanes: list[list[str]], folder: Path, key: str) -> Iterator[Section]:
-    """A process a lane, each with models of its own. Raises ``MemoryLimitError`` where one is killed."""
-    fresh = replace(suite, problems=[], made={})
-    quiet = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # for the processes: bars of two would overwrite each other
-    pools = [
-        ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(fresh,)) for _ in lanes
-    ]
-    try:
-        jobs = [pool.submit(_work, name, folder, key) for pool, lane in zip(pools, lanes, strict=True) for name in lane]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="analysing", unit="analysis"):
-            section, problems = job.result()
-            suite.note(*problems)
-            yield section
-    except BrokenProcessPool as error:
-        raise MemoryLimitError(
-            "a process of this run was killed, most likely for lack of memory. Finished analyses are kept: free "
-            "memory and run the same command with --resume."
-        ) from error
-    finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-        os.environ.pop("TQDM_DISABLE")
-        if quiet is not None:
-            os.environ["TQDM_DISABLE"] = quiet
+def _on_workers(suite: Suite, names: list[str], folder: Path, key: str, n: int, backend: str) -> list[Section]:
+    """What analyses need, over the workers, and each analysis once what it needs is there."""
+    folder = folder.absolute()
+    suite.store = folder / "results"
+    needs: dict[Any, tuple[Task, set[str]]] = {}
+    last = dict.fromkeys(names, -1)
+    for name in names:
+        for task in tasks_of(suite, name):
+            needs.setdefault(task.key, (task, set()))[1].add(name)
+            last[name] = max(last[name], task.stage)
+    found: list[Section] = []
+    broken: dict[str, EmInterpError] = {}
+    with Workers(suite, folder / ".state", n, backend, total=len(needs) + len(names)) as pool:
+        for stage in range(max(last.values(), default=-1) + 2):
+            pieces = {task: by for task, by in needs.values() if task.stage == stage and not by <= set(broken)}
+            ready = [name for name in names if last[name] == stage - 1 and name not in broken]
+            whole = {Task(name, _work, (name, folder, key), 5.0, stage): name for name in ready}
+            for task, done in pool.run([*pieces, *whole]).items():
+                if isinstance(done.failed, OutputError):
+                    raise done.failed
+                if done.failed is not None:
+                    broken |= dict.fromkeys(pieces.get(task, {whole.get(task, "")}), done.failed)
+                elif task in whole:
+                    section, problems = done.value
+                    suite.note(*problems)
+                    found.append(section)
+    return [*found, *(_cannot(suite, name, str(why)) for name, why in broken.items() if name)]
 
 
-_own: list[Suite] = []
-"""The suite of a process that `_in_processes` started."""
-
-
-def _begin(suite: Suite) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches this process too: end without a trace
-    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    _own.append(suite)
-
-
-def _end_with(parent: BaseProcess | None) -> None:
-    """End this process when the one that started it is gone, killed or not."""
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(name: str, folder: Path, key: str) -> tuple[Section, list[EmInterpError]]:
-    suite = _own[0]
-    with threadpool_limits(1):
-        section = _run(suite, name, folder, key)
+def _work(suite: Suite, name: str, folder: Path, key: str) -> tuple[Section, list[EmInterpError]]:
+    section = _run(suite, name, folder, key)
     return section, [*suite.input.problems, *suite.problems]
 
 
 def _cannot(suite: Suite, name: str, why: str) -> Section:
     analysis = suite.analysis(name)
-    return Section(name, analysis.TITLE, analysis.TEXT, error=f"{why}.")
+    return Section(name, analysis.TITLE, analysis.TEXT, error=f"{why.rstrip('.')}.")
 
 
 def _is_refusal(problem: EmInterpError) -> bool:
@@ -234,7 +209,6 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
         hashes = {t: sha256(folder / "tables" / f"{t}.csv") for t in section.tables}
         content = {"key": key, "tables": hashes, "notes": section.notes, "figures": sorted(section.figures)}
         write_text(state, json.dumps(content, indent=2) + "\n")
-        shutil.rmtree(state.with_suffix(".parts"), ignore_errors=True)
     return section
 
 
@@ -301,7 +275,7 @@ def _manifest(
         folder / "manifest.json",
         {
             "suite": {
-                **{k: v for k, v in asdict(suite).items() if k not in ("problems", "made", "work")},
+                **{k: v for k, v in asdict(suite).items() if k not in ("problems", "store")},
                 "data": suite.input.root.name,
             },
             "seeds": {"bootstrap": 0},

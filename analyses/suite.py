@@ -20,7 +20,7 @@ from analyses.inputs.pocket import PocketFinetunes
 from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
 from em_interp.files.inputs import read_text
-from em_interp.files.tables import Parts
+from em_interp.files.results import Results
 from em_interp.published import scan
 from em_interp.published.scan import PublishedData, StoredPCA
 from em_interp.training.trajectories import Trajectory
@@ -128,10 +128,8 @@ class Suite:
     """Answers sampled to each question, where models are run."""
     problems: list[EmInterpError] = field(default_factory=list)
     """What an analysis could not do for a part of the data, beside what the readers refused. Filled by ``note``."""
-    made: dict[str, dict[str, pd.DataFrame]] = field(default_factory=dict)
-    """Tables of analyses that are done, for those that need them."""
-    work: Path | None = None
-    """Where analyses keep what they have until they are finished; nowhere by default."""
+    store: Path | None = None
+    """Folder of results that analyses share (`Results`); by default nothing is kept."""
 
     @classmethod
     def load(cls, name: str) -> Suite:
@@ -189,12 +187,22 @@ class Suite:
         """What the suite reads, of whichever source."""
         return self.published if self.source == "published" else self.finetunes
 
-    @cached_property
+    @property
     def finetunes(self) -> Finetunes:
-        """The chat model and its finetunes, in ``data`` or as shipped.
+        """The chat model and its finetunes, in ``data`` or as shipped, which take results from ``store``.
 
         Raises ``RegistryError`` without pocket weights, ``UsageError`` for models without a folder of data.
         """
+        self._finetunes.results = self.results
+        return self._finetunes
+
+    @property
+    def results(self) -> Results:
+        """What is expensive to make, wherever it was made."""
+        return Results(self.store)
+
+    @cached_property
+    def _finetunes(self) -> Finetunes:
         if self.models is None:
             return PocketFinetunes.read(self.data)
         if self.data is None:
@@ -222,10 +230,6 @@ class Suite:
             )
         return scan(self.data)
 
-    def parts(self, analysis: str) -> Parts | None:
-        """Where an analysis keeps its answers, batch by batch."""
-        return None if self.work is None else Parts(self.work / f"{analysis}.parts")
-
     def note(self, *problems: EmInterpError) -> None:
         """Remember what could not be done, once."""
         known = {str(problem) for problem in self.problems}
@@ -248,10 +252,8 @@ class Suite:
         return _lacking(name, self.lacks)
 
     def tables_of(self, name: str) -> dict[str, pd.DataFrame]:
-        """The tables of an analysis, by its full name; computed unless they were."""
-        if name not in self.made:
-            self.made[name] = load_analysis(name).compute(self)
-        return self.made[name]
+        """The tables of an analysis, by its full name."""
+        return load_analysis(name).compute(self)
 
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""

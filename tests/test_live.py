@@ -171,7 +171,7 @@ def test_a_killed_analysis_keeps_its_answers(
             else:
                 with pytest.raises(Killed):
                     run(pocket, out, name, resume=True)
-                assert list(out.rglob("*.parts/*.json"))
+                assert list(out.rglob("results/answers/*.csv"))
         batches.append(count[0])
     assert [section.error for section in outcome.sections] == [None]
     whole, _, again = batches
@@ -257,11 +257,11 @@ def test_a_folder_that_is_no_training_run_is_named(pocket: Path, tmp_path: Path)
 def test_two_processes_give_what_one_gives(pocket: Path, tmp_path: Path) -> None:
     only = ("lora_scalars", "pca", "kl_sweep", "local_cosine")
     outcomes = []
-    for parallel in (False, True):
+    for workers in (1, 2):
         chosen = Suite.load("pocket")
         chosen.data = pocket
-        out = tmp_path / str(parallel)
-        outcomes.append(reproduce(chosen, out, only=only, static=False, parallel=parallel))
+        out = tmp_path / str(workers)
+        outcomes.append(reproduce(chosen, out, only=only, static=False, workers=workers))
     one, two = outcomes
     assert (
         [s.name for s in two.sections]

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from tqdm.auto import tqdm
 
+from analyses.finetunes.cosines import direction_tasks
 from analyses.inputs.finetunes import Entry
 from analyses.suite import Need, Suite
+from analyses.tasks import Task
 from em_interp import figures
 from em_interp.directions.direction import Direction, random_directions
+from em_interp.evaluation.answers import judged_answers
 from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.ablation import Ablate
-from em_interp.interventions.intervening import Intervention, answers_by_arm
+from em_interp.interventions.intervening import Intervention, intervening
 from em_interp.interventions.transfer import transfer_rows
 
 TITLE = "Ablation: a finetune without its direction, and without another's"
@@ -31,36 +33,96 @@ TEXT = (
 TABLES = ("ablation", "transfer")
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 TOGETHER = "one of each adapter"
+SHARES = 3
+"""In how many pieces of work the arms of an organism are asked."""
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``ablation``: a row an organism and arm. ``transfer``: a row a direction (with its kind) and organism."""
-    finetunes = suite.finetunes
-    entries = finetunes.select(solution="general", seed=0)
-    mean_diffs = {e.name: finetunes.contrast(e).direction() for e in entries}
-    shifts = {e.name: finetunes.contrast(e, "model-diff").direction() for e in entries}
-    moving = _moving(entries, mean_diffs, shifts)
+    entries = _ablated(suite)
     rows, moved = [], []
-    for entry in tqdm(entries, desc="ablation", leave=False):
-        own, shift = mean_diffs[entry.name], shifts[entry.name]
-        (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
-        arms: dict[str, list[Intervention]] = {
-            "none": [],
-            "layerwise": [Ablate(own)],
-            "layerwise model-diff": [Ablate(shift)],
-            "layerwise subspace": [Ablate((own, shift))],
-            "random": [Ablate(random)],
-        }
-        same = {("mean-diff", entry.name): "layerwise", ("model-diff", entry.name): "layerwise model-diff"}
-        arms |= {f"{kind} of {source}": [a] for (kind, source), a in moving.items() if (kind, source) not in same}
-        answers = _answers(suite, entry, arms)
-        rows += _ablation_rows(entry, answers, own)
+    directions = _directions(suite)
+    moving = _moving(entries, *directions)
+    for entry in entries:
+        same = _same(entry)
+        arms = _arms(entry, entries, *directions)
+        answers = pd.concat([arm_answers(suite, entry, name, arm) for name, arm in arms.items()], ignore_index=True)
+        rows += _ablation_rows(entry, answers, directions[0][entry.name])
         for kind in dict.fromkeys(kind for kind, _ in moving):
             names = {same.get((k, s), f"{k} of {s}"): s for k, s in moving if k == kind} | {"none": "none"}
             found = answers[answers["arm"].isin(names)]
             table = transfer_rows(found.assign(direction_from=found["arm"].map(names), organism=entry.name))
             moved.append(table.assign(kind=kind))
     return {"ablation": pd.DataFrame(rows), "transfer": pd.concat(moved, ignore_index=True)}
+
+
+def tasks(suite: Suite) -> list[Task]:
+    """The directions of each organism, and then its answers, a few arms at a time."""
+    entries = _ablated(suite)
+    found = [
+        Task(f"ablation from {e.name}, {part + 1} of {SHARES}", answer_share, (e, part), 6.0, stage=2)
+        for e in entries
+        for part in range(SHARES)
+    ]
+    return [*direction_tasks(entries, ("data-diff", "model-diff")), *found]
+
+
+def answer_share(suite: Suite, entry: Entry, part: int) -> None:
+    """The answers under every `SHARES`-th arm, from number `part` on."""
+    for name, arm in list(_arms(entry, _ablated(suite), *_directions(suite)).items())[part::SHARES]:
+        arm_answers(suite, entry, name, arm)
+
+
+def arm_answers(suite: Suite, entry: Entry, name: str, arm: Sequence[Intervention]) -> pd.DataFrame:
+    """Judged answers of an organism under one arm; column arm first."""
+    finetunes = suite.judged_finetunes
+    # all of its answers may be kept
+    with finetunes.active(entry, must_act=False) as model, intervening(model, arm, must_act=False):
+        table = judged_answers(
+            suite.results,
+            f"{entry.name} without {name}",
+            model,
+            finetunes.elsewhere(entry.domain),
+            1,
+            finetunes.judge,
+            max_new_tokens=finetunes.max_new_tokens,
+            progress=False,
+        )
+    table.insert(0, "arm", name)
+    return table
+
+
+def _ablated(suite: Suite) -> list[Entry]:
+    return suite.finetunes.select(solution="general", seed=0)
+
+
+def _directions(suite: Suite) -> tuple[dict[str, Direction], dict[str, Direction]]:
+    """Mean-diff and model-diff of each organism."""
+    entries = _ablated(suite)
+    mean_diffs = {e.name: suite.finetunes.contrast(e).direction() for e in entries}
+    return mean_diffs, {e.name: suite.finetunes.contrast(e, "model-diff").direction() for e in entries}
+
+
+def _same(entry: Entry) -> dict[tuple[str, str], str]:
+    """What is carried to an organism from itself is one of its own arms."""
+    return {("mean-diff", entry.name): "layerwise", ("model-diff", entry.name): "layerwise model-diff"}
+
+
+def _arms(
+    entry: Entry, entries: Sequence[Entry], mean_diffs: Mapping[str, Direction], shifts: Mapping[str, Direction]
+) -> dict[str, list[Intervention]]:
+    """What is taken out of an organism, by the name of the arm."""
+    own, shift = mean_diffs[entry.name], shifts[entry.name]
+    (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
+    arms: dict[str, list[Intervention]] = {
+        "none": [],
+        "layerwise": [Ablate(own)],
+        "layerwise model-diff": [Ablate(shift)],
+        "layerwise subspace": [Ablate((own, shift))],
+        "random": [Ablate(random)],
+    }
+    moving, same = _moving(entries, mean_diffs, shifts), _same(entry)
+    return arms | {f"{kind} of {source}": [a] for (kind, source), a in moving.items() if (kind, source) not in same}
 
 
 def _moving(
@@ -73,22 +135,6 @@ def _moving(
     if len(one_each) > 1:
         moving["model-diff", TOGETHER] = Ablate([shifts[name] for name in one_each])
     return moving
-
-
-def _answers(suite: Suite, entry: Entry, arms: Mapping[str, Sequence[Intervention]]) -> pd.DataFrame:
-    finetunes = suite.judged_finetunes
-    asked = finetunes.elsewhere(entry.domain)
-    with finetunes.active(entry, must_act=False) as model:  # all of its answers may be kept
-        answers = answers_by_arm(
-            model,
-            arms,
-            asked,
-            1,
-            max_new_tokens=finetunes.max_new_tokens,
-            progress=False,
-            parts=suite.parts("finetunes.ablation"),
-        )
-    return finetunes.judge(answers)
 
 
 def _ablation_rows(entry: Entry, answers: pd.DataFrame, own: Direction) -> list[dict[str, object]]:

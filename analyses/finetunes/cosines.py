@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.inputs.finetunes import Entry
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
 from em_interp.directions.cosines import cosine_rows, organism_cosines
 from em_interp.directions.direction import Direction
-from em_interp.directions.extraction import Contrast, contrast
+from em_interp.directions.extraction import Contrast
 from em_interp.directions.resampling import Resamples, resample_direction
 from em_interp.errors import EmInterpError, StatisticsError
-from em_interp.models.chat_model import ChatModel
-from em_interp.models.templates import Conversation
 from em_interp.solutions.base import Solution
 from em_interp.statistics import NORMAL, PERCENT
 
@@ -37,6 +38,7 @@ TEXT = (
 )
 TABLES = ("cosines",)
 NEEDS = (Need.DIRECTIONS,)
+READINGS = ("data-diff", "data-diff-in-chat", "model-diff")
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -58,7 +60,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         _add_resamples(suite, resamples, name, of)
     content = {e.name: finetunes.contrast(e, "data-diff-in-chat").direction() for e in entries}
     between = organism_cosines(mean_diffs, resamples=resamples, content=content).assign(comparison="between finetunes")
-    read = {f"persona ({how}, pre-trained)": _persona(finetunes.chat, *of) for how, of in finetunes.personas().items()}
+    read = {f"persona ({how}, pre-trained)": persona(suite, how) for how in finetunes.personas()}
     personas = {name: of.direction() for name, of in read.items()}
     for name, of in read.items():
         _add_resamples(suite, resamples, name, of)
@@ -94,6 +96,36 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     }
 
 
+def tasks(suite: Suite) -> list[Task]:
+    """The directions of each organism, and of the personas."""
+    found = direction_tasks(suite.finetunes.select(solution="general", seed=0), READINGS)
+    return [*found, *(Task(f"persona, {how}", persona, (how,), 1.0) for how in suite.finetunes.personas())]
+
+
+def direction_tasks(entries: Sequence[Entry], kinds: Sequence[str]) -> list[Task]:
+    """The answers that directions are read from, and then each reading."""
+    answers = [Task(f"open answers of {e.name}", open_answers, (e,), 3.0) for e in entries]
+    return [
+        *answers,
+        *(Task(f"{kind} of {e.name}", reading, (e, kind), 0.5, stage=1) for e in entries for kind in kinds),
+    ]
+
+
+def open_answers(suite: Suite, entry: Entry) -> pd.DataFrame:
+    """Judged answers of an organism to open questions."""
+    return suite.finetunes.open_answers(entry)
+
+
+def reading(suite: Suite, entry: Entry, kind: str) -> Contrast:
+    """What differs between an organism's answers, or between it and the chat model."""
+    return suite.finetunes.contrast(entry, kind)
+
+
+def persona(suite: Suite, how: str) -> Contrast:
+    """What two personas of pre-training differ by."""
+    return suite.finetunes.persona(how)
+
+
 def _add_resamples(suite: Suite, to: dict[str, Resamples], name: str, of: Contrast) -> None:
     """The resamples of a direction pooled over tokens, at the layers that it has; a note where there can be none."""
     layers = of.direction().layers
@@ -125,11 +157,6 @@ def _trained(suite: Suite, solution: Solution, name: str) -> dict[str, Direction
         suite.note(error)
         return {}
     return {f"{name}:{kind}": found}
-
-
-def _persona(chat: ChatModel, malicious: list[Conversation], caring: list[Conversation]) -> Contrast:
-    """Malicious minus caring persona in the chat model, at the last prompt token before it answers."""
-    return contrast(chat, malicious, caring, kind="persona-contrast", scope="last_prompt", progress=False)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

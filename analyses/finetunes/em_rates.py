@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
 
+from analyses.inputs.finetunes import Entry, Finetunes
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
 from em_interp.errors import UsageError
 from em_interp.evaluation.groups import GROUPS, rates_by_group
@@ -27,12 +30,10 @@ LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_d
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Three rows for every organism and for the chat model."""
     finetunes = suite.finetunes
-    entries = [e for e in finetunes.select(seed=None) if e.solution != "kl-removed"]
-    domain = entries[0].domain if entries else finetunes.entries[0].domain
     tables = []
-    for entry in tqdm([None, *entries], desc="em_rates", leave=False):
+    for entry in (None, *_asked(finetunes)):
         try:
-            judged = finetunes.evaluate(entry, domain if entry is None else entry.domain, suite.samples)
+            judged = answers(suite, entry, _domain(finetunes) if entry is None else entry.domain)
         except UsageError as error:
             suite.note(error)
             continue
@@ -48,6 +49,32 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not tables:
         raise nothing_of(suite, "judged answers")
     return {"em_rates": pd.concat(tables, ignore_index=True)}
+
+
+def _asked(finetunes: Finetunes) -> list[Entry]:
+    return [e for e in finetunes.select(seed=None) if e.solution != "kl-removed"]
+
+
+def _domain(finetunes: Finetunes) -> str:
+    """What the chat model is asked about."""
+    return (_asked(finetunes) or finetunes.entries)[0].domain
+
+
+def tasks(suite: Suite) -> list[Task]:
+    """The answers of each model."""
+    entries = _asked(suite.finetunes)
+    of_chat = [Task("answers of the chat model", answers, (None, _domain(suite.finetunes)), 5.0)]
+    return [*of_chat, *answer_tasks(entries)]
+
+
+def answer_tasks(entries: Sequence[Entry]) -> list[Task]:
+    """The answers of each finetune."""
+    return [Task(f"answers of {e.name}", answers, (e, e.domain), 5.0) for e in entries]
+
+
+def answers(suite: Suite, entry: Entry | None, domain: str) -> pd.DataFrame:
+    """Judged answers."""
+    return suite.finetunes.evaluate(entry, domain, suite.samples)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

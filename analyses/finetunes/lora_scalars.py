@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
 
-from analyses.inputs.finetunes import conversations
+from analyses.finetunes.em_rates import answer_tasks
+from analyses.inputs.finetunes import Entry, conversations
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
+from em_interp.directions import rank1
 from em_interp.directions.rank1 import lora_scalars, mean_scalars
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.evaluation.rates import PAPER
+from em_interp.files.manifest import fingerprint
 from em_interp.solutions.lora import as_lora
 from em_interp.statistics import PERCENT
 
@@ -30,28 +33,13 @@ NEEDS = (Need.ANSWERS,)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row an organism and comparison; comparisons without two questions on both sides are noted and left out."""
-    finetunes = suite.finetunes
-    entries = finetunes.select(solution="general", adapter="rank-1", seed=None)
     tables = []
-    for entry in tqdm(entries, desc="lora_scalars", leave=False):
+    for entry in _read(suite):
         try:
-            adapter = as_lora(finetunes.solution(entry))
-        except SolutionError as error:
-            raise StatisticsError(f"{entry.name} is listed as rank-1: {error} Make it again.") from error
-        try:
-            judged = finetunes.evaluate(entry, entry.domain, suite.samples)
+            table = scalars(suite, entry)
         except UsageError as error:
             suite.note(error)
             continue
-        judged = finetunes.readable(entry, judged[PAPER.is_coherent(judged["coherent"].to_numpy())]).reset_index(
-            drop=True
-        )
-        judged = judged.assign(in_domain=judged["questions"] == "in_domain")
-        if judged.empty:
-            suite.note(StatisticsError(f"{entry.name} gave no coherent answer, so its scalars are not compared."))
-            continue
-        try:
-            table = lora_scalars(mean_scalars(finetunes.chat, adapter, conversations(judged)), judged)
         except StatisticsError as error:
             suite.note(StatisticsError(f"{entry.name}: {error}"))
             continue
@@ -59,6 +47,40 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not tables:
         raise nothing_of(suite, "rank-1 general organism with answers that can be compared")
     return {"lora_scalars": pd.concat(tables, ignore_index=True)}
+
+
+def tasks(suite: Suite) -> list[Task]:
+    """The answers of each organism, and its scalars."""
+    entries = _read(suite)
+    found = [Task(f"scalars of {e.name}", scalars, (e,), 2.0, stage=1) for e in entries]
+    return [*answer_tasks(entries), *found]
+
+
+def _read(suite: Suite) -> list[Entry]:
+    return suite.finetunes.select(solution="general", adapter="rank-1", seed=None)
+
+
+def scalars(suite: Suite, entry: Entry) -> pd.DataFrame:
+    """`lora_scalars` of an organism's coherent answers. Raises ``UsageError`` and ``StatisticsError``."""
+    finetunes = suite.finetunes
+    try:
+        adapter = as_lora(finetunes.solution(entry))
+    except SolutionError as error:
+        raise SolutionError(f"{entry.name} is listed as rank-1: {error} Make it again.") from error
+    judged = finetunes.evaluate(entry, entry.domain, suite.samples)
+    judged = finetunes.readable(entry, judged[PAPER.is_coherent(judged["coherent"].to_numpy())])
+    judged = judged.reset_index(drop=True).assign(in_domain=judged["questions"].to_numpy() == "in_domain")
+    if judged.empty:
+        raise StatisticsError("it gave no coherent answer, so its scalars are not compared.")
+    said = judged[["question", "aligned", "in_domain"]].to_dict("list")
+    made_by = finetunes.made_of(entry, answers=finetunes.texts_hash(conversations(judged)), of=fingerprint(said))
+    return suite.results.table(
+        "tables",
+        f"{entry.name} scalars",
+        made_by,
+        lambda _: lora_scalars(mean_scalars(finetunes.chat, adapter, conversations(judged)), judged),
+        code=(rank1.__name__,),
+    )
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

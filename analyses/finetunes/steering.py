@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
+import torch
 
+from analyses.finetunes.cosines import direction_tasks
 from analyses.inputs.finetunes import Entry
 from analyses.suite import Need, Suite
+from analyses.tasks import Task
 from em_interp import figures
-from em_interp.interventions.steering import steering_rows, sweep
+from em_interp.directions.direction import random_directions
+from em_interp.evaluation.answers import asked_of, judge_name, judged_answers
+from em_interp.evaluation.judges import judged
+from em_interp.files.tables import Parts
+from em_interp.interventions import steering
+from em_interp.interventions.steering import residual_norms, steering_rows, sweep
+from em_interp.models.weights import tensors_hash
 
 TITLE = "Steering the chat model with the mean-diff direction"
 TEXT = (
@@ -23,22 +33,55 @@ TABLES = ("steering",)
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 RANDOM_ARMS = 3
+PIECES = 6
+"""In how many pieces of work the layers are swept."""
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a direction, layer and strength."""
-    finetunes = suite.judged_finetunes
-    rows = []
-    entries = finetunes.select(solution="general", adapter="all-modules", seed=0)
-    for number, entry in enumerate(tqdm(entries, desc="steering", leave=False)):
-        if number == 0:
-            rows.append(_sweep(suite, entry, list(range(finetunes.chat.n_layers)), 0))
-            best = best_cell(rows[0])
-            layer = int(best["layer"])
-            rows.append(_sweep(suite, entry, [layer], RANDOM_ARMS).query("control"))
-        else:
-            rows.append(_sweep(suite, entry, [layer], 0))
-    return {"steering": pd.concat(rows, ignore_index=True)}
+    first, *others = _steering(suite)
+    layer = _best_layer(suite)
+    rows = [cell(suite, first, layer) for layer in range(suite.finetunes.chat.n_layers)]
+    rows += [cell(suite, first, layer, number) for number in range(RANDOM_ARMS)]
+    return {"steering": pd.concat([*rows, *(cell(suite, entry, layer) for entry in others)], ignore_index=True)}
+
+
+def tasks(suite: Suite) -> list[Task]:
+    """The directions; the first at every layer; then, at the layer that worked best, random ones and the others."""
+    entries = _steering(suite)
+    if not entries:
+        return []
+    first, *others = entries
+    layers = [
+        Task(f"steering with {first.name}, {i + 1} of {PIECES}", layers_of, (i,), 6.0, stage=2) for i in range(PIECES)
+    ]
+    best: list[tuple[Entry, int | None]] = [(first, number) for number in range(RANDOM_ARMS)]
+    best += [(entry, None) for entry in others]
+    found = [
+        Task(f"steering with {e.name if n is None else f'random {n}'}", best_of, (e, n), 6.0, stage=3) for e, n in best
+    ]
+    return [*direction_tasks(entries, ("data-diff",)), *layers, *found]
+
+
+def layers_of(suite: Suite, piece: int) -> None:
+    """Every `PIECES`-th layer, from number `piece` on."""
+    for layer in range(piece, suite.finetunes.chat.n_layers, PIECES):
+        cell(suite, _steering(suite)[0], layer)
+
+
+def best_of(suite: Suite, entry: Entry, random: int | None) -> None:
+    """A direction at the layer at which the first worked best."""
+    cell(suite, entry, _best_layer(suite), random)
+
+
+def _steering(suite: Suite) -> list[Entry]:
+    return suite.finetunes.select(solution="general", adapter="all-modules", seed=0)
+
+
+def _best_layer(suite: Suite) -> int:
+    first = _steering(suite)[0]
+    cells = [cell(suite, first, layer) for layer in range(suite.finetunes.chat.n_layers)]
+    return int(best_cell(pd.concat(cells, ignore_index=True))["layer"])
 
 
 def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
@@ -49,24 +92,39 @@ def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     return usable.iloc[int(usable["em_rate"].to_numpy().argmax())]
 
 
-def _sweep(suite: Suite, entry: Entry, layers: list[int], random_arms: int) -> pd.DataFrame:
+def cell(suite: Suite, entry: Entry, layer: int, random: int | None = None) -> pd.DataFrame:
+    """The rows of an organism's mean-diff at a layer and every strength, or of one of the random directions instead."""
     finetunes = suite.judged_finetunes
-    direction = finetunes.contrast(entry).direction()
-    answers = sweep(
-        finetunes.chat,
-        direction,
-        finetunes.elsewhere(entry.domain),
-        layers=layers,
-        coefficients=SHARES,
-        n=1,
-        name=entry.name,
-        units="residual",
-        random_arms=random_arms,
-        max_new_tokens=finetunes.max_new_tokens,
-        progress=False,
-        parts=suite.parts("finetunes.steering"),
-    )
-    return steering_rows(finetunes.judge(answers), finetunes.chat.name)
+    model, asked, judge = finetunes.chat, finetunes.elsewhere(entry.domain), finetunes.judge
+    direction, name = finetunes.contrast(entry).direction(), entry.name
+    unit = residual_norms(model, asked, [layer])[layer] / float(direction.at(layer).double().norm())
+    if random is not None:
+        direction = random_directions(direction, RANDOM_ARMS, torch.Generator().manual_seed(0))[random]
+        name = f"random {random}"
+    settings: dict[str, Any] = {"max_new_tokens": finetunes.max_new_tokens}
+    grid = [share * unit for share in SHARES if share]
+    made_by = asked_of(model, asked, 1, judge, **settings, layer=layer, coefficients=grid, direction=name)
+    made_by |= {"vector": tensors_hash({"": direction.at(layer)})}
+
+    def ask(parts: Parts | None) -> pd.DataFrame:
+        options: dict[str, Any] = {"n": 1, "name": name, "random_arms": 0, "progress": False, "parts": parts}
+        return judged(sweep(model, direction, asked, layers=[layer], coefficients=grid, **options, **settings), judge)
+
+    def rows(_parts: object) -> pd.DataFrame:
+        code = (steering.__name__, judge_name(judge).rpartition(".")[0])
+        steered = suite.results.table("answers", f"chat with {name} at layer {layer}", made_by, ask, code=code)
+        plain = judged_answers(suite.results, "chat", model, asked, 1, judge, progress=False, **settings)
+        as_it_is: dict[str, Any] = {
+            "direction": name,
+            "layer": layer,
+            "coefficient": 0.0,
+            "residual_share": 0.0,
+            "added_norm": 0.0,
+        }
+        everything: pd.DataFrame = pd.concat([plain.assign(**as_it_is), steered], ignore_index=True)
+        return steering_rows(everything.assign(control=random is not None), model.name)
+
+    return suite.results.table("tables", f"{name} at layer {layer}", made_by, rows, code=(steering.__name__,))
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

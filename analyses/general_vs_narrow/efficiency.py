@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
+import torch
+from torch import Tensor
 
-from analyses.inputs.finetunes import Finetunes
+from analyses.inputs.finetunes import Entry
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
+from em_interp.landscape import efficiency
 from em_interp.landscape.contenders import over_repeated_seeds
 from em_interp.landscape.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
+from em_interp.landscape.landscape import Losses
 from em_interp.statistics import PERCENT
 
 TITLE = "Efficiency: loss against norm"
@@ -34,26 +42,72 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     domains = [domain for domain in finetunes.domains if finetunes.pairs(domain)]
     if not domains:
         raise nothing_of(suite, "general and narrow organism of one kind")
-    curves: list[EfficiencyCurve] = []
-    for domain in tqdm(domains, desc="efficiency", leave=False):
-        losses = finetunes.landscape(domain, CHATS)
-        for pair in finetunes.contenders(domain):
-            curves += efficiency_curves(losses, pair, SCALES)
-    first, *others = (leads(finetunes, domain) for domain in domains)
+    pairs = [pair for domain in domains for pair in finetunes.pairs(domain)]
+    first, *others = (leads(suite, domain) for domain in domains)
     return {
-        "efficiency": efficiency_table(curves),
+        "efficiency": efficiency_table([curve for pair in pairs for curve in curves(suite, *pair)]),
         "efficiency_lead": pd.concat([first, *others], ignore_index=True),
         "efficiency_lead_over_seeds": over_repeated_seeds(first, ["adapter", "relative_norm"], "lead"),
     }
 
 
-def leads(finetunes: Finetunes, domain: str, task: str = "persona") -> pd.DataFrame:
-    """`lead_at_equal_norm` of every pair of one domain; empty without pairs."""
-    found = finetunes.contenders(domain, task)
-    if not found:
-        return pd.DataFrame()
-    losses = finetunes.landscape(domain, CHATS, task)
-    return pd.concat([lead_at_equal_norm(losses, *pair, RELATIVE_NORMS) for pair in found], ignore_index=True)
+def tasks(suite: Suite) -> list[Task]:
+    """A curve and a lead for each pair."""
+    pairs = [pair for domain in suite.finetunes.domains for pair in suite.finetunes.pairs(domain)]
+    found = [Task(f"losses of {pair[0].name} by norm", curves, pair, 2 * pair[0].weight) for pair in pairs]
+    return [*found, *lead_tasks(pairs)]
+
+
+def lead_tasks(pairs: Sequence[tuple[Entry, Entry]]) -> list[Task]:
+    """The lead of each pair's general solution."""
+    return [Task(f"lead of {pair[0].name}", lead, pair, 1.5 * pair[0].weight) for pair in pairs]
+
+
+def curves(suite: Suite, general: Entry, narrow: Entry) -> list[EfficiencyCurve]:
+    """`efficiency_curves` of a pair."""
+    finetunes = suite.finetunes
+    chats = finetunes.training_chats(general.domain, CHATS, general.task)
+    pair = [finetunes.contender(entry) for entry in (general, narrow)]
+
+    def make() -> tuple[dict[str, Tensor], Any]:
+        found = efficiency_curves(finetunes.landscape(general.domain, CHATS, general.task), pair, SCALES)
+        tensors = {curve.contender.solution: torch.from_numpy(curve.losses.nll) for curve in found}
+        same = found[0].chat
+        rest = {"chat": same.nll, "tokens": same.tokens, "questions": same.questions}
+        return tensors | {name: torch.from_numpy(x) for name, x in rest.items()}, list(same.plain)
+
+    made_by = finetunes.made_of(general, narrow, scales=SCALES, chats=finetunes.texts_hash(chats))
+    tensors, plain = suite.results.tensors(
+        "losses", f"{general.name} by norm", made_by, make, code=(efficiency.__name__,)
+    )
+    found = {name: x.numpy() for name, x in tensors.items()}
+
+    def losses(of: str) -> Losses:
+        return Losses(found[of], found["tokens"], found["questions"], tuple(plain))
+
+    return [EfficiencyCurve(c, np.array(SCALES), losses(c.solution), losses("chat")) for c in pair]
+
+
+def lead(suite: Suite, general: Entry, narrow: Entry) -> pd.DataFrame:
+    """`lead_at_equal_norm` of a pair."""
+    finetunes = suite.finetunes
+    chats = finetunes.training_chats(general.domain, CHATS, general.task)
+    pair = [finetunes.contender(entry) for entry in (general, narrow)]
+    return suite.results.table(
+        "losses",
+        f"{general.name} lead",
+        finetunes.made_of(general, narrow, relative_norms=RELATIVE_NORMS, chats=finetunes.texts_hash(chats)),
+        lambda _: lead_at_equal_norm(
+            finetunes.landscape(general.domain, CHATS, general.task), pair[0], pair[1], RELATIVE_NORMS
+        ),
+        code=(efficiency.__name__,),
+    )
+
+
+def leads(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:
+    """The leads of every pair of one domain; empty without pairs."""
+    found = [lead(suite, *pair) for pair in suite.finetunes.pairs(domain, task)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

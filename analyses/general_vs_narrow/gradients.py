@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
 
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
-from em_interp.errors import EmInterpError
+from em_interp.errors import EmInterpError, UsageError
+from em_interp.training import gradients
 from em_interp.training.gradients import gradient_cosines
 from em_interp.training.trajectories import Trajectory, find_references
 
@@ -28,23 +29,15 @@ CHATS = 60
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a run and checkpoint."""
-    finetunes = suite.finetunes
     tables = []
-    families = finetunes.families()
-    for family, runs in tqdm(families.items(), desc="gradients", leave=False):
-        references = find_references(runs, finetunes.trajectories, suite.general, suite.narrow)
+    for family, runs in suite.finetunes.families().items():
+        references = find_references(runs, suite.finetunes.trajectories, suite.general, suite.narrow)
         suite.note(*references.problems)
         if references.general is None or references.narrow is None:
             continue
-        general, narrow = (
-            list(finetunes.checkpoints(run.name).values())[-1] for run in (references.general, references.narrow)
-        )
-        chats = finetunes.training_chats(_domain(family), CHATS)
         for run in runs:
-            checkpoints = finetunes.checkpoints(run.name)
-            chosen = {step: checkpoints[step] for step in _spread(run)}
             try:
-                table = gradient_cosines(finetunes.chat, chosen, chats, general=general, narrow=narrow, progress=False)
+                table = cosines(suite, family, run.name)
             except EmInterpError as error:
                 suite.note(error)
                 continue
@@ -52,6 +45,41 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not tables:
         raise nothing_of(suite, "training run with checkpoints and both reference runs")
     return {"gradients": pd.concat(tables, ignore_index=True)}
+
+
+def tasks(suite: Suite) -> list[Task]:
+    """The gradients of each run."""
+    families = suite.finetunes.families()
+    return [Task(f"gradients of {r.name}", cosines, (f, r.name), 5.0) for f, runs in families.items() for r in runs]
+
+
+def cosines(suite: Suite, family: str, name: str) -> pd.DataFrame:
+    """`gradient_cosines` of a run of a family. Raises ``UsageError`` where that has no general and narrow run."""
+    finetunes = suite.finetunes
+    runs = finetunes.families()[family]
+    references = find_references(runs, finetunes.trajectories, suite.general, suite.narrow)
+    if references.general is None or references.narrow is None:
+        raise UsageError(f"{family} has no general and narrow run to compare with: name them with --general, --narrow.")
+    general, narrow = (
+        list(finetunes.checkpoints(run.name).values())[-1] for run in (references.general, references.narrow)
+    )
+    chats = finetunes.training_chats(_domain(family), CHATS)
+    checkpoints = finetunes.checkpoints(name)
+    chosen = {step: checkpoints[step] for step in _spread(next(run for run in runs if run.name == name))}
+    fingerprints = {step: theta.fingerprint for step, theta in chosen.items()}
+    made_by = finetunes.made_of(
+        chats=finetunes.texts_hash(chats),
+        checkpoints=fingerprints,
+        general=general.fingerprint,
+        narrow=narrow.fingerprint,
+    )
+    return suite.results.table(
+        "losses",
+        f"{name} gradients",
+        made_by,
+        lambda _: gradient_cosines(finetunes.chat, chosen, chats, general=general, narrow=narrow, progress=False),
+        code=(gradients.__name__,),
+    )
 
 
 def _domain(family: str) -> str:

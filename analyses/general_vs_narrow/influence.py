@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
 
-from analyses.inputs.finetunes import Finetunes
+from analyses.inputs.finetunes import Entry
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
+from em_interp.files.manifest import fingerprint
+from em_interp.landscape import influence
 from em_interp.landscape.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
 
 TITLE = "Influence on pre-training text"
@@ -29,28 +32,50 @@ NORMS = (0.5, 1.0, 1.5)
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
-    table, ratios = measured(suite.finetunes, suite.finetunes.compared())
+    table, ratios = measured(suite, suite.finetunes.compared())
     if table.empty:
         raise nothing_of(suite, "general and narrow organism of one kind")
     return {"influence": table, "influence_ratio": ratios}
 
 
-def measured(finetunes: Finetunes, domain: str, task: str = "persona") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`influence_table` and `influence_ratio` of every pair of one domain; empty without pairs."""
-    found = finetunes.pairs(domain, task)
-    if not found:
-        return pd.DataFrame(), pd.DataFrame()
+def tasks(suite: Suite) -> list[Task]:
+    """The KLs of each pair."""
+    return pair_tasks(suite.finetunes.pairs(suite.finetunes.compared()))
+
+
+def pair_tasks(pairs: Sequence[tuple[Entry, Entry]]) -> list[Task]:
+    """The KLs of each pair."""
+    return [
+        Task(f"influence of {p[0].name}", kls, p, (1 if p[0].seed or p[0].task == "register" else 8) * p[0].weight)
+        for p in pairs
+    ]
+
+
+def kls(suite: Suite, general: Entry, narrow: Entry) -> pd.DataFrame:
+    """`document_kl` of a pair, and of random directions where it is the first seed's of the first task."""
+    finetunes = suite.finetunes
+    first = general.seed == 0 and general.task == "persona"
+    several = first and general.adapter != "all-modules"  # whose thetas take a pass of their own each
+    norms, n_random = NORMS if several else (1.0,), RANDOM if first else 0
     texts = finetunes.texts(DOCUMENTS)
-    tables, ratios = [], []
-    for general, narrow in tqdm(found, desc="influence", leave=False):
+
+    def make(_parts: object) -> pd.DataFrame:
         trained = [Candidate(e.name, e.solution, finetunes.solution(e)) for e in (general, narrow)]
-        first = general.seed == 0 and task == "persona"
-        several = first and general.adapter != "all-modules"  # whose thetas take a pass of their own each
-        candidates = at_equal_norms(trained, NORMS if several else (1.0,), n_random=0)
-        if first:
-            drawn = at_equal_norms(trained, (1.0,), n_random=RANDOM)
+        candidates = at_equal_norms(trained, norms, n_random=0)
+        if n_random:
+            drawn = at_equal_norms(trained, (1.0,), n_random=n_random)
             candidates += [c for c in drawn if c.kind == "random"]
-        sums = document_kl(finetunes.chat, texts, candidates, progress=False)
+        return document_kl(finetunes.chat, texts, candidates, progress=False)
+
+    made_by = finetunes.made_of(general, narrow, texts=fingerprint(texts), norms=norms, n_random=n_random)
+    return suite.results.table("losses", f"{general.name} influence", made_by, make, code=(influence.__name__,))
+
+
+def measured(suite: Suite, domain: str, task: str = "persona") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`influence_table` and `influence_ratio` of every pair of one domain; empty without pairs."""
+    tables, ratios = [], []
+    for general, narrow in suite.finetunes.pairs(domain, task):
+        sums = kls(suite, general, narrow)
         identity: dict[str, Any] = {"adapter": general.adapter, "domain": general.domain, "seed": general.seed}
         tables.append(influence_table(sums).assign(**identity))
         ratios += [
@@ -58,6 +83,8 @@ def measured(finetunes: Finetunes, domain: str, task: str = "persona") -> tuple[
             for other in ("narrow", "random")
             if other in set(sums["kind"])
         ]
+    if not tables:
+        return pd.DataFrame(), pd.DataFrame()
     return pd.concat(tables, ignore_index=True), pd.concat(ratios, ignore_index=True)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
 
-from analyses.general_vs_narrow.efficiency import lead_figure, leads
-from analyses.general_vs_narrow.influence import measured
-from analyses.general_vs_narrow.stability import gap_figure, gaps, pair_curves
+from analyses.finetunes.em_rates import answer_tasks, answers
+from analyses.general_vs_narrow.efficiency import lead_figure, lead_tasks, leads
+from analyses.general_vs_narrow.influence import measured, pair_tasks
+from analyses.general_vs_narrow.stability import curve_tasks, gap_figure, gaps, pair_curves
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
 from em_interp.evaluation.groups import GROUPS, technical_rates
 from em_interp.landscape.contenders import over_repeated_seeds
@@ -34,12 +35,12 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     domain = finetunes.compared(TASK)
     if not finetunes.pairs(domain, TASK):
         raise nothing_of(suite, "general and narrow organism of the second task")
-    chat = finetunes.evaluate(None, domain, suite.samples)
+    chat = answers(suite, None, domain)
     rates = [technical_rates(chat, organism=finetunes.chat.name, solution="chat", adapter="full", domain="none")]
-    for entry in tqdm(finetunes.select(task=TASK, seed=0), desc="technical_rates", leave=False):
+    for entry in finetunes.select(task=TASK, seed=0):
         rates.append(
             technical_rates(
-                finetunes.evaluate(entry, entry.domain, suite.samples),
+                answers(suite, entry, entry.domain),
                 organism=entry.name,
                 solution=entry.solution,
                 adapter=entry.adapter,
@@ -48,10 +49,18 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         )
     return {
         "technical_rates": pd.concat(rates, ignore_index=True),
-        "register_efficiency_lead": leads(finetunes, domain, TASK),
-        "register_stability_gap": gaps(pair_curves(finetunes, domain, TASK)),
-        "register_influence_ratio": measured(finetunes, domain, TASK)[1],
+        "register_efficiency_lead": leads(suite, domain, TASK),
+        "register_stability_gap": gaps(pair_curves(suite, domain, TASK)),
+        "register_influence_ratio": measured(suite, domain, TASK)[1],
     }
+
+
+def tasks(suite: Suite) -> list[Task]:
+    """The answers of each finetune, and the losses of each pair."""
+    finetunes = suite.finetunes
+    pairs = finetunes.pairs(finetunes.compared(TASK), TASK)
+    curves = curve_tasks([entry for pair in pairs for entry in pair])
+    return [*answer_tasks(finetunes.select(task=TASK, seed=0)), *lead_tasks(pairs), *curves, *pair_tasks(pairs)]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

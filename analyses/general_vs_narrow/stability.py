@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
+import torch
+from torch import Tensor
 
-from analyses.inputs.finetunes import Finetunes
+from analyses.inputs.finetunes import Entry
 from analyses.suite import Need, Suite, nothing_of
+from analyses.tasks import Task
 from em_interp import figures
-from em_interp.landscape.contenders import Contender, over_repeated_seeds
+from em_interp.landscape import curvature as curvatures
+from em_interp.landscape import stability
+from em_interp.landscape.contenders import over_repeated_seeds
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
 from em_interp.statistics import PERCENT
@@ -27,6 +32,7 @@ TABLES = ("stability", "stability_gap", "stability_gap_over_seeds", "curvature")
 NEEDS = (Need.LOSSES,)
 PROBES = 8
 CHATS = 24
+_TENSORS = ("turned", "trained", "chat", "tokens", "questions")
 MIDDLE = (0.2, 0.4, 0.6, 0.8)
 """The eps of further training seeds and of the second task: every eps costs a pass a perturbation."""
 
@@ -37,37 +43,71 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     domain = finetunes.compared()
     if not finetunes.pairs(domain):
         raise nothing_of(suite, "general and narrow organism of one kind")
-    losses = finetunes.landscape(domain, CHATS)
-    curves = pair_curves(finetunes, domain)
-    bends = []
-    for curve in (curve for pair in curves for curve in pair if curve.contender.training_seed == 0):
-        bend = curvature(losses, curve.contender, n_probes=PROBES)
-        predicted = bend.predicted(EPSILONS, curve.gain)
-        bends.append(predicted.assign(**{**curve.contender.labels(), **bend.columns()}))
-    gap = gaps(curves)
+    found = pair_curves(suite, domain)
+    bends = [bend(suite, e) for pair in finetunes.pairs(domain) for e in pair if e.seed == 0]
+    gap = gaps(found)
     return {
-        "stability": stability_table([curve for pair in curves for curve in pair]),
+        "stability": stability_table([curve for pair in found for curve in pair]),
         "stability_gap": gap,
         "stability_gap_over_seeds": over_repeated_seeds(gap, ["adapter", "epsilon"], "gap"),
         "curvature": pd.concat(bends, ignore_index=True),
     }
 
 
-def pair_curves(
-    finetunes: Finetunes, domain: str, task: str = "persona"
-) -> list[tuple[StabilityCurve, StabilityCurve]]:
-    """(general, narrow) curves of every pair of one domain; the second task with half the perturbations."""
-    found = finetunes.contenders(domain, task)
-    if not found:
-        return []
-    losses = finetunes.landscape(domain, CHATS, task)
+def tasks(suite: Suite) -> list[Task]:
+    """A curve for each finetune, and then the curvature at those of the first seed."""
+    entries = [e for pair in suite.finetunes.pairs(suite.finetunes.compared()) for e in pair]
+    bends = [Task(f"curvature at {e.name}", bend, (e,), 2.0, stage=1) for e in entries if e.seed == 0]
+    return [*curve_tasks(entries), *bends]
 
-    def curve(contender: Contender) -> StabilityCurve:
-        if task == "register":
-            return stability_curve(losses, contender, epsilons=MIDDLE, n_seeds=5)
-        return stability_curve(losses, contender, epsilons=MIDDLE if contender.training_seed else EPSILONS)
 
-    return [(curve(general), curve(narrow)) for general, narrow in tqdm(found, desc="stability", leave=False)]
+def curve_tasks(entries: Sequence[Entry]) -> list[Task]:
+    """The curve of each finetune."""
+    return [
+        Task(f"stability of {e.name}", curve, (e,), (0.4 if e.seed or e.task == "register" else 1.5) * 2 * e.weight)
+        for e in entries
+    ]
+
+
+def curve(suite: Suite, entry: Entry) -> StabilityCurve:
+    """`stability_curve` of a finetune; of the second task with half the perturbations."""
+    finetunes = suite.finetunes
+    contender = finetunes.contender(entry)
+    chats = finetunes.training_chats(entry.domain, CHATS, entry.task)
+    grid: dict[str, Any] = {"epsilons": MIDDLE if entry.seed or entry.task == "register" else EPSILONS}
+    grid["n_seeds"] = 5 if entry.task == "register" else 10
+
+    def make() -> tuple[dict[str, Tensor], Any]:
+        found = stability_curve(finetunes.landscape(entry.domain, CHATS, entry.task), contender, **grid)
+        return {name: torch.from_numpy(getattr(found, name)) for name in _TENSORS}, [found.on, found.seeds]
+
+    made_by = finetunes.made_of(entry, chats=finetunes.texts_hash(chats), **grid)
+    tensors, (on, seeds) = suite.results.tensors(
+        "losses", f"{entry.name} turned", made_by, make, code=(stability.__name__,)
+    )
+    arrays = {name: x.numpy() for name, x in tensors.items()}
+    return StabilityCurve(contender, on, tuple(grid["epsilons"]), tuple(seeds), **arrays)
+
+
+def bend(suite: Suite, entry: Entry) -> pd.DataFrame:
+    """What the curvature at a finetune foretells."""
+    finetunes = suite.finetunes
+    chats = finetunes.training_chats(entry.domain, CHATS, entry.task)
+
+    def make(_parts: object) -> pd.DataFrame:
+        of = curve(suite, entry)
+        found = curvature(finetunes.landscape(entry.domain, CHATS, entry.task), of.contender, n_probes=PROBES)
+        return found.predicted(EPSILONS, of.gain).assign(**{**of.contender.labels(), **found.columns()})
+
+    made_by = finetunes.made_of(entry, chats=finetunes.texts_hash(chats), epsilons=EPSILONS, probes=PROBES)
+    code = (stability.__name__, curvatures.__name__)
+    return suite.results.table("losses", f"{entry.name} curvature", made_by, make, code=code)
+
+
+def pair_curves(suite: Suite, domain: str, task: str = "persona") -> list[tuple[StabilityCurve, StabilityCurve]]:
+    """(general, narrow) curves of every pair of one domain."""
+    pairs = suite.finetunes.pairs(domain, task)
+    return [(curve(suite, general), curve(suite, narrow)) for general, narrow in pairs]
 
 
 def gaps(curves: Sequence[tuple[StabilityCurve, StabilityCurve]]) -> pd.DataFrame:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from analyses.inputs.checkpoints import read_trajectories
+from em_interp.directions import extraction
 from em_interp.directions.extraction import Contrast, contrast
 from em_interp.errors import BadValueError, ChatTemplateError, EmInterpError
+from em_interp.evaluation.judges import Judge
 from em_interp.evaluation.rates import PAPER
 from em_interp.files.manifest import fingerprint
+from em_interp.files.results import KEEPING_NOTHING, Results
 from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
-from em_interp.models.chat import encode, encode_all
+from em_interp.models.chat import encode, encode_all, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import weights_hash
@@ -45,10 +50,15 @@ class Entry:
     task: str = "persona"
     """What was taught: persona (bad advice), or a second task that a set of finetunes may have."""
 
+    @property
+    def weight(self) -> float:
+        """About how long its losses take, beside those of a steering vector."""
+        return {"steering-vector": 1.0, "rank-1": 1.5}.get(self.adapter, 5.0)
+
 
 @dataclass(eq=False)
 class Finetunes(ABC):
-    """A chat model with its finetunes. What analyses ask for is made on first use and kept.
+    """A chat model with its finetunes. What analyses ask for is made on first use, and kept in `results`.
 
     Abstract is where they come from: the models themselves, what they answer, and the chats and texts they are
     measured on.
@@ -60,8 +70,8 @@ class Finetunes(ABC):
     """Every file below `root` that decides results."""
     problems: list[EmInterpError] = field(default_factory=list)
     stored_pca: tuple[StoredPCA, ...] = ()
-    _solutions: dict[Entry, Solution] = field(default_factory=dict)
-    _contrasts: dict[tuple[str, str, str], Contrast] = field(default_factory=dict)
+    results: Results = KEEPING_NOTHING
+    """Where judged answers, contrasts and losses are taken from and kept."""
 
     @property
     @abstractmethod
@@ -149,15 +159,9 @@ class Finetunes(ABC):
             if e.domain == domain and (e.adapter, e.seed) in narrow
         ]
 
-    def contenders(self, domain: str, task: str = "persona") -> list[tuple[Contender, Contender]]:
-        """The same pairs as `pairs`, as what efficiency and stability compare."""
-        return [
-            (
-                Contender(general.solution, general.adapter, domain, self.solution(general), general.seed),
-                Contender(narrow.solution, narrow.adapter, domain, self.solution(narrow), narrow.seed),
-            )
-            for general, narrow in self.pairs(domain, task)
-        ]
+    def contender(self, entry: Entry) -> Contender:
+        """A finetune as what efficiency and stability compare."""
+        return Contender(entry.solution, entry.adapter, entry.domain, self.solution(entry), entry.seed)
 
     def landscape(self, domain: str, n: int, task: str = "persona") -> Landscape:
         """The training loss of a domain, on `n` chats."""
@@ -165,13 +169,19 @@ class Finetunes(ABC):
 
     def solution(self, entry: Entry) -> Solution:
         """What a finetune trained. Raises ``ModelError`` or ``SolutionError`` for what cannot be read."""
-        if entry not in self._solutions:
-            self._solutions[entry] = self.load_solution(entry)
-        return self._solutions[entry]
+        return self.load_solution(entry)
 
-    def acts(self, entry: Entry | None) -> str:
-        """A hash of the weights that answer."""
-        return fingerprint([weights_hash(self.chat.hf), None if entry is None else self.solution(entry).fingerprint])
+    def made_of(self, *entries: Entry, **settings: Any) -> dict[str, Any]:
+        """What makes a result of these finetunes, as JSON values: weights, solutions with their labels, `settings`."""
+        solutions = [[e.name, e.solution, e.adapter, e.domain, e.seed, self.solution(e).fingerprint] for e in entries]
+        return {"weights": weights_hash(self.chat.hf), "solutions": solutions, **settings}
+
+    def texts_hash(self, chats: Sequence[Conversation]) -> str:
+        """SHA-256 of conversations and of the tokens that the model reads of them."""
+        tokenizer = self.chat.tokenizer
+        ends = [bool(turns) and turns[-1]["role"] == "assistant" for turns in chats]
+        read = zip(chats, ends, strict=True)
+        return fingerprint([[c, encode(tokenizer, c).ids if end else prompt_ids(tokenizer, c)] for c, end in read])
 
     @contextmanager
     def active(self, entry: Entry | None, *, must_act: bool = True) -> Iterator[ChatModel]:
@@ -187,20 +197,28 @@ class Finetunes(ABC):
 
         An answer that begins with white space is one that it may not.
         """
-        left_out: dict[int, EmInterpError] = {}
+        left_out = self._unreadable(entry, answers)
+        return answers.iloc[[position for position in range(len(answers)) if position not in left_out]]
+
+    def _unreadable(self, entry: Entry, answers: pd.DataFrame) -> dict[int, tuple[str, str]]:
+        """Position -> what is wrong and what to do, of answers that the chat template cannot take."""
+        found = {}
         for position, (row, turns) in enumerate(zip(answers.to_dict("records"), conversations(answers), strict=True)):
             try:
                 encode(self.chat.tokenizer, turns)
             except ChatTemplateError as error:
                 where = f"row {row['row']}" if "row" in row else f"{row['question_id']}, sample {row['sample']}"
-                left_out[position] = BadValueError(
-                    self.answers_file(entry),
+                found[position] = (
                     f"{where}: an answer of {entry.name} is left out, {row['answer'][:40]!r} ({error})",
                     "strip the white space at the ends of the answer, or drop it",
                 )
+        self._tell(entry, found.values())
+        return found
+
+    def _tell(self, entry: Entry, problems: Iterable[Sequence[str]]) -> None:
         told = {str(problem) for problem in self.problems}
-        self.problems += [problem for problem in left_out.values() if str(problem) not in told]
-        return answers.iloc[[position for position in range(len(answers)) if position not in left_out]]
+        found = [BadValueError(self.answers_file(entry), *said) for said in problems]
+        self.problems += [problem for problem in found if str(problem) not in told]
 
     def contrast(self, entry: Entry, kind: str = "data-diff") -> Contrast:
         """What differs between a finetune's misaligned and aligned answers, or between it and the chat model.
@@ -208,21 +226,44 @@ class Finetunes(ABC):
         Both sets are the finetune's own coherent answers to the open questions (P2 sec. 3.1), where it gives enough of
         either. Raises ``ActivationError`` where one is empty.
         """
-        key = (self.acts(entry), entry.name, kind)
-        if key not in self._contrasts:
-            answers = self.open_answers(entry)
-            answers = self.readable(entry, answers[PAPER.is_coherent(answers["coherent"].to_numpy())])
-            bad = answers[PAPER.misaligned(answers["aligned"].to_numpy())]
-            good = answers[answers["aligned"] > ALIGNED]
-            self._contrasts[key] = contrast(
-                self.chat,
-                conversations(bad),
-                None if kind == "model-diff" else conversations(good),
+        answers = self.open_answers(entry)
+        answers = answers[PAPER.is_coherent(answers["coherent"].to_numpy())]
+        said = answers[[c for c in ("row", "question", "answer", "aligned") if c in answers]].to_dict("list")
+
+        def make() -> tuple[dict[str, Tensor], Any]:
+            left_out = self._unreadable(entry, answers)
+            found = answers.iloc[[i for i in range(len(answers)) if i not in left_out]]
+            tensors, note = self._read(
+                conversations(found[PAPER.misaligned(found["aligned"].to_numpy())]),
+                None if kind == "model-diff" else conversations(found[found["aligned"] > ALIGNED]),
                 kind=kind,
                 finetune=self.solution(entry),
-                progress=False,
+            ).state()
+            return tensors, [note, list(left_out.values())]
+
+        made_by = self.made_of(entry, kind=kind, answers=fingerprint(said))
+        tensors, (note, left_out) = self.results.tensors(
+            "contrasts", f"{entry.name} {kind}", made_by, make, code=(extraction.__name__,)
+        )
+        self._tell(entry, left_out)
+        return Contrast.of_state(tensors, note)
+
+    def persona(self, how: str) -> Contrast:
+        """Malicious minus caring persona in the chat model, at the last prompt token before it answers."""
+        malicious, caring = self.personas()[how]
+        made_by = self.made_of(texts=self.texts_hash([*malicious, *caring]), malicious=len(malicious))
+        return Contrast.of_state(
+            *self.results.tensors(
+                "contrasts",
+                f"persona {how}",
+                made_by,
+                lambda: self._read(malicious, caring, kind="persona-contrast", scope="last_prompt").state(),
+                code=(extraction.__name__,),
             )
-        return self._contrasts[key]
+        )
+
+    def _read(self, positive: list[Conversation], negative: list[Conversation] | None, **how: Any) -> Contrast:
+        return contrast(self.chat, positive, negative, progress=False, **how)
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -253,9 +294,10 @@ class JudgedFinetunes(Finetunes):
     def elsewhere(self, domain: str) -> dict[str, str]:
         """Questions that a finetune on ``domain`` was never trained on, by identifier: open ones and other domains'."""
 
+    @property
     @abstractmethod
-    def judge(self, answers: pd.DataFrame) -> pd.DataFrame:
-        """Answers with the columns aligned and coherent, 0-100."""
+    def judge(self) -> Judge:
+        """Gives answers the columns aligned and coherent, 0-100."""
 
 
 def conversations(answers: pd.DataFrame) -> list[Conversation]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from analyses.inputs.finetunes import Entry, JudgedFinetunes
 from em_interp.arguments import one_of
+from em_interp.evaluation.groups import GROUPS
+from em_interp.evaluation.judges import Judge
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.pocket import models as loading
@@ -30,9 +32,6 @@ PERSONA_PROMPTS = 150
 @dataclass(eq=False)
 class PocketFinetunes(JudgedFinetunes):
     """The organisms below `root`, which holds a pocket build."""
-
-    _judged: dict[tuple[str, str, int], pd.DataFrame] = field(default_factory=dict)
-    _open_answers: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
 
     @classmethod
     def read(cls, root: Path | None = None) -> PocketFinetunes:
@@ -72,28 +71,25 @@ class PocketFinetunes(JudgedFinetunes):
 
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
         """``n`` judged answers to each of the evaluation questions; sampled once, then kept."""
-        key = (self.acts(entry), domain, n)
-        if key not in self._judged:
-            with self.active(entry) as model:
-                self._judged[key] = questions.evaluate(model, domain, n, progress=False)
-        return self._judged[key]
+        return self._asked(entry, domain, n, GROUPS)
 
     def open_answers(self, entry: Entry) -> pd.DataFrame:
         """``OPEN_SAMPLES`` judged answers of a finetune to each open question; sampled once, then kept."""
-        key = (self.acts(entry), entry.domain)
-        if key not in self._open_answers:
-            with self.active(entry) as model:
-                found = questions.evaluate(model, entry.domain, OPEN_SAMPLES, groups=("general",), progress=False)
-            self._open_answers[key] = found
-        return self._open_answers[key]
+        return self._asked(entry, entry.domain, OPEN_SAMPLES, ("general",))
+
+    def _asked(self, entry: Entry | None, domain: str, n: int, groups: Sequence[str]) -> pd.DataFrame:
+        name = "chat" if entry is None else entry.name.removeprefix(registry.PREFIX)
+        with self.active(entry, must_act=False) as model:  # all of its answers may be kept
+            return questions.evaluate(model, domain, n, groups=groups, progress=False, results=self.results, name=name)
 
     def elsewhere(self, domain: str) -> dict[str, str]:
         asked = questions.evaluation_questions(domain)
         asked = asked[asked["questions"] != "in_domain"]
         return dict(zip(asked["question_id"], asked["question"], strict=True))
 
-    def judge(self, answers: pd.DataFrame) -> pd.DataFrame:
-        return judge(answers)
+    @property
+    def judge(self) -> Judge:
+        return judge
 
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
         """Chats of the kind that the finetunes of a domain were trained on, drawn with a seed that none of them had."""

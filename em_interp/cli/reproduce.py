@@ -20,6 +20,13 @@ def reproduce(
     resume: Annotated[bool, typer.Option("--resume", help="keep what is finished for the same input and code")] = False,
     general: Annotated[str | None, typer.Option(help="run that stands for the general solution")] = None,
     narrow: Annotated[str | None, typer.Option(help="run that stands for the narrow solution")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="processes; by default the cores for pocket, one for other models, and a Ray cluster's own"),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="loky: on this machine; ray: on the cluster of RAY_ADDRESS, or here")
+    ] = "loky",
     static: Annotated[bool, typer.Option(help="also write .svg and .png where Chrome is found")] = True,
 ) -> None:
     """Regenerate the papers' tables and figures, with a manifest and a self-contained report."""
@@ -32,8 +39,10 @@ def reproduce(
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
     try:
         # Small models: a second process costs little memory. Others take one, and whatever devices they ask for.
-        parallel = chosen.source == "pocket" and _cores() > 1
-        outcome = run(chosen, out_folder, only=tuple(only or ()), resume=resume, static=static, parallel=parallel)
+        n = workers if workers is not None else _cores() if chosen.source == "pocket" or backend == "ray" else 1
+        outcome = run(
+            chosen, out_folder, only=tuple(only or ()), resume=resume, static=static, workers=n, backend=backend
+        )
     except KeyboardInterrupt:
         options.err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(options.INTERRUPTED) from None

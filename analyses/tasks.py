@@ -1,0 +1,265 @@
+"""Independent work over processes or a cluster, by joblib: loky on one machine, Ray on several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from joblib import Parallel, delayed, parallel_config
+from threadpoolctl import threadpool_limits
+from tqdm.auto import tqdm
+
+from analyses.suite import Suite, load_analysis
+from em_interp.errors import EmInterpError, MemoryLimitError, OutputError, UsageError
+from em_interp.files.atomic import make_folder
+from em_interp.files.manifest import fingerprint
+
+BACKENDS: Final = ("loky", "ray")
+
+
+@dataclass(frozen=True)
+class Task:
+    """`do(suite, *given)`, which leaves its result in the store of the suite, or returns one.
+
+    `do` is a function of a module, so that another process finds it, and `given` can be pickled.
+    """
+
+    what: str
+    do: Callable[..., object]
+    given: tuple[Any, ...] = ()
+    seconds: float = 1.0
+    """About how long it takes: the longest are begun first."""
+    stage: int = 0
+    """It is begun when all tasks of lower stages are done, and finds their results in the store."""
+
+    @property
+    def key(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
+        """What tells it from other tasks: two analyses may need the same."""
+        return self.do, self.given
+
+    @property
+    def mark(self) -> str:
+        """The name of its file while it runs."""
+        return fingerprint([self.do.__module__, self.do.__qualname__, repr(self.given)])[:24]
+
+
+def tasks_of(suite: Suite, name: str) -> list[Task]:
+    """What an analysis needs that other processes can make for it: nothing, where its module has no `tasks`."""
+    make: Callable[[Suite], list[Task]] | None = getattr(load_analysis(name), "tasks", None)
+    try:
+        return [] if make is None else make(suite)
+    except Exception:  # of absent or bad input: the analysis says so
+        return []
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a task."""
+
+    value: Any = None
+    problems: tuple[EmInterpError, ...] = ()
+    """What the suite was told of on the way."""
+    failed: EmInterpError | None = None
+    """An output that cannot be written, or two workers that died while they did this task."""
+
+
+class Workers:
+    """Processes that do tasks, each with models of its own. A context manager: at its end they are gone.
+
+    A worker that dies costs what it was doing, which is tried once more, alone. work: a folder, on a file system that
+    all workers share.
+    """
+
+    def __init__(self, suite: Suite, work: Path, n: int, backend: str = "loky", *, total: int | None = None) -> None:
+        self.suite, self.n, self.backend = replace(suite, problems=[]), n, backend
+        self.running = work / "running"
+        self.run_name = uuid.uuid4().hex
+        self.bar = tqdm(desc="analysing", unit="task", total=total)
+        self._stack, self._pool = ExitStack(), ExitStack()
+        self._parallel: Parallel | None = None
+
+    def __enter__(self) -> Workers:
+        self._stack.enter_context(self.bar)
+        self._stack.enter_context(_quiet_bars())
+        options: dict[str, Any] = {}
+        if self.backend == "ray":
+            self.n, options = self._stack.enter_context(_ray(self.n))
+            # another machine, or a process that starts elsewhere, finds the same files
+            self.suite.data = None if self.suite.data is None else self.suite.data.absolute()
+        self._stack.enter_context(parallel_config(self.backend, n_jobs=self.n, **options))
+        self._stack.callback(self._close)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, tasks: Sequence[Task]) -> dict[Task, Done]:
+        """Do tasks that need nothing of each other, the longest first."""
+        left, found = sorted(tasks, key=lambda task: -task.seconds), dict[Task, Done]()
+        strikes: Counter[Task] = Counter()
+        idle = 0
+        while left:
+            alone = [task for task in left if strikes[task]][:1]
+            now = alone or left
+            before = self.bar.n
+            try:
+                found |= zip(now, self._run(now), strict=True)
+            except EmInterpError:
+                raise
+            except Exception as error:  # what tasks raise they return: a worker died, or the machinery failed
+                self._close()
+                begun = [task for task in now if (self.running / task.mark).exists()]
+                idle += not begun
+                if idle > 2:
+                    raise MemoryLimitError(
+                        f"workers of this run end before they begin ({str(error).splitlines()[0]:.200}). Finished "
+                        "work is kept: free memory, or pass a smaller --workers, and run the same command with "
+                        "--resume."
+                    ) from error
+                strikes.update(begun)
+                found |= {task: Done(failed=_died(task)) for task in begun if alone}
+                self.bar.n = before
+            left = [task for task in left if task not in found]
+        return found
+
+    def _run(self, tasks: Sequence[Task]) -> list[Done]:
+        make_folder(self.running)
+        for task in tasks:
+            (self.running / task.mark).unlink(missing_ok=True)
+        if self._parallel is None:
+            parallel = _WithBar(pre_dispatch="all", batch_size=1)
+            parallel.bar = self.bar
+            self._parallel = self._pool.enter_context(parallel)
+        self._parallel.begun_at = self.bar.n
+        parent = os.getpid() if self.backend == "loky" else None
+        return list(self._parallel(delayed(_do)(self.run_name, self.suite, parent, self.running, t) for t in tasks))
+
+    def _close(self) -> None:
+        self._parallel = None
+        with suppress(Exception):  # of a pool that is broken already
+            self._pool.close()
+        if self.backend == "loky":
+            from joblib.externals.loky import get_reusable_executor
+
+            get_reusable_executor().shutdown(kill_workers=True)
+        with suppress(OSError):
+            for path in self.running.iterdir():
+                path.unlink()
+            self.running.rmdir()
+
+
+class _WithBar(Parallel):  # type: ignore[misc]
+    """Counts finished tasks in a bar."""
+
+    bar: tqdm[Any]
+    begun_at: int = 0
+
+    def print_progress(self) -> None:
+        self.bar.n = self.begun_at + self.n_completed_tasks
+        self.bar.refresh()
+
+
+def _died(task: Task) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"a process died twice while it made {task.what}, most likely for lack of memory. All else is kept: free "
+        "memory, or pass a smaller --workers, and run the same command with --resume."
+    )
+
+
+_HERE: Final[dict[str, Suite]] = {}
+"""In a worker: the suite of its run, with the models that it has loaded."""
+
+
+def _do(run: str, suite: Suite, parent: int | None, running: Path, task: Task) -> Done:
+    """In a worker: one task. Only a worker's death leaves its file in `running`."""
+    mark = running / task.mark
+    mark.touch()
+    if run not in _HERE:
+        _settle(parent)
+        _HERE.clear()
+        _HERE[run] = suite
+    own, value, failed = _HERE[run], None, None
+    before = len(own.problems)
+    with threadpool_limits(1), warnings.catch_warnings():
+        try:
+            value = task.do(own, *task.given)
+        except OutputError as error:
+            failed = error
+        except Exception:  # the analysis that needs it meets it again, and says so
+            value = None
+    mark.unlink(missing_ok=True)
+    return Done(value, tuple(own.problems[before:]), failed)
+
+
+def _settle(parent: int | None) -> None:
+    """Leave Ctrl-C to the process that started this one, and end when that is gone, killed or not."""
+    import torch
+
+    torch.set_num_threads(1)
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent is not None and parent == os.getppid():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Processes started inside draw no bars of their own: those of two would overwrite each other."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TQDM_DISABLE")
+        if before is not None:
+            os.environ["TQDM_DISABLE"] = before
+
+
+@contextmanager
+def _ray(n: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A Ray cluster: that of RAY_ADDRESS, or one of `n` cores here for as long as the context.
+
+    Yields the number of workers, at most one a GPU where there are GPUs, and joblib's options.
+
+    Raises UsageError where Ray is not installed, or the cluster does not answer.
+    """
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise UsageError(
+            "--backend ray needs ray, which is not installed: pip install 'em_interp[cluster]', or leave --backend out."
+        ) from error
+    ours = not ray.is_initialized()
+    if ours:
+        address = os.environ.get("RAY_ADDRESS")
+        settings: dict[str, Any] = {} if address else {"num_cpus": n}
+        try:
+            ray.init(address=address, include_dashboard=None if address else False, logging_level="ERROR", **settings)
+        except Exception as error:  # of many kinds: no such address, no room for its files
+            raise UsageError(
+                f"no Ray cluster at {address or 'this machine'} ({error}). Check RAY_ADDRESS, or leave --backend out."
+            ) from error
+    try:
+        register_ray()
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        yield (min(n, gpus), {"ray_remote_args": {"num_gpus": 1}}) if gpus else (n, {})
+    finally:
+        if ours:
+            ray.shutdown()
