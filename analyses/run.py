@@ -153,7 +153,7 @@ def _on_workers(suite: Suite, names: list[str], folder: Path, key: str, n: int, 
         for stage in range(max(last.values(), default=-1) + 2):
             pieces = {task: by for task, by in needs.values() if task.stage == stage and not by <= set(broken)}
             ready = [name for name in names if last[name] == stage - 1 and name not in broken]
-            whole = {Task(name, _work, (name, folder, key), 5.0, stage): name for name in ready}
+            whole = {Task(name, _work, (name, folder, key), 5.0, stage, returns=True): name for name in ready}
             for task, done in pool.run([*pieces, *whole]).items():
                 if isinstance(done.failed, OutputError):
                     raise done.failed

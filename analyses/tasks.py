@@ -41,6 +41,8 @@ class Task:
     """About how long it takes: the longest are begun first."""
     stage: int = 0
     """It is begun when all tasks of lower stages are done, and finds their results in the store."""
+    returns: bool = False
+    """Whether it returns its result, rather than leave it in the store."""
 
     @property
     def key(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
@@ -117,8 +119,10 @@ class Workers:
             except EmInterpError:
                 raise
             except Exception as error:  # what tasks raise they return: a worker died, or the machinery failed
-                self._close()
                 begun = [task for task in now if (self.running / task.mark).exists()]
+                kept = [t for t in now if not t.returns and (self.running / t.mark).with_suffix(".done").exists()]
+                found |= dict.fromkeys(kept, Done())
+                self._close()
                 idle += not begun
                 if idle > 2:
                     raise MemoryLimitError(
@@ -135,7 +139,8 @@ class Workers:
     def _run(self, tasks: Sequence[Task]) -> list[Done]:
         make_folder(self.running)
         for task in tasks:
-            (self.running / task.mark).unlink(missing_ok=True)
+            for ending in ("", ".done"):
+                (self.running / task.mark).with_suffix(ending).unlink(missing_ok=True)
         if self._parallel is None:
             parallel = _WithBar(pre_dispatch="all", batch_size=1)
             parallel.bar = self.bar
@@ -197,15 +202,17 @@ def _do(run: str, suite: Suite, parent: int | None, running: Path, task: Task) -
             failed = error
         except Exception:  # the analysis that needs it meets it again, and says so
             value = None
-    mark.unlink(missing_ok=True)
+    mark.rename(mark.with_suffix(".done"))
     return Done(value, tuple(own.problems[before:]), failed)
 
 
 def _settle(parent: int | None) -> None:
     """Leave Ctrl-C to the process that started this one, and end when that is gone, killed or not."""
     import torch
+    from joblib.externals.loky import process_executor
 
     torch.set_num_threads(1)
+    process_executor._MAX_MEMORY_LEAK_SIZE = 2**62  # models and their work are no leak: a worker that ends loads again
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent is not None and parent == os.getppid():
@@ -250,6 +257,7 @@ def _ray(n: int) -> Iterator[tuple[int, dict[str, Any]]]:
     if ours:
         address = os.environ.get("RAY_ADDRESS")
         settings: dict[str, Any] = {} if address else {"num_cpus": n}
+        os.environ.setdefault("RAY_worker_niceness", "0")  # nobody but this process waits for them
         try:
             ray.init(address=address, include_dashboard=None if address else False, logging_level="ERROR", **settings)
         except Exception as error:  # of many kinds: no such address, no room for its files

@@ -1,0 +1,121 @@
+"""Tasks over processes: what a dead worker costs, that nothing outlives the run, and the same on Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from analyses.suite import Suite
+from analyses.tasks import Task, Workers
+from em_interp.errors import DirectionError, MemoryLimitError, OutputError, UsageError
+
+
+def number(suite: Suite, i: int) -> tuple[int, int]:
+    return i, os.getpid()
+
+
+def noted(suite: Suite) -> str:
+    suite.note(DirectionError("a note of a worker"))
+    return suite.name
+
+
+def dies(suite: Suite, folder: Path, times: int) -> str:
+    """The first `times` times."""
+    tried = len(list(folder.glob("tried-*")))
+    (folder / f"tried-{tried}").touch()
+    if tried < times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "made"
+
+
+def fails(suite: Suite) -> None:
+    raise DirectionError("the analysis says so itself")
+
+
+def full(suite: Suite) -> None:
+    raise OutputError("no room")
+
+
+def waits(suite: Suite, folder: Path, i: int) -> None:
+    (folder / f"pid-{i}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+@pytest.fixture
+def suite() -> Suite:
+    return Suite.load("pocket")
+
+
+@pytest.mark.parametrize("backend", ["loky", "ray"])
+def test_a_dead_worker_costs_its_task(backend: str, suite: Suite, tmp_path: Path) -> None:
+    if backend == "ray":
+        pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    folders = [tmp_path / name for name in ("once", "always")]
+    for folder in folders:
+        folder.mkdir()
+    once, always = (Task(f.name, dies, (f, n), 2.0, returns=True) for f, n in zip(folders, (1, 9), strict=True))
+    others = [Task(f"number {i}", number, (i,), 3.0 - i, returns=True) for i in range(4)]
+    with Workers(suite, tmp_path / "work", 2, backend) as pool:
+        first = pool.run([*others, once, always])
+        second = pool.run([Task("noted", noted, returns=True), Task("fails", fails), Task("full", full)])
+    assert [first[task].value[0] for task in others] == list(range(4))
+    assert os.getpid() not in {first[task].value[1] for task in others}
+    assert first[once].value == "made" and first[once].failed is None
+    assert isinstance(first[always].failed, MemoryLimitError)
+    assert "died twice while it made always" in str(first[always].failed)
+    assert len(list(folders[1].iterdir())) == 2
+    of = {task.what: done for task, done in second.items()}
+    assert of["noted"].value == "pocket" and [str(p) for p in of["noted"].problems] == ["a note of a worker"]
+    assert of["fails"].value is None and of["fails"].failed is None
+    assert isinstance(of["full"].failed, OutputError)
+    assert suite.problems == [] and not (tmp_path / "work" / "running").exists()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from analyses.suite import Suite
+from analyses.tasks import Task, Workers
+from tests.test_workers import waits
+folder = Path(sys.argv[1])
+with Workers(Suite.load("pocket"), folder / "work", 2) as pool:
+    pool.run([Task(str(i), waits, (folder, i)) for i in range(2)])
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_outlives_the_run(sign: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(pids := [p.read_text() for p in tmp_path.glob("pid-*") if p.read_text()]) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    if sign == signal.SIGINT:
+        os.killpg(process.pid, sign)  # as a terminal does
+    else:
+        process.kill()
+    process.communicate()
+    while [pid for pid in pids if _lives(int(pid))] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if _lives(int(pid))]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_without_ray_the_extra_is_named(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"em_interp\[cluster\]"), Workers(suite, tmp_path, 2, "ray"):
+        pass
