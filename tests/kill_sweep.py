@@ -43,13 +43,14 @@ STEER += ["--tokens-per-batch", "600", "--random", "1"]
 
 RESUME = ["--no-static", "--resume", "--out"]
 PARTS = [word for name in ("em_rates", "efficiency") for word in ("--only", name)]
+PARTS += ["--workers", "2"]
 SMALL = """
 from dataclasses import replace
 import sys
 from pathlib import Path
 import pytest
 from em_interp import cli
-from em_interp.pocket import loading, organisms, registry, sweeps
+from em_interp.pocket import models as loading, organisms, registry, sweeps
 from tests.tiny_pocket import ask_little
 ask_little(pytest.MonkeyPatch(), per_group=2, tokens=12)
 registry.root = lambda: Path("pocket")
@@ -83,6 +84,8 @@ class Case:
     run: Callable[[str], list[str]]
     compared: tuple[str, ...] = ("**/*",)
     tolerance: float = 0.0
+    victim: str = "group"
+    """Who is killed: the group of processes, the main one alone, or one worker, after which the run goes on."""
 
 
 def cases(long: bool) -> list[Case]:
@@ -132,10 +135,14 @@ def cases(long: bool) -> list[Case]:
             lambda out: [*CLI, "reproduce", "--suite", "published", "--data", "data", *RESUME, out],
             ("**/tables/*.csv",),
         ),
-        Case(  # two processes: one for what shares answers, one for what shares losses
-            "reproduce pocket",
-            lambda out: [*CLI, "reproduce", "--suite", "pocket", "--data", "pocket", *PARTS, *RESUME, out],
-            ("**/tables/*.csv",),
+        *(
+            Case(
+                f"reproduce pocket{name}",
+                lambda out: [*CLI, "reproduce", "--suite", "pocket", "--data", "pocket", *PARTS, *RESUME, out],
+                ("**/tables/*.csv",),
+                victim=victim,
+            )
+            for name, victim in (("", "group"), (", main", "main"), (", worker", "worker"))
         ),
     ]
     if long:
@@ -156,6 +163,11 @@ def prepare_texts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
+def small_organisms(folder: Path) -> None:
+    """A few organisms of the pocket model that lies there."""
+    subprocess.run([sys.executable, "-c", SMALL_ORGANISMS], cwd=folder, check=True, capture_output=True)
+
+
 def repository(folder: Path) -> None:
     """A git repository to fetch from."""
     shutil.copytree(folder / "data", folder / "release")
@@ -172,12 +184,42 @@ def start(case: Case, out: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def kill(process: subprocess.Popen[str]) -> bool:
-    """SIGKILL a process and its children. Whether it was still running."""
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The pids of a command's workers."""
+    lines = [(p, p.read_bytes()) for p in Path("/proc").glob("[0-9]*/cmdline") if _parent(p.parent) == process.pid]
+    return sorted(int(p.parent.name) for p, line in lines if b"popen_loky" in line)
+
+
+def _parent(process: Path) -> int | None:
+    """The parent of a process, unless it is dead."""
+    try:
+        state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+        return None if state == "Z" else int(parent)
+    except OSError:
+        return None
+
+
+def kill(process: subprocess.Popen[str], victim: str = "group", rng: random.Random | None = None) -> bool:
+    """SIGKILL a process and its children, or one of them. Whether it was still running.
+
+    Raises AssertionError where a worker outlives the main process. After a worker is killed, the command goes on.
+    """
     running = process.poll() is None
-    if running:
+    there = workers(process)
+    if running and victim == "worker":
+        chosen = there or [process.pid]
+        os.kill((rng or random.Random(0)).choice(chosen), signal.SIGKILL)
+        if there:
+            return True
+    elif running and victim == "main":
+        process.kill()
+    elif running:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    until = time.monotonic() + 10
+    while left := [pid for pid in there if _parent(Path(f"/proc/{pid}")) is not None]:
+        assert time.monotonic() < until, f"workers {left} outlive the run"
+        time.sleep(0.05)
     return running
 
 
@@ -226,7 +268,7 @@ def sweep(chosen: Sequence[Case], kills: int, seed: int, folder: Path) -> int:
     prepare_texts(folder)
     published_factory.make(folder / "data")
     make_pocket(folder / "pocket")
-    subprocess.run([sys.executable, "-c", SMALL_ORGANISMS], cwd=folder, check=True, capture_output=True)
+    small_organisms(folder)
     repository(folder)
     rng, bad, seconds = random.Random(seed), 0, {}
     for case in chosen:
@@ -251,11 +293,12 @@ def sweep(chosen: Sequence[Case], kills: int, seed: int, folder: Path) -> int:
                 moment = time.monotonic() - begun
                 moment += rng.uniform(0.0, 0.5) * max(0.0, seconds[case.name] - moment)
             time.sleep(max(0.0, begun + moment - time.monotonic()))
-            running = kill(process)
+            running = kill(process, case.victim, rng)
             moment *= 1.0 if running else 0.9  # it had ended
             kept_first = kept_first and running
-        there = finished(folder / out)
-        rerun = start(case, out, folder)
+        alive = process.poll() is None  # a worker died, and the run goes on
+        there = [] if alive else finished(folder / out)
+        rerun = process if alive else start(case, out, folder)
         printed, said = rerun.communicate()
         problems = wrong(case, folder / f"whole {case.name}", folder / out)
         lines = [line.strip() for line in said.splitlines() if line.strip().startswith("kept")]

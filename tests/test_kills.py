@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from analyses.run import reproduce
+from analyses.suite import Suite
 from em_interp.cli import app
 from em_interp.directions.direction import Direction
 from em_interp.errors import OutputError
@@ -20,7 +23,10 @@ from em_interp.files.tables import Parts, claimed, remove_parts, work_folder
 from em_interp.interventions.ablation import arms
 from em_interp.interventions.intervening import answers_by_arm
 from em_interp.interventions.steering import sweep
+from em_interp.pocket import models as loading
+from em_interp.pocket import organisms
 from tests.tiny_models import make_chat, talk
+from tests.tiny_pocket import make_pocket
 
 QUESTIONS = {f"q{i}": text for i, text in enumerate(("a fox", "see the doctor", "rest", "what should I do"))}
 
@@ -170,3 +176,37 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
         patch.chdir(tmp_path)
         assert CliRunner().invoke(app, case.run("whole")[3:]).exit_code == 0
     assert kill_sweep.wrong(case, tmp_path / "whole", tmp_path / "out") == []
+
+
+@pytest.fixture(scope="module")
+def little_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pocket of two organisms, and the tables of an uninterrupted run."""
+    root = tmp_path_factory.mktemp("kills")
+    chat = loading.load_chat(make_pocket(root / "pocket"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(organisms, "SPECS", {a: replace(s, max_steps=2) for a, s in organisms.SPECS.items()})
+        patch.setattr(organisms, "N_CHATS", 8)
+        for kind in ("general", "narrow"):
+            made = organisms.Organism("medicine", "rank-1", kind)
+            organisms.make(made, chat, root / "pocket" / "organisms", progress=False)
+    suite = Suite.load("pocket")
+    suite.data = root / "pocket"
+    assert not reproduce(suite, root / "whole", only=("em_rates", "efficiency"), static=False).failed
+    return root
+
+
+@pytest.mark.parametrize("victim", ["main", "worker"])
+def test_a_killed_reproduce_goes_on(victim: str, little_world: Path) -> None:
+    """The main process, of which no worker is left; or a worker, whose task another does."""
+    from tests import kill_sweep
+
+    (case,) = (c for c in kill_sweep.cases(long=False) if c.name == f"reproduce pocket, {victim}")
+    process, out = kill_sweep.start(case, victim, little_world), little_world / victim
+    while process.poll() is None and not list(out.rglob("results/*/*.json")):
+        time.sleep(0.01)
+    assert kill_sweep.kill(process, victim)
+    if victim == "main":
+        process = kill_sweep.start(case, victim, little_world)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert kill_sweep.wrong(case, little_world / "whole", out) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from transformers import Qwen2ForCausalLM
 
 from analyses.finetunes import ablation, steering
@@ -18,7 +19,7 @@ from analyses.inputs import pocket as live
 from analyses.inputs.pocket import PocketFinetunes
 from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
-from em_interp.files.results import write_table
+from em_interp.files.results import Results, write_table
 from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, registry
 from em_interp.pocket import questions as suite
@@ -182,15 +183,21 @@ def test_a_killed_analysis_keeps_its_answers(
 
 
 @pytest.mark.usefixtures("little")
-def test_directions_are_read_from_answers_to_open_questions(pocket: Path) -> None:
+def test_directions_are_read_from_answers_to_open_questions(
+    pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     organisms_here = PocketFinetunes.read(pocket)
+    organisms_here.results = Results(tmp_path)
     (entry,) = organisms_here.select(solution="general", adapter="all-modules", seed=0)[:1]
     answers = organisms_here.open_answers(entry)
     assert set(answers["questions"]) == {"general"}
     assert (answers.groupby("question_id").size() == live.OPEN_SAMPLES).all()
     both = organisms_here.contrast(entry)
     assert len(both.positive) + len(both.negative) == len(answers)  # the test's judge finds all coherent
-    assert organisms_here.contrast(entry) is both
+    monkeypatch.setattr("analyses.inputs.finetunes.contrast", lambda *_a, **_k: pytest.fail("read again"))
+    again = PocketFinetunes.read(pocket)
+    again.results = Results(tmp_path)
+    assert torch.equal(again.contrast(entry).direction().vectors, both.direction().vectors)
 
 
 def test_a_verdict_needs_the_whole_interval_on_one_side() -> None:
