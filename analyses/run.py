@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,8 +106,9 @@ def _reproduce(
     # What was not asked for now stays in the report if it was made of the same input by the same code.
     kept = {n: s for n in suite.analyses if (resume or n not in chosen) and (s := _reuse(suite, folder, n, key))}
     todo = [name for name in chosen if name not in kept and name not in lacking]
+    shutil.rmtree(folder / ".state" / "running", ignore_errors=True)
+    suite.results.tidy()
     if todo:
-        suite.results.tidy()
         suite.results.say_kept()
     if (workers, backend) == (1, "loky"):
         made = list(_in_turn(suite, todo, folder, key))
@@ -188,8 +191,9 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
     started = time.perf_counter()
     state = _state_file(folder, name)
     state.unlink(missing_ok=True)
+    said: list[str] = []
     try:
-        section.tables = suite.tables_of(name)
+        section.tables, said = _heard(suite, name)
         for table_name, table in section.tables.items():
             _write_table(folder, table_name, table)
         section.figures = analysis.plot(section.tables)
@@ -203,13 +207,24 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
         section.error = str(error)
     except Exception:  # one broken analysis must not take the others with it; the report carries the trace
         section.error = traceback.format_exc()
-    section.notes = [str(p) for p in (*suite.input.problems[read_before:], *suite.problems[before:])]
+    section.notes = [str(p) for p in (*suite.input.problems[read_before:], *suite.problems[before:])] + said
     section.seconds = time.perf_counter() - started
     if section.error is None:
         hashes = {t: sha256(folder / "tables" / f"{t}.csv") for t in section.tables}
         content = {"key": key, "tables": hashes, "notes": section.notes, "figures": sorted(section.figures)}
         write_text(state, json.dumps(content, indent=2) + "\n")
     return section
+
+
+def _heard(suite: Suite, name: str) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The tables of an analysis, and what this package warned of while they were made."""
+    with warnings.catch_warnings(record=True) as said:
+        tables = suite.tables_of(name)
+    ours = [each for each in said if each.category.__module__.startswith("em_interp")]
+    for each in said:
+        if each not in ours:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return tables, list(dict.fromkeys(str(each.message) for each in ours))
 
 
 def _reuse(suite: Suite, folder: Path, name: str, key: str) -> Section | None:
