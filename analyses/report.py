@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-from rich.table import Table
+from rich.table import Column, Table
 
 from analyses.suite import Suite, load_analysis
 from em_interp import __version__
@@ -69,7 +69,9 @@ def write_report(
 
 def summary(sections: Sequence[Section]) -> Table:
     """What became of each analysis, folder by folder, for the terminal."""
-    table = Table("analysis", "tables", "figures", "agree", "differ", "absent", "seconds")
+    widest = max((len(section.name.partition(".")[0]) for section in sections), default=0)
+    names = Column("analysis", min_width=widest)  # a folder's name is a row of its own
+    table = Table(names, "tables", "figures", "agree", "differ", "absent", "seconds")
     before = ""
     for section in sections:
         folder, _, name = section.name.rpartition(".")
