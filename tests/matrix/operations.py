@@ -323,7 +323,8 @@ def theta(bench: Bench) -> Any:
     """The adapter's folder read as a solution."""
     if bench.folder is None:
         raise adapters.NotMade("no adapter, no theta")
-    return solutions.load(bench.folder, base=bench.bare)
+    base = bench.bare if bench.feature == "lora-dora" else None  # whose theta is relative to the base's weights
+    return solutions.load(bench.folder, base=base)
 
 
 def _scales(bench: Bench) -> tuple[float, ...]:
