@@ -343,6 +343,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not local(folder).is_dir():
         raise AdapterError(f"{folder}: no such folder.")
     path = local(folder / CONFIG)
+    if not path.is_file() and (folder / "config.json").is_file():
+        raise AdapterError(
+            f"{folder}: no {CONFIG}, but a whole model. If it is a full finetune, read it with "
+            "em_interp.solutions.load.load(folder, base=model), and give that to add_adapter."
+        )
     if not path.is_file():
         raise AdapterError(
             f"{folder}: no {CONFIG}, found {listing(folder)}. Give the folder of one adapter or checkpoint "

@@ -185,6 +185,8 @@ class ChatModel:
     ) -> None:
         """Add a PEFT folder or hub name, a steering-vector folder, or anything with `attached(model)`.
 
+        A full finetune is such a thing: `solutions.load.load(folder, base=model)`.
+
         A folder is proved on a short padded batch: `no_adapter()` still gives the base's own logits, and the adapter
         those of PEFT's own forward pass and, where it is theta = scale * B A, of `solutions.load(folder).attached`.
         Whatever fails, the model is as before.

@@ -1,7 +1,8 @@
 """theta: what a finetune trained, as one thing that can be scaled, perturbed, attached and compared.
 
 theta is the *effective* parameter: alpha * v for a steering vector, scale * B A for LoRA, where scale is
-alpha / r, or alpha / sqrt(r) with rsLoRA. Norms are of theta (Frobenius over all modules).
+alpha / r, or alpha / sqrt(r) with rsLoRA; for DoRA and full finetunes the change of the base's weights. Norms are of
+theta (Frobenius over all modules).
 
 A new kind is one file with a class of `Solution`, and its line in `load.KINDS`.
 """
