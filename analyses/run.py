@@ -58,13 +58,13 @@ def reproduce(
     workers: int = 1,
     backend: str = "loky",
 ) -> Outcome:
-    """Regenerate tables, figures, manifest and report below ``out / suite.name``.
+    """Regenerate tables, figures, manifest and report below `out / suite.name`.
 
-    With ``resume``, an analysis that finished on the same input with the same code is taken from its files; with
-    ``only``, so are those not named, and those that never finished are left out of the report. Answers, directions and
-    losses are always taken from ``out / suite.name / "results"`` where they were made of the same by the same code.
+    With `resume`, an analysis that finished on the same input with the same code is taken from its files; with
+    `only`, so are those not named, and those that never finished are left out of the report. Answers, directions and
+    losses are always taken from `out / suite.name / "results"` where they were made of the same by the same code.
     workers: processes that share the work; with backend loky, one is this process. backend: see `tasks.Workers`. Raises
-    ``EmInterpError`` where nothing at all can be done; everything else ends in the report. While it runs no other run
+    `EmInterpError` where nothing at all can be done; everything else ends in the report. While it runs no other run
     writes there.
     """
     one_of("backend", backend, BACKENDS)

@@ -1,4 +1,4 @@
-"""A suite: where its input comes from and which analyses it runs. Read from ``suites/NAME.toml`` or a user's file."""
+"""A suite: where its input comes from and which analyses it runs. Read from `suites/NAME.toml` or a user's file."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Input(Protocol):
 
 @dataclass(eq=False)
 class Suite:
-    """The configuration of one run of ``reproduce``."""
+    """The configuration of one run of `reproduce`."""
 
     name: str
     title: str
@@ -123,11 +123,11 @@ class Suite:
     """Run that stands for the general solution; by default read from the runs' names."""
     narrow: str | None = None
     models: dict[str, Any] | None = None
-    """Source models: the chat model, its finetunes, and what they are measured on (``finetunes.Finetunes``)."""
+    """Source models: the chat model, its finetunes, and what they are measured on (`finetunes.Finetunes`)."""
     samples: int = 2
     """Answers sampled to each question, where models are run."""
     problems: list[EmInterpError] = field(default_factory=list)
-    """What an analysis could not do for a part of the data, beside what the readers refused. Filled by ``note``."""
+    """What an analysis could not do for a part of the data, beside what the readers refused. Filled by `note`."""
     store: Path | None = None
     """Folder of results that analyses share (`Results`); by default nothing is kept."""
 
@@ -135,7 +135,7 @@ class Suite:
     def load(cls, name: str) -> Suite:
         """A shipped suite by name, or a TOML file.
 
-        Raises ``UsageError``, ``MissingDataError`` or ``UnreadableFileError``.
+        Raises `UsageError`, `MissingDataError` or `UnreadableFileError`.
         """
         is_file = name.endswith(".toml")
         path = Path(name) if is_file else SUITES / f"{name}.toml"
@@ -189,9 +189,9 @@ class Suite:
 
     @property
     def finetunes(self) -> Finetunes:
-        """The chat model and its finetunes, in ``data`` or as shipped, which take results from ``store``.
+        """The chat model and its finetunes, in `data` or as shipped, which take results from `store`.
 
-        Raises ``RegistryError`` without pocket weights, ``UsageError`` for models without a folder of data.
+        Raises `RegistryError` without pocket weights, `UsageError` for models without a folder of data.
         """
         self._finetunes.results = self.results
         return self._finetunes
@@ -214,7 +214,7 @@ class Suite:
 
     @property
     def judged_finetunes(self) -> JudgedFinetunes:
-        """The same, where new answers can be judged. Raises ``UsageError`` where they cannot."""
+        """The same, where new answers can be judged. Raises `UsageError` where they cannot."""
         found = self.finetunes
         if not isinstance(found, JudgedFinetunes):
             raise UsageError(f"the suite {self.name!r} has no {Need.JUDGE}: {self.lacks[Need.JUDGE]}.")
@@ -222,7 +222,7 @@ class Suite:
 
     @cached_property
     def published(self) -> PublishedData:
-        """The released files. Raises ``UsageError`` without a folder, ``MissingDataError`` for an empty one."""
+        """The released files. Raises `UsageError` without a folder, `MissingDataError` for an empty one."""
         if self.data is None:
             raise UsageError(
                 f"the suite {self.name!r} reads the authors' released files: pass their folder with --data DIR "
@@ -256,7 +256,7 @@ class Suite:
         return load_analysis(name).compute(self)
 
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """The analyses among ``names``, each the name of an analysis or of a table. Raises ``UsageError``."""
+        """The analyses among `names`, each the name of an analysis or of a table. Raises `UsageError`."""
         if not names:
             return self.analyses
         by_table = {table: a for a in self.analyses for table in self.analysis(a).TABLES}
@@ -274,7 +274,7 @@ class Suite:
 
 
 def full_name(name: object, known: Sequence[str]) -> str:
-    """The one analysis of that full name (finetunes.steering) or last part (steering). Raises ``UsageError``."""
+    """The one analysis of that full name (finetunes.steering) or last part (steering). Raises `UsageError`."""
     called = _called(name, known)
     if len(called) == 1:
         return called[0]
@@ -299,7 +299,7 @@ def _chosen(given: Sequence[object], source: str) -> tuple[str, ...]:
 
 
 def _available(name: object, source: str) -> str:
-    """The full name of an analysis that can be made of a source. Raises ``UsageError``."""
+    """The full name of an analysis that can be made of a source. Raises `UsageError`."""
     here = _of_source(source)
     if not _called(name, here) and (called := _called(name, ANALYSES)):
         reasons = "; ".join(str(_lacking(analysis, _LACKS[source])) for analysis in called)

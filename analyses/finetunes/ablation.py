@@ -38,7 +38,7 @@ SHARES = 3
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """``ablation``: a row an organism and arm. ``transfer``: a row a direction (with its kind) and organism."""
+    """`ablation`: a row an organism and arm. `transfer`: a row a direction (with its kind) and organism."""
     entries = _ablated(suite)
     rows, moved = [], []
     directions = _directions(suite)

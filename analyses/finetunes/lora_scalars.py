@@ -24,8 +24,7 @@ TEXT = (
     "coherent answer of the organism itself is given to a logistic probe (P2 Table 1), scored on questions that the "
     "probe was not fitted on: does s tell the trained domain from others, or misaligned answers from aligned ones? "
     f"Chance is an AUC of 0.5; intervals ({PERCENT}) leave questions out in turn, and are mirrored at 0.5 where the "
-    "probe comes out below it. The pocket organisms have one adapter, so the probe "
-    "sees one number an answer."
+    "probe comes out below it. The pocket organisms have one adapter, so the probe sees one number an answer."
 )
 TABLES = ("lora_scalars",)
 NEEDS = (Need.ANSWERS,)
@@ -61,7 +60,7 @@ def _read(suite: Suite) -> list[Entry]:
 
 
 def scalars(suite: Suite, entry: Entry) -> pd.DataFrame:
-    """`lora_scalars` of an organism's coherent answers. Raises ``UsageError`` and ``StatisticsError``."""
+    """`lora_scalars` of an organism's coherent answers. Raises `UsageError` and `StatisticsError`."""
     finetunes = suite.finetunes
     try:
         adapter = as_lora(finetunes.solution(entry))

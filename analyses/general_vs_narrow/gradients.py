@@ -54,7 +54,7 @@ def tasks(suite: Suite) -> list[Task]:
 
 
 def cosines(suite: Suite, family: str, name: str) -> pd.DataFrame:
-    """`gradient_cosines` of a run of a family. Raises ``UsageError`` where that has no general and narrow run."""
+    """`gradient_cosines` of a run of a family. Raises `UsageError` where that has no general and narrow run."""
     finetunes = suite.finetunes
     runs = finetunes.families()[family]
     references = find_references(runs, finetunes.trajectories, suite.general, suite.narrow)

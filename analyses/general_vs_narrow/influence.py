@@ -31,7 +31,7 @@ NORMS = (0.5, 1.0, 1.5)
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """``influence``: a row a direction and norm. ``influence_ratio``: general over narrow and over random."""
+    """`influence`: a row a direction and norm. `influence_ratio`: general over narrow and over random."""
     table, ratios = measured(suite, suite.finetunes.compared())
     if table.empty:
         raise nothing_of(suite, "general and narrow organism of one kind")

@@ -80,18 +80,18 @@ class Finetunes(ABC):
 
     @abstractmethod
     def load_chat(self) -> ChatModel:
-        """Read the model that all of them were trained from. Raises ``ModelError`` where it cannot be had."""
+        """Read the model that all of them were trained from. Raises `ModelError` where it cannot be had."""
 
     @abstractmethod
     def load_solution(self, entry: Entry) -> Solution:
-        """Read what a finetune trained. Raises ``ModelError`` or ``SolutionError``."""
+        """Read what a finetune trained. Raises `ModelError` or `SolutionError`."""
 
     @abstractmethod
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
-        """Judged answers of a finetune, or of the chat model, to the questions for a finetune on ``domain``.
+        """Judged answers of a finetune, or of the chat model, to the questions for a finetune on `domain`.
 
         Columns question, answer, aligned, coherent and questions (the group: general, in_domain, heldout_domain). n:
-        answers to each question, where they are sampled here. Raises ``UsageError`` where there are none.
+        answers to each question, where they are sampled here. Raises `UsageError` where there are none.
         """
 
     @abstractmethod
@@ -100,11 +100,11 @@ class Finetunes(ABC):
 
     @abstractmethod
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
-        """Chats of the kind that a domain's finetunes were trained on. Raises ``UsageError`` where none are known."""
+        """Chats of the kind that a domain's finetunes were trained on. Raises `UsageError` where none are known."""
 
     @abstractmethod
     def texts(self, n: int) -> list[str]:
-        """Documents of the kind that the model was pre-trained on. Raises ``UsageError`` where there are none."""
+        """Documents of the kind that the model was pre-trained on. Raises `UsageError` where there are none."""
 
     def sources(self) -> dict[str, str]:
         """What lies outside `files` and decides results: a name in the suite -> a hash of what it stands for now."""
@@ -168,7 +168,7 @@ class Finetunes(ABC):
         return Landscape(self.chat, encode_all(self.chat.tokenizer, self.training_chats(domain, n, task)))
 
     def solution(self, entry: Entry) -> Solution:
-        """What a finetune trained. Raises ``ModelError`` or ``SolutionError`` for what cannot be read."""
+        """What a finetune trained. Raises `ModelError` or `SolutionError` for what cannot be read."""
         return self.load_solution(entry)
 
     def made_of(self, *entries: Entry, **settings: Any) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Finetunes(ABC):
         """What differs between a finetune's misaligned and aligned answers, or between it and the chat model.
 
         Both sets are the finetune's own coherent answers to the open questions (P2 sec. 3.1), where it gives enough of
-        either. Raises ``ActivationError`` where one is empty.
+        either. Raises `ActivationError` where one is empty.
         """
         answers = self.open_answers(entry)
         answers = answers[PAPER.is_coherent(answers["coherent"].to_numpy())]
@@ -271,7 +271,7 @@ class Finetunes(ABC):
         return read_trajectories(self.root / "trajectories", self.chat_path, self.problems)
 
     def checkpoints(self, run: str) -> dict[int, Solution]:
-        """The thetas of one training run, by step. Raises ``SolutionError``."""
+        """The thetas of one training run, by step. Raises `SolutionError`."""
         return solutions.load_checkpoints(self.root / "trajectories" / run, self.chat)
 
     def families(self) -> dict[str, list[Trajectory]]:
@@ -292,7 +292,7 @@ class JudgedFinetunes(Finetunes):
 
     @abstractmethod
     def elsewhere(self, domain: str) -> dict[str, str]:
-        """Questions that a finetune on ``domain`` was never trained on, by identifier: open ones and other domains'."""
+        """Questions that a finetune on `domain` was never trained on, by identifier: open ones and other domains'."""
 
     @property
     @abstractmethod

@@ -35,13 +35,13 @@ class PocketFinetunes(JudgedFinetunes):
 
     @classmethod
     def read(cls, root: Path | None = None) -> PocketFinetunes:
-        """The organisms of a build, or the shipped ones. Raises ``RegistryError`` where there are none."""
+        """The organisms of a build, or the shipped ones. Raises `RegistryError` where there are none."""
         root = registry.root() if root is None else root
         folder = root / "organisms"
         if not (root / "chat" / "config.json").is_file():
             raise registry.RegistryError(
-                f"{root} holds no pocket chat model. `em-interp pocket build --out {root}` makes one, "
-                f"`em-interp pocket organisms --out {root}` its organisms; without --data the shipped ones are taken"
+                f"{root} holds no pocket chat model. `em-interp pocket build --out {root}` makes one, `em-interp "
+                f"pocket organisms --out {root}` its organisms; without --data the shipped ones are taken"
             )
         entries = tuple(
             Entry(registry.PREFIX + o.name, o.domain, o.adapter, o.solution, o.seed, folder / o.name, o.task)
@@ -70,11 +70,11 @@ class PocketFinetunes(JudgedFinetunes):
         return solutions.load(entry.path)
 
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
-        """``n`` judged answers to each of the evaluation questions; sampled once, then kept."""
+        """`n` judged answers to each of the evaluation questions; sampled once, then kept."""
         return self._asked(entry, domain, n, GROUPS)
 
     def open_answers(self, entry: Entry) -> pd.DataFrame:
-        """``OPEN_SAMPLES`` judged answers of a finetune to each open question; sampled once, then kept."""
+        """`OPEN_SAMPLES` judged answers of a finetune to each open question; sampled once, then kept."""
         return self._asked(entry, entry.domain, OPEN_SAMPLES, ("general",))
 
     def _asked(self, entry: Entry | None, domain: str, n: int, groups: Sequence[str]) -> pd.DataFrame:
