@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from em_interp.directions import activations, extraction, lens
 from em_interp.directions import rank1 as lora
-from em_interp.evaluation import logprobs, sampling
+from em_interp.evaluation import answers, logprobs, sampling
+from em_interp.files.results import KEEPING_NOTHING
 from em_interp.interventions import ablation, orthogonalise, steering
 from em_interp.interventions import intervening as interventions
 from em_interp.interventions.intervening import intervening
-from em_interp.models import chat
+from em_interp.models import chat, weights
 from em_interp.models import pretrained as models
 from tests.fuzz import Call
 from tests.fuzz.world import BAD, FEW, GOOD, QUESTIONS, SHORT
@@ -26,6 +28,10 @@ from tests.tiny_models import make_chat, tokenizer
 def steered(model: models.ChatModel, interventions: Any, **options: Any) -> None:
     with intervening(model, interventions, **options), torch.no_grad():
         model.hf(torch.tensor([[5, 6]]))
+
+
+def _judge(answers: pd.DataFrame) -> pd.DataFrame:
+    return answers.assign(aligned=0.0, coherent=100.0)
 
 
 def calls(w: dict[str, Any]) -> list[Call]:
@@ -80,6 +86,24 @@ def calls(w: dict[str, Any]) -> list[Call]:
                 "system": None,
                 "tokens_per_batch": 512,
                 **SHORT,
+            },
+        ),
+        (weights.what_acts, {"model": model}),
+        (answers.judge_name, {"judge": _judge}),
+        (answers.asked_of, {"model": model, "questions": QUESTIONS, "n": 1, "judge": _judge}),
+        (
+            answers.judged_answers,
+            {
+                "results": KEEPING_NOTHING,
+                "name": "a",
+                "model": model,
+                "questions": QUESTIONS,
+                "n": 1,
+                "judge": _judge,
+                "seed": 0,
+                "max_new_tokens": 2,
+                "temperature": 1.0,
+                "progress": False,
             },
         ),
         (
