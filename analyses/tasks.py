@@ -99,11 +99,15 @@ class Workers:
             # another machine, or a process that starts elsewhere, finds the same files
             self.suite.data = None if self.suite.data is None else self.suite.data.absolute()
         self._stack.enter_context(parallel_config(self.backend, n_jobs=self.n, **options))
-        self._stack.callback(self._close)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            self._close()
+            if self.backend == "loky" and kind is None:  # else joblib has killed them
+                from joblib.externals.loky import get_reusable_executor
+
+                get_reusable_executor().shutdown()
 
     def run(self, tasks: Sequence[Task]) -> dict[Task, Done]:
         """Do tasks that need nothing of each other, the longest first."""
@@ -142,9 +146,10 @@ class Workers:
             for ending in ("", ".done"):
                 (self.running / task.mark).with_suffix(ending).unlink(missing_ok=True)
         if self._parallel is None:
-            parallel = _WithBar(pre_dispatch="all", batch_size=1)
-            parallel.bar = self.bar
-            self._parallel = self._pool.enter_context(parallel)
+            self._parallel = _WithBar(pre_dispatch="all", batch_size=1)
+            self._parallel.bar = self.bar
+            if self.backend == "ray":  # loky's processes stay from one call to the next as they are
+                self._pool.enter_context(self._parallel)
         self._parallel.begun_at = self.bar.n
         parent = os.getpid() if self.backend == "loky" else None
         return list(self._parallel(delayed(_do)(self.run_name, self.suite, parent, self.running, t) for t in tasks))
@@ -153,10 +158,6 @@ class Workers:
         self._parallel = None
         with suppress(Exception):  # of a pool that is broken already
             self._pool.close()
-        if self.backend == "loky":
-            from joblib.externals.loky import get_reusable_executor
-
-            get_reusable_executor().shutdown(kill_workers=True)
         with suppress(OSError):
             for path in self.running.iterdir():
                 path.unlink()
@@ -215,11 +216,11 @@ def _settle(parent: int | None) -> None:
     process_executor._MAX_MEMORY_LEAK_SIZE = 2**62  # models and their work are no leak: a worker that ends loads again
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if parent is not None and parent == os.getppid():
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
