@@ -19,7 +19,7 @@ from joblib import Parallel, delayed, parallel_config
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from analyses.suite import Suite, load_analysis
+from analyses.suite import ANALYSES, Suite, load_analysis
 from em_interp.errors import EmInterpError, MemoryLimitError, OutputError, UsageError
 from em_interp.files.atomic import make_folder
 from em_interp.files.manifest import fingerprint
@@ -56,12 +56,14 @@ class Task:
 
 
 def tasks_of(suite: Suite, name: str) -> list[Task]:
-    """What an analysis needs that other processes can make for it: nothing, where its module has no `tasks`."""
-    make: Callable[[Suite], list[Task]] | None = getattr(load_analysis(name), "tasks", None)
+    """What an analysis, and those whose tables it needs, have for other processes to make: its module's `tasks`."""
+    analysis = load_analysis(name)
+    make: Callable[[Suite], list[Task]] | None = getattr(analysis, "tasks", None)
     try:
-        return [] if make is None else make(suite)
+        own = [] if make is None else make(suite)
     except Exception:  # of absent or bad input: the analysis says so
-        return []
+        own = []
+    return [*own, *(task for need in analysis.NEEDS if need in ANALYSES for task in tasks_of(suite, need))]
 
 
 @dataclass(frozen=True)
