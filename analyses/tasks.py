@@ -10,7 +10,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,8 @@ from em_interp.files.atomic import make_folder
 from em_interp.files.manifest import fingerprint
 
 BACKENDS: Final = ("loky", "ray")
+_UNSEEN_SECONDS: Final = 2.0
+"""Loky sees most deaths at once."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ class Workers:
                 self._pool.enter_context(self._parallel)
         self._parallel.begun_at = self.bar.n
         parent = os.getpid() if self.backend == "loky" else None
-        return list(self._parallel(delayed(_do)(self.run_name, self.suite, parent, self.running, t) for t in tasks))
+        calls = (delayed(_do)(self.run_name, self.suite, parent, self.running, t) for t in tasks)
+        with _none_waits_for_the_dead(self._parallel) if parent else nullcontext():
+            return list(self._parallel(calls))
 
     def _close(self) -> None:
         self._parallel = None
@@ -166,6 +170,38 @@ class Workers:
             self.running.rmdir()
 
 
+@contextmanager
+def _none_waits_for_the_dead(parallel: Parallel) -> Iterator[None]:
+    """Inside, if a worker of loky has died and that is not seen, the others end too, which is.
+
+    One that is killed while it sends a result leaves half of it: loky waits for the other half as long as any worker
+    holds the pipe open, and the workers wait for the one that is gone to let go of the pipe.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        dead: set[int] = set()
+        while not over.wait(_UNSEEN_SECONDS):
+            executor: Any = getattr(parallel._backend, "_workers", None)
+            known = dict(getattr(executor, "_processes", None) or {})
+            if dead & set(known):  # for as long, and still counted
+                for pid in set(known) - dead:
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+                with suppress(OSError):
+                    executor._result_queue._writer.close()  # the last end that could be written to
+                return
+            dead = {pid for pid, process in known.items() if process.exitcode is not None}
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class _WithBar(Parallel):  # type: ignore[misc]
     """Counts finished tasks in a bar."""
 
@@ -174,7 +210,7 @@ class _WithBar(Parallel):  # type: ignore[misc]
 
     def print_progress(self) -> None:
         self.bar.n = self.begun_at + self.n_completed_tasks
-        self.bar.refresh()
+        self.bar.refresh(nolock=True)  # an interrupt inside would leave tqdm's lock taken for ever
 
 
 def _died(task: Task) -> MemoryLimitError:

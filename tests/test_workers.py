@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky.backend.queues import SimpleQueue
 
 from analyses.suite import Suite
 from analyses.tasks import Task, Workers
@@ -40,6 +43,17 @@ def fails(suite: Suite) -> None:
 
 def full(suite: Suite) -> None:
     raise OutputError("no room")
+
+
+def dies_while_it_sends(suite: Suite, folder: Path) -> str:
+    """The first time: half of a message is in the pipe of results, and nobody else may write there."""
+    if not (folder / "tried").exists():
+        (folder / "tried").touch()
+        (pipe,) = [q for q in gc.get_objects() if type(q) is SimpleQueue and q._writer is not None and q._wlock]
+        pipe._wlock.acquire()
+        pipe._writer._send(struct.pack("!i", 1000))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "made"
 
 
 def waits(suite: Suite, folder: Path, i: int) -> None:
@@ -77,6 +91,14 @@ def test_a_dead_worker_costs_its_task(backend: str, suite: Suite, tmp_path: Path
     assert of["fails"].value is None and of["fails"].failed is None
     assert isinstance(of["full"].failed, OutputError)
     assert suite.problems == [] and not (tmp_path / "work" / "running").exists()
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_result_holds_nobody_up(suite: Suite, tmp_path: Path) -> None:
+    sending = Task("sending", dies_while_it_sends, (tmp_path,), 2.0, returns=True)
+    others = [Task(f"number {i}", number, (i,), returns=True) for i in range(4)]
+    with Workers(suite, tmp_path / "work", 2) as pool:
+        found = pool.run([sending, *others])
+    assert found[sending].value == "made" and [found[task].value[0] for task in others] == list(range(4))
 
 
 HOLD = """
