@@ -205,7 +205,7 @@ def test_a_bridge_refuses_passes(tmp_path):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(-2, 2), st.integers(0, 2**40))
+@given(st.floats(0, 1), st.floats(0, 1), st.sampled_from((-2.0, -0.3, 0.0, 1e-6, 1.7)), st.integers(0, 2**40))
 def test_turned_and_turned_again_it_is_as_long(eps, more, factor, seed):
     theta = _small()
     g = torch.Generator().manual_seed(seed)
