@@ -163,6 +163,13 @@ def lines_by(
     return style(figure, x_title, y_title)
 
 
+def points(figure: go.Figure, null: float) -> go.Figure:
+    """Markers without lines, those of one place side by side, and a dotted line at what no effect would give."""
+    figure.update_traces(mode="markers")
+    figure.add_hline(y=null, line_dash="dot", line_color="#888888")
+    return figure.update_layout(scattermode="group")
+
+
 def heatmap(matrix: np.ndarray, labels: Sequence[Any], title: str, colour_title: str) -> go.Figure:
     """A square matrix of cosines on a diverging scale centred on zero."""
     figure = go.Figure(

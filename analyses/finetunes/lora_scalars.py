@@ -97,10 +97,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             low=rows["low"],
             high=rows["high"],
         )
-    figure.update_traces(mode="markers")
-    figure.add_hline(y=0.5, line_dash="dot", line_color="#888888")
-    figures.style(figure, "", "AUC of the probe")
-    figure.update_layout(scattermode="group")
+    figures.style(figures.points(figure, 0.5), "", "AUC of the probe")
     figure.update_yaxes(range=[0, 1.05])
     return {
         "lora_scalars": figures.captioned(

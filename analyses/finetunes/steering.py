@@ -97,16 +97,18 @@ def cell(suite: Suite, entry: Entry, layer: int, random: int | None = None) -> p
     finetunes = suite.judged_finetunes
     model, asked, judge = finetunes.chat, finetunes.elsewhere(entry.domain), finetunes.judge
     direction, name = finetunes.contrast(entry).direction(), entry.name
-    unit = residual_norms(model, asked, [layer])[layer] / float(direction.at(layer).double().norm())
+    length = float(direction.at(layer).double().norm())
     if random is not None:
         direction = random_directions(direction, RANDOM_ARMS, torch.Generator().manual_seed(0))[random]
         name = f"random {random}"
     settings: dict[str, Any] = {"max_new_tokens": finetunes.max_new_tokens}
-    grid = [share * unit for share in SHARES if share]
-    made_by = asked_of(model, asked, 1, judge, **settings, layer=layer, coefficients=grid, direction=name)
+    shares = [share for share in SHARES if share]
+    made_by = asked_of(model, asked, 1, judge, **settings, layer=layer, shares=shares, length=length, direction=name)
     made_by |= {"vector": tensors_hash({"": direction.at(layer)})}
 
     def ask(parts: Parts | None) -> pd.DataFrame:
+        unit = residual_norms(model, asked, [layer])[layer] / length
+        grid = [share * unit for share in shares]
         options: dict[str, Any] = {"n": 1, "name": name, "random_arms": 0, "progress": False, "parts": parts}
         return judged(sweep(model, direction, asked, layers=[layer], coefficients=grid, **options, **settings), judge)
 

@@ -163,9 +163,6 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 low=rows["low"],
                 high=rows["high"],
             )
-        figure.update_traces(mode="markers")
-        figure.add_hline(y=claim.neutral, line_dash="dot", line_color="#888888")
-        figures.style(figure, "", claim.measure.split(",")[0].split(" (")[0])
-        figure.update_layout(scattermode="group")
+        figures.style(figures.points(figure, claim.neutral), "", claim.measure.split(",")[0].split(" (")[0])
         drawn[f"claims_{key}"] = figures.captioned(figure, " ".join(shown["sentence"]))
     return drawn

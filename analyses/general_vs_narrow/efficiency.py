@@ -66,17 +66,16 @@ def lead_tasks(pairs: Sequence[tuple[Entry, Entry]]) -> list[Task]:
 def curves(suite: Suite, general: Entry, narrow: Entry) -> list[EfficiencyCurve]:
     """`efficiency_curves` of a pair."""
     finetunes = suite.finetunes
-    chats = finetunes.training_chats(general.domain, CHATS, general.task)
     pair = [finetunes.contender(entry) for entry in (general, narrow)]
 
     def make() -> tuple[dict[str, Tensor], Any]:
-        found = efficiency_curves(finetunes.landscape(general.domain, CHATS, general.task), pair, SCALES)
+        found = efficiency_curves(finetunes.landscape(general, CHATS), pair, SCALES)
         tensors = {curve.contender.solution: torch.from_numpy(curve.losses.nll) for curve in found}
         same = found[0].chat
         rest = {"chat": same.nll, "tokens": same.tokens, "questions": same.questions}
         return tensors | {name: torch.from_numpy(x) for name, x in rest.items()}, list(same.plain)
 
-    made_by = finetunes.made_of(general, narrow, scales=SCALES, chats=finetunes.texts_hash(chats))
+    made_by = finetunes.losses_made_of(general, narrow, n=CHATS, scales=SCALES)
     tensors, plain = suite.results.tensors(
         "losses", f"{general.name} by norm", made_by, make, code=(efficiency.__name__,)
     )
@@ -91,15 +90,12 @@ def curves(suite: Suite, general: Entry, narrow: Entry) -> list[EfficiencyCurve]
 def lead(suite: Suite, general: Entry, narrow: Entry) -> pd.DataFrame:
     """`lead_at_equal_norm` of a pair."""
     finetunes = suite.finetunes
-    chats = finetunes.training_chats(general.domain, CHATS, general.task)
     pair = [finetunes.contender(entry) for entry in (general, narrow)]
     return suite.results.table(
         "losses",
         f"{general.name} lead",
-        finetunes.made_of(general, narrow, relative_norms=RELATIVE_NORMS, chats=finetunes.texts_hash(chats)),
-        lambda _: lead_at_equal_norm(
-            finetunes.landscape(general.domain, CHATS, general.task), pair[0], pair[1], RELATIVE_NORMS
-        ),
+        finetunes.losses_made_of(general, narrow, n=CHATS, relative_norms=RELATIVE_NORMS),
+        lambda _: lead_at_equal_norm(finetunes.landscape(general, CHATS), pair[0], pair[1], RELATIVE_NORMS),
         code=(efficiency.__name__,),
     )
 

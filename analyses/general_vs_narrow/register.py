@@ -99,10 +99,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             low=rows["low"],
             high=rows["high"],
         )
-    influence.update_traces(mode="markers")
-    influence.add_hline(y=1, line_dash="dot", line_color="#888888")
-    figures.style(influence, "", "KL of general / KL of narrow")
-    influence.update_layout(scattermode="group")
+    figures.style(figures.points(influence, 1), "", "KL of general / KL of narrow")
     return {
         "technical_rates": figures.captioned(
             bars, f"Technical answers of the chat model and the organisms; {PERCENT}."

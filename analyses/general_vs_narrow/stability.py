@@ -73,15 +73,14 @@ def curve(suite: Suite, entry: Entry) -> StabilityCurve:
     """`stability_curve` of a finetune; of the second task with half the perturbations."""
     finetunes = suite.finetunes
     contender = finetunes.contender(entry)
-    chats = finetunes.training_chats(entry.domain, CHATS, entry.task)
     grid: dict[str, Any] = {"epsilons": MIDDLE if entry.seed or entry.task == "register" else EPSILONS}
     grid["n_seeds"] = 5 if entry.task == "register" else 10
 
     def make() -> tuple[dict[str, Tensor], Any]:
-        found = stability_curve(finetunes.landscape(entry.domain, CHATS, entry.task), contender, **grid)
+        found = stability_curve(finetunes.landscape(entry, CHATS), contender, **grid)
         return {name: torch.from_numpy(getattr(found, name)) for name in _TENSORS}, [found.on, found.seeds]
 
-    made_by = finetunes.made_of(entry, chats=finetunes.texts_hash(chats), **grid)
+    made_by = finetunes.losses_made_of(entry, n=CHATS, **grid)
     tensors, (on, seeds) = suite.results.tensors(
         "losses", f"{entry.name} turned", made_by, make, code=(stability.__name__,)
     )
@@ -92,14 +91,13 @@ def curve(suite: Suite, entry: Entry) -> StabilityCurve:
 def bend(suite: Suite, entry: Entry) -> pd.DataFrame:
     """What the curvature at a finetune foretells."""
     finetunes = suite.finetunes
-    chats = finetunes.training_chats(entry.domain, CHATS, entry.task)
 
     def make(_parts: object) -> pd.DataFrame:
         of = curve(suite, entry)
-        found = curvature(finetunes.landscape(entry.domain, CHATS, entry.task), of.contender, n_probes=PROBES)
+        found = curvature(finetunes.landscape(entry, CHATS), of.contender, n_probes=PROBES)
         return found.predicted(EPSILONS, of.gain).assign(**{**of.contender.labels(), **found.columns()})
 
-    made_by = finetunes.made_of(entry, chats=finetunes.texts_hash(chats), epsilons=EPSILONS, probes=PROBES)
+    made_by = finetunes.losses_made_of(entry, n=CHATS, epsilons=EPSILONS, probes=PROBES)
     code = (stability.__name__, curvatures.__name__)
     return suite.results.table("losses", f"{entry.name} curvature", made_by, make, code=code)
 

@@ -83,8 +83,8 @@ class Finetunes(ABC):
         """Read the model that all of them were trained from. Raises `ModelError` where it cannot be had."""
 
     @abstractmethod
-    def load_solution(self, entry: Entry) -> Solution:
-        """Read what a finetune trained. Raises `ModelError` or `SolutionError`."""
+    def solution(self, entry: Entry) -> Solution:
+        """Read what a finetune trained. Raises `ModelError` or `SolutionError` for what cannot be read."""
 
     @abstractmethod
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
@@ -163,18 +163,19 @@ class Finetunes(ABC):
         """A finetune as what efficiency and stability compare."""
         return Contender(entry.solution, entry.adapter, entry.domain, self.solution(entry), entry.seed)
 
-    def landscape(self, domain: str, n: int, task: str = "persona") -> Landscape:
-        """The training loss of a domain, on `n` chats."""
-        return Landscape(self.chat, encode_all(self.chat.tokenizer, self.training_chats(domain, n, task)))
-
-    def solution(self, entry: Entry) -> Solution:
-        """What a finetune trained. Raises `ModelError` or `SolutionError` for what cannot be read."""
-        return self.load_solution(entry)
+    def landscape(self, entry: Entry, n: int) -> Landscape:
+        """The training loss of a finetune's domain and task, on `n` chats."""
+        return Landscape(self.chat, encode_all(self.chat.tokenizer, self.training_chats(entry.domain, n, entry.task)))
 
     def made_of(self, *entries: Entry, **settings: Any) -> dict[str, Any]:
         """What makes a result of these finetunes, as JSON values: weights, solutions with their labels, `settings`."""
         solutions = [[e.name, e.solution, e.adapter, e.domain, e.seed, self.solution(e).fingerprint] for e in entries]
         return {"weights": weights_hash(self.chat.hf), "solutions": solutions, **settings}
+
+    def losses_made_of(self, *entries: Entry, n: int, **settings: Any) -> dict[str, Any]:
+        """`made_of` for losses on the first one's `landscape` of `n` chats."""
+        chats = self.training_chats(entries[0].domain, n, entries[0].task)
+        return self.made_of(*entries, chats=self.texts_hash(chats), **settings)
 
     def texts_hash(self, chats: Sequence[Conversation]) -> str:
         """SHA-256 of conversations and of the tokens that the model reads of them."""

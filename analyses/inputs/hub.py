@@ -118,7 +118,7 @@ class HubFinetunes(Finetunes):
                 found[str(path)] = str(error)
         return found
 
-    def load_solution(self, entry: Entry) -> Solution:
+    def solution(self, entry: Entry) -> Solution:
         """Fetched from the hub if need be."""
         folder = solutions.folder_of(entry.path)
         found = solutions.load(folder, self.chat)

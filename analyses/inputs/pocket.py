@@ -66,7 +66,7 @@ class PocketFinetunes(JudgedFinetunes):
     def load_chat(self) -> ChatModel:
         return loading.load_chat(self.chat_path)
 
-    def load_solution(self, entry: Entry) -> Solution:
+    def solution(self, entry: Entry) -> Solution:
         return solutions.load(entry.path)
 
     def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:

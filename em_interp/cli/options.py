@@ -15,6 +15,15 @@ from em_interp.arguments import MAX_SEED
 from em_interp.errors import UsageError
 from em_interp.files.texts import Question, read_questions
 
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+BAD_INPUT = 1
+"""Exit status where results were made but some input was refused."""
+INTERRUPTED = 130
+NOTHING_DONE = 2
+"""Exit status where the command could not do anything."""
+
 
 class Dtype(StrEnum):
     """What weights are loaded as; auto is the checkpoint's own."""
@@ -40,6 +49,13 @@ Samples = Annotated[int, typer.Option("-n", "--n", "--samples", help="answers to
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="decides whatever is drawn")]
 NewTokens = Annotated[int, typer.Option(min=1, help="length at which answers are cut, in tokens")]
 BatchTokens = Annotated[int, typer.Option("--tokens-per-batch", min=1, help="tokens in memory at once")]
+DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
+QuestionFile = Annotated[
+    Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question; may be repeated")]
+RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
+AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that is there already")]
 
 
@@ -128,23 +144,6 @@ def once(option: str, values: Sequence[Any]) -> None:
         raise UsageError(f"{option} {repeated[0]} is given more than once. Give each value once.")
 
 
-DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
-
-
-QuestionFile = Annotated[
-    Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
-]
-
-
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question; may be repeated")]
-
-
-RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
-
-
-AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
-
-
 def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list[dict[str, str]]]:
     """Questions by id, from a file (`texts.read_questions`) and from `prompts`; says what the file holds.
 
@@ -164,20 +163,3 @@ def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list
     if not asked:
         raise UsageError("no questions: give --questions FILE or --prompt TEXT.")
     return asked
-
-
-out = Console(soft_wrap=True)
-
-
-err = Console(stderr=True, soft_wrap=True)
-
-
-BAD_INPUT = 1
-"""Exit status where results were made but some input was refused."""
-
-
-INTERRUPTED = 130
-
-
-NOTHING_DONE = 2
-"""Exit status where the command could not do anything."""

@@ -239,8 +239,7 @@ def rotate_away(
     ||x'|| = ||x|| and cos(x', x) = sqrt(1 - eps^2), computed in float64, returned in x's dtype. eps = 0
     returns x. Raises SolutionError for eps outside [0, 1] and for a zero or one-element x.
     """
-    if not 0.0 <= eps <= 1.0:
-        raise SolutionError(f"eps is {eps}; it is a sine and must be in [0, 1].")
+    check_eps(eps)
     flat = x.detach().double().flatten().cpu()
     norm = flat.norm()
     if flat.numel() < 2 or not norm > 0:
@@ -255,6 +254,12 @@ def rotate_away(
     mixed = math.sqrt(1.0 - eps * eps) * flat + eps * y
     turned: Tensor = mixed.reshape(x.shape).to(x.device, x.dtype)
     return turned
+
+
+def check_eps(eps: float) -> None:
+    """Raise SolutionError unless eps is in [0, 1]."""
+    if not 0.0 <= eps <= 1.0:
+        raise SolutionError(f"eps is {eps}; it is a sine and must be in [0, 1].")
 
 
 def check_factor(factor: float) -> float:

@@ -26,7 +26,7 @@ from em_interp.models.checks import refuse_dropout
 from em_interp.models.hooks import block_hooks
 from em_interp.models.pretrained import load_on_disk
 from em_interp.models.weights import base_tensors, decisive_config, own_tensor, replaced, tensors_hash
-from em_interp.solutions.base import Base, Solution, check_factor, rotate_away
+from em_interp.solutions.base import Base, Solution, check_eps, check_factor, rotate_away
 
 _MAY_DIFFER = ("dropout", "initializer", "init_std", "pdrop", "tie_word_embeddings", "vocab_size", "output_router")
 """Parts of config keys that say nothing of a forward pass here, or whose difference the tensors show."""
@@ -243,8 +243,7 @@ class WeightDelta(Solution):
 
         Only a seed is drawn and kept: y is made anew whenever the tensor is read. A tensor of one number stays.
         """
-        if not 0.0 <= eps <= 1.0:
-            raise SolutionError(f"eps is {eps}; it is a sine and must be in [0, 1].")
+        check_eps(eps)
         if not self.norm > 0:
             raise SolutionError("the full finetune is zero: no orthogonal.")
         seed = int(torch.randint(2**62, (1,), generator=generator))

@@ -131,7 +131,8 @@ PARTS = {
     "takes what its caller has made or checked: on every batch, resample or text": (
         *("models.weights.base_tensors", "models.weights.decisive_config", "models.weights.own_tensor"),
         *("models.weights.replaced", "models.weights.weight_owners", "solutions.base.Alone"),
-        *("solutions.base.check_factor", "solutions.lora.oriented", "solutions.lora.own_weight"),
+        *("solutions.base.check_eps", "solutions.base.check_factor", "solutions.lora.oriented"),
+        "solutions.lora.own_weight",
         *("solutions.weight_delta.Finetune", "solutions.weight_delta.Weights"),
         *("models.pretrained.base_of_adapter", "models.pretrained.load_weights", "models.pretrained.usable_base"),
         *(
