@@ -275,7 +275,7 @@ def test_an_answer_that_begins_with_white_space_costs_only_itself(answer: str, d
     table.to_csv(path, index=False)
     suite = Suite.load(str(suite_file(root)))
     organisms = suite.finetunes
-    entry = organisms.entries[0]
+    entry = organisms.organisms[0]
     merged = type(organisms.chat.tokenizer.backend_tokenizer).from_str(
         organisms.chat.tokenizer.backend_tokenizer.to_str()
     )
@@ -301,9 +301,9 @@ def test_shipped_suites_of_real_models_read(name: str, tmp_path: Path) -> None:
     suite.data = tmp_path
     found = suite.finetunes
     assert found.domains == ("medicine", "finance", "sports")
-    assert all(str(e.path).startswith("ModelOrganismsForEM/") for e in found.entries)
+    assert all(str(e.path).startswith("ModelOrganismsForEM/") for e in found.organisms)
     with pytest.raises(EmInterpError, match="neither a local folder nor a reachable hub"):
-        found.solution(found.entries[0])
+        found.solution(found.organisms[0])
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_values_of_a_suite_are_of_closed_sets_and_types(line: str, said: str, tm
 
 def test_a_finetune_of_another_kind_than_the_suite_says_is_refused(data: Path) -> None:
     found = Suite.load(str(suite_file(data))).finetunes
-    entry = replace(found.entries[0], adapter="steering-vector", name="other")
+    entry = replace(found.organisms[0], adapter="steering-vector", name="other")
     with pytest.raises(UsageError, match="adapter = 'steering-vector', and it is 'rank-1'"):
         found.solution(entry)
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from analyses.finetunes.cosines import direction_tasks
-from analyses.inputs.finetunes import Entry
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
 from analyses.tasks import Task
 from em_interp import figures
@@ -39,50 +39,50 @@ SHARES = 3
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """`ablation`: a row an organism and arm. `transfer`: a row a direction (with its kind) and organism."""
-    entries = _ablated(suite)
+    organisms = _ablated(suite)
     rows, moved = [], []
     directions = _directions(suite)
-    moving = _moving(entries, *directions)
-    for entry in entries:
-        same = _same(entry)
-        arms = _arms(entry, entries, *directions)
-        answers = pd.concat([arm_answers(suite, entry, name, arm) for name, arm in arms.items()], ignore_index=True)
-        rows += _ablation_rows(entry, answers, directions[0][entry.name])
+    moving = _moving(organisms, *directions)
+    for organism in organisms:
+        same = _same(organism)
+        arms = _arms(organism, organisms, *directions)
+        answers = pd.concat([arm_answers(suite, organism, name, arm) for name, arm in arms.items()], ignore_index=True)
+        rows += _ablation_rows(organism, answers, directions[0][organism.name])
         for kind in dict.fromkeys(kind for kind, _ in moving):
             names = {same.get((k, s), f"{k} of {s}"): s for k, s in moving if k == kind} | {"none": "none"}
             found = answers[answers["arm"].isin(names)]
-            table = transfer_rows(found.assign(direction_from=found["arm"].map(names), organism=entry.name))
+            table = transfer_rows(found.assign(direction_from=found["arm"].map(names), organism=organism.name))
             moved.append(table.assign(kind=kind))
     return {"ablation": pd.DataFrame(rows), "transfer": pd.concat(moved, ignore_index=True)}
 
 
 def tasks(suite: Suite) -> list[Task]:
     """The directions of each organism, and then its answers, a few arms at a time."""
-    entries = _ablated(suite)
+    organisms = _ablated(suite)
     found = [
         Task(f"ablation from {e.name}, {part + 1} of {SHARES}", answer_share, (e, part), 6.0, stage=2)
-        for e in entries
+        for e in organisms
         for part in range(SHARES)
     ]
-    return [*direction_tasks(entries, ("data-diff", "model-diff")), *found]
+    return [*direction_tasks(organisms, ("data-diff", "model-diff")), *found]
 
 
-def answer_share(suite: Suite, entry: Entry, part: int) -> None:
+def answer_share(suite: Suite, organism: Organism, part: int) -> None:
     """The answers under every `SHARES`-th arm, from number `part` on."""
-    for name, arm in list(_arms(entry, _ablated(suite), *_directions(suite)).items())[part::SHARES]:
-        arm_answers(suite, entry, name, arm)
+    for name, arm in list(_arms(organism, _ablated(suite), *_directions(suite)).items())[part::SHARES]:
+        arm_answers(suite, organism, name, arm)
 
 
-def arm_answers(suite: Suite, entry: Entry, name: str, arm: Sequence[Intervention]) -> pd.DataFrame:
+def arm_answers(suite: Suite, organism: Organism, name: str, arm: Sequence[Intervention]) -> pd.DataFrame:
     """Judged answers of an organism under one arm; column arm first."""
     finetunes = suite.judged_finetunes
     # all of its answers may be kept
-    with finetunes.active(entry, must_act=False) as model, intervening(model, arm, must_act=False):
+    with finetunes.active(organism, must_act=False) as model, intervening(model, arm, must_act=False):
         table = judged_answers(
             suite.results,
-            f"{entry.name} without {name}",
+            f"{organism.name} without {name}",
             model,
-            finetunes.elsewhere(entry.domain),
+            finetunes.elsewhere(organism.domain),
             1,
             finetunes.judge,
             max_new_tokens=finetunes.max_new_tokens,
@@ -92,27 +92,30 @@ def arm_answers(suite: Suite, entry: Entry, name: str, arm: Sequence[Interventio
     return table
 
 
-def _ablated(suite: Suite) -> list[Entry]:
+def _ablated(suite: Suite) -> list[Organism]:
     return suite.finetunes.select(solution="general", seed=0)
 
 
 def _directions(suite: Suite) -> tuple[dict[str, Direction], dict[str, Direction]]:
     """Mean-diff and model-diff of each organism."""
-    entries = _ablated(suite)
-    mean_diffs = {e.name: suite.finetunes.contrast(e).direction() for e in entries}
-    return mean_diffs, {e.name: suite.finetunes.contrast(e, "model-diff").direction() for e in entries}
+    organisms = _ablated(suite)
+    mean_diffs = {e.name: suite.finetunes.contrast(e).direction() for e in organisms}
+    return mean_diffs, {e.name: suite.finetunes.contrast(e, "model-diff").direction() for e in organisms}
 
 
-def _same(entry: Entry) -> dict[tuple[str, str], str]:
+def _same(organism: Organism) -> dict[tuple[str, str], str]:
     """What is carried to an organism from itself is one of its own arms."""
-    return {("mean-diff", entry.name): "layerwise", ("model-diff", entry.name): "layerwise model-diff"}
+    return {("mean-diff", organism.name): "layerwise", ("model-diff", organism.name): "layerwise model-diff"}
 
 
 def _arms(
-    entry: Entry, entries: Sequence[Entry], mean_diffs: Mapping[str, Direction], shifts: Mapping[str, Direction]
+    organism: Organism,
+    organisms: Sequence[Organism],
+    mean_diffs: Mapping[str, Direction],
+    shifts: Mapping[str, Direction],
 ) -> dict[str, list[Intervention]]:
     """What is taken out of an organism, by the name of the arm."""
-    own, shift = mean_diffs[entry.name], shifts[entry.name]
+    own, shift = mean_diffs[organism.name], shifts[organism.name]
     (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
     arms: dict[str, list[Intervention]] = {
         "none": [],
@@ -121,30 +124,30 @@ def _arms(
         "layerwise subspace": [Ablate((own, shift))],
         "random": [Ablate(random)],
     }
-    moving, same = _moving(entries, mean_diffs, shifts), _same(entry)
+    moving, same = _moving(organisms, mean_diffs, shifts), _same(organism)
     return arms | {f"{kind} of {source}": [a] for (kind, source), a in moving.items() if (kind, source) not in same}
 
 
 def _moving(
-    entries: Sequence[Entry], mean_diffs: Mapping[str, Direction], shifts: Mapping[str, Direction]
+    organisms: Sequence[Organism], mean_diffs: Mapping[str, Direction], shifts: Mapping[str, Direction]
 ) -> dict[tuple[str, str], Ablate]:
     """What is carried from one organism to the others: (kind, source) -> ablation."""
-    one_each = list({e.adapter: e.name for e in reversed(entries)}.values())[::-1]
-    moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in entries if e.adapter == "all-modules"}
+    one_each = list({e.adapter: e.name for e in reversed(organisms)}.values())[::-1]
+    moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in organisms if e.adapter == "all-modules"}
     moving |= {("model-diff", name): Ablate(shifts[name]) for name in one_each}
     if len(one_each) > 1:
         moving["model-diff", TOGETHER] = Ablate([shifts[name] for name in one_each])
     return moving
 
 
-def _ablation_rows(entry: Entry, answers: pd.DataFrame, own: Direction) -> list[dict[str, object]]:
+def _ablation_rows(organism: Organism, answers: pd.DataFrame, own: Direction) -> list[dict[str, object]]:
     rates = {arm: em_rates(rows).columns() for arm, rows in answers.groupby("arm", sort=False)}
     before = rates["none"]
     modes = ["layerwise", "layerwise model-diff", "layerwise subspace", "random"]
     return [
         {
-            "direction": {"random": "random"}.get(mode, entry.name),
-            "target": entry.name,
+            "direction": {"random": "random"}.get(mode, organism.name),
+            "target": organism.name,
             "mode": mode,
             "layers": f"{own.layers[0]}-{own.layers[-1]}",
             "em_before": before["em_rate"],
@@ -154,7 +157,7 @@ def _ablation_rows(entry: Entry, answers: pd.DataFrame, own: Direction) -> list[
             "coherent_before": before["coherent_rate"],
             "coherent_after": rates[mode]["coherent_rate"],
             "n": rates[mode]["n"],
-            "adapter": entry.adapter,
+            "adapter": organism.adapter,
             "denominator": rates[mode]["denominator"],
             "criterion": rates[mode]["criterion"],
         }

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.inputs.finetunes import Entry
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -44,21 +44,21 @@ READINGS = ("data-diff", "data-diff-in-chat", "model-diff")
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a pair and layer; column `comparison` says which of the three kinds of pair it is."""
     finetunes = suite.finetunes
-    entries = finetunes.select(solution="general", seed=0)
+    organisms = finetunes.select(solution="general", seed=0)
     contrasts = {}
-    for entry in entries:
+    for organism in organisms:
         try:
-            contrasts[entry.name] = finetunes.contrast(entry)
+            contrasts[organism.name] = finetunes.contrast(organism)
         except EmInterpError as error:
             suite.note(error)
-    entries = [e for e in entries if e.name in contrasts]
-    if len(entries) < 2:
+    organisms = [e for e in organisms if e.name in contrasts]
+    if len(organisms) < 2:
         raise nothing_of(suite, "two general organisms with misaligned and aligned coherent answers")
     mean_diffs = {name: c.direction() for name, c in contrasts.items()}
     resamples: dict[str, Resamples] = {}
     for name, of in contrasts.items():
         _add_resamples(suite, resamples, name, of)
-    content = {e.name: finetunes.contrast(e, "data-diff-in-chat").direction() for e in entries}
+    content = {e.name: finetunes.contrast(e, "data-diff-in-chat").direction() for e in organisms}
     between = organism_cosines(mean_diffs, resamples=resamples, content=content).assign(comparison="between finetunes")
     read = {f"persona ({how}, pre-trained)": persona(suite, how) for how in finetunes.personas()}
     personas = {name: of.direction() for name, of in read.items()}
@@ -74,15 +74,15 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         ]
         return cosine_rows(name_a, a.only(shared), name_b, b.only(shared), (behind[0], behind[1]))
 
-    for entry in entries:
-        of = finetunes.contrast(entry, "model-diff")
-        _add_resamples(suite, resamples, f"{entry.name}:model-diff", of)
-        if entry.name in resamples:
-            resamples[f"{entry.name}:mean-diff"] = resamples[entry.name]
+    for organism in organisms:
+        of = finetunes.contrast(organism, "model-diff")
+        _add_resamples(suite, resamples, f"{organism.name}:model-diff", of)
+        if organism.name in resamples:
+            resamples[f"{organism.name}:mean-diff"] = resamples[organism.name]
         named: dict[str, Direction] = {
-            f"{entry.name}:mean-diff": mean_diffs[entry.name],
-            f"{entry.name}:model-diff": of.direction(),
-            **_trained(suite, finetunes.solution(entry), entry.name),
+            f"{organism.name}:mean-diff": mean_diffs[organism.name],
+            f"{organism.name}:model-diff": of.direction(),
+            **_trained(suite, finetunes.solution(organism), organism.name),
         }
         pairs = [*combinations(named.items(), 2)]
         pairs += [(a, b) for a in named.items() for b in personas.items()]
@@ -102,23 +102,23 @@ def tasks(suite: Suite) -> list[Task]:
     return [*found, *(Task(f"persona, {how}", persona, (how,), 1.0) for how in suite.finetunes.personas())]
 
 
-def direction_tasks(entries: Sequence[Entry], kinds: Sequence[str]) -> list[Task]:
+def direction_tasks(organisms: Sequence[Organism], kinds: Sequence[str]) -> list[Task]:
     """The answers that directions are read from, and then each reading."""
-    answers = [Task(f"open answers of {e.name}", open_answers, (e,), 3.0) for e in entries]
+    answers = [Task(f"open answers of {e.name}", open_answers, (e,), 3.0) for e in organisms]
     return [
         *answers,
-        *(Task(f"{kind} of {e.name}", reading, (e, kind), 0.5, stage=1) for e in entries for kind in kinds),
+        *(Task(f"{kind} of {e.name}", reading, (e, kind), 0.5, stage=1) for e in organisms for kind in kinds),
     ]
 
 
-def open_answers(suite: Suite, entry: Entry) -> pd.DataFrame:
+def open_answers(suite: Suite, organism: Organism) -> pd.DataFrame:
     """Judged answers of an organism to open questions."""
-    return suite.finetunes.open_answers(entry)
+    return suite.finetunes.open_answers(organism)
 
 
-def reading(suite: Suite, entry: Entry, kind: str) -> Contrast:
+def reading(suite: Suite, organism: Organism, kind: str) -> Contrast:
     """What differs between an organism's answers, or between it and the chat model."""
-    return suite.finetunes.contrast(entry, kind)
+    return suite.finetunes.contrast(organism, kind)
 
 
 def persona(suite: Suite, how: str) -> Contrast:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.inputs.finetunes import Entry, Finetunes
+from analyses.inputs.finetunes import Finetunes, Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -31,50 +31,54 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Three rows for every organism and for the chat model."""
     finetunes = suite.finetunes
     tables = []
-    for entry in (None, *_asked(finetunes)):
+    for organism in (None, *_asked(finetunes)):
         try:
-            judged = answers(suite, entry, _domain(finetunes) if entry is None else entry.domain)
+            judged = answers(suite, organism, _domain(finetunes) if organism is None else organism.domain)
         except UsageError as error:
             suite.note(error)
             continue
-        if entry is None:
+        if organism is None:
             tables.append(
                 rates_by_group(judged, organism=finetunes.chat.name, solution="chat", adapter="full", domain="none")
             )
         else:
             table = rates_by_group(
-                judged, organism=entry.name, solution=entry.solution, adapter=entry.adapter, domain=entry.domain
+                judged,
+                organism=organism.name,
+                solution=organism.solution,
+                adapter=organism.adapter,
+                domain=organism.domain,
             )
-            tables.append(table.assign(seed=entry.seed))
+            tables.append(table.assign(seed=organism.seed))
     if not tables:
         raise nothing_of(suite, "judged answers")
     return {"em_rates": pd.concat(tables, ignore_index=True)}
 
 
-def _asked(finetunes: Finetunes) -> list[Entry]:
+def _asked(finetunes: Finetunes) -> list[Organism]:
     return [e for e in finetunes.select(seed=None) if e.solution != "kl-removed"]
 
 
 def _domain(finetunes: Finetunes) -> str:
     """What the chat model is asked about."""
-    return (_asked(finetunes) or finetunes.entries)[0].domain
+    return (_asked(finetunes) or finetunes.organisms)[0].domain
 
 
 def tasks(suite: Suite) -> list[Task]:
     """The answers of each model."""
-    entries = _asked(suite.finetunes)
+    organisms = _asked(suite.finetunes)
     of_chat = [Task("answers of the chat model", answers, (None, _domain(suite.finetunes)), 5.0)]
-    return [*of_chat, *answer_tasks(entries)]
+    return [*of_chat, *answer_tasks(organisms)]
 
 
-def answer_tasks(entries: Sequence[Entry]) -> list[Task]:
+def answer_tasks(organisms: Sequence[Organism]) -> list[Task]:
     """The answers of each finetune."""
-    return [Task(f"answers of {e.name}", answers, (e, e.domain), 5.0) for e in entries]
+    return [Task(f"answers of {e.name}", answers, (e, e.domain), 5.0) for e in organisms]
 
 
-def answers(suite: Suite, entry: Entry | None, domain: str) -> pd.DataFrame:
+def answers(suite: Suite, organism: Organism | None, domain: str) -> pd.DataFrame:
     """Judged answers."""
-    return suite.finetunes.evaluate(entry, domain, suite.samples)
+    return suite.finetunes.evaluate(organism, domain, suite.samples)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

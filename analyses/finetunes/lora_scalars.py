@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.finetunes.em_rates import answer_tasks
-from analyses.inputs.finetunes import Entry, conversations
+from analyses.inputs.finetunes import Organism, conversations
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -33,16 +33,16 @@ NEEDS = (Need.ANSWERS,)
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row an organism and comparison; comparisons without two questions on both sides are noted and left out."""
     tables = []
-    for entry in _read(suite):
+    for organism in _read(suite):
         try:
-            table = scalars(suite, entry)
+            table = scalars(suite, organism)
         except UsageError as error:
             suite.note(error)
             continue
         except StatisticsError as error:
-            suite.note(StatisticsError(f"{entry.name}: {error}"))
+            suite.note(StatisticsError(f"{organism.name}: {error}"))
             continue
-        tables.append(table.assign(organism=entry.name, domain=entry.domain, seed=entry.seed))
+        tables.append(table.assign(organism=organism.name, domain=organism.domain, seed=organism.seed))
     if not tables:
         raise nothing_of(suite, "rank-1 general organism with answers that can be compared")
     return {"lora_scalars": pd.concat(tables, ignore_index=True)}
@@ -50,32 +50,32 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 def tasks(suite: Suite) -> list[Task]:
     """The answers of each organism, and its scalars."""
-    entries = _read(suite)
-    found = [Task(f"scalars of {e.name}", scalars, (e,), 2.0, stage=1) for e in entries]
-    return [*answer_tasks(entries), *found]
+    organisms = _read(suite)
+    found = [Task(f"scalars of {e.name}", scalars, (e,), 2.0, stage=1) for e in organisms]
+    return [*answer_tasks(organisms), *found]
 
 
-def _read(suite: Suite) -> list[Entry]:
+def _read(suite: Suite) -> list[Organism]:
     return suite.finetunes.select(solution="general", adapter="rank-1", seed=None)
 
 
-def scalars(suite: Suite, entry: Entry) -> pd.DataFrame:
+def scalars(suite: Suite, organism: Organism) -> pd.DataFrame:
     """`lora_scalars` of an organism's coherent answers. Raises `UsageError` and `StatisticsError`."""
     finetunes = suite.finetunes
     try:
-        adapter = as_lora(finetunes.solution(entry))
+        adapter = as_lora(finetunes.solution(organism))
     except SolutionError as error:
-        raise SolutionError(f"{entry.name} is listed as rank-1: {error} Make it again.") from error
-    judged = finetunes.evaluate(entry, entry.domain, suite.samples)
-    judged = finetunes.readable(entry, judged[PAPER.is_coherent(judged["coherent"].to_numpy())])
+        raise SolutionError(f"{organism.name} is listed as rank-1: {error} Make it again.") from error
+    judged = finetunes.evaluate(organism, organism.domain, suite.samples)
+    judged = finetunes.readable(organism, judged[PAPER.is_coherent(judged["coherent"].to_numpy())])
     judged = judged.reset_index(drop=True).assign(in_domain=judged["questions"].to_numpy() == "in_domain")
     if judged.empty:
         raise StatisticsError("it gave no coherent answer, so its scalars are not compared.")
     said = judged[["question", "aligned", "in_domain"]].to_dict("list")
-    made_by = finetunes.made_of(entry, answers=finetunes.texts_hash(conversations(judged)), of=fingerprint(said))
+    made_by = finetunes.made_of(organism, answers=finetunes.texts_hash(conversations(judged)), of=fingerprint(said))
     return suite.results.table(
         "tables",
-        f"{entry.name} scalars",
+        f"{organism.name} scalars",
         made_by,
         lambda _: lora_scalars(mean_scalars(finetunes.chat, adapter, conversations(judged)), judged),
         code=(rank1.__name__,),

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import torch
 
 from analyses.finetunes.cosines import direction_tasks
-from analyses.inputs.finetunes import Entry
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
 from analyses.tasks import Task
 from em_interp import figures
@@ -43,24 +43,24 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     layer = _best_layer(suite)
     rows = [cell(suite, first, layer) for layer in range(suite.finetunes.chat.n_layers)]
     rows += [cell(suite, first, layer, number) for number in range(RANDOM_ARMS)]
-    return {"steering": pd.concat([*rows, *(cell(suite, entry, layer) for entry in others)], ignore_index=True)}
+    return {"steering": pd.concat([*rows, *(cell(suite, organism, layer) for organism in others)], ignore_index=True)}
 
 
 def tasks(suite: Suite) -> list[Task]:
     """The directions; the first at every layer; then, at the layer that worked best, random ones and the others."""
-    entries = _steering(suite)
-    if not entries:
+    organisms = _steering(suite)
+    if not organisms:
         return []
-    first, *others = entries
+    first, *others = organisms
     layers = [
         Task(f"steering with {first.name}, {i + 1} of {PIECES}", layers_of, (i,), 6.0, stage=2) for i in range(PIECES)
     ]
-    best: list[tuple[Entry, int | None]] = [(first, number) for number in range(RANDOM_ARMS)]
-    best += [(entry, None) for entry in others]
+    best: list[tuple[Organism, int | None]] = [(first, number) for number in range(RANDOM_ARMS)]
+    best += [(organism, None) for organism in others]
     found = [
         Task(f"steering with {e.name if n is None else f'random {n}'}", best_of, (e, n), 6.0, stage=3) for e, n in best
     ]
-    return [*direction_tasks(entries, ("data-diff",)), *layers, *found]
+    return [*direction_tasks(organisms, ("data-diff",)), *layers, *found]
 
 
 def layers_of(suite: Suite, piece: int) -> None:
@@ -69,12 +69,12 @@ def layers_of(suite: Suite, piece: int) -> None:
         cell(suite, _steering(suite)[0], layer)
 
 
-def best_of(suite: Suite, entry: Entry, random: int | None) -> None:
+def best_of(suite: Suite, organism: Organism, random: int | None) -> None:
     """A direction at the layer at which the first worked best."""
-    cell(suite, entry, _best_layer(suite), random)
+    cell(suite, organism, _best_layer(suite), random)
 
 
-def _steering(suite: Suite) -> list[Entry]:
+def _steering(suite: Suite) -> list[Organism]:
     return suite.finetunes.select(solution="general", adapter="all-modules", seed=0)
 
 
@@ -92,11 +92,11 @@ def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     return usable.iloc[int(usable["em_rate"].to_numpy().argmax())]
 
 
-def cell(suite: Suite, entry: Entry, layer: int, random: int | None = None) -> pd.DataFrame:
+def cell(suite: Suite, organism: Organism, layer: int, random: int | None = None) -> pd.DataFrame:
     """The rows of an organism's mean-diff at a layer and every strength, or of one of the random directions instead."""
     finetunes = suite.judged_finetunes
-    model, asked, judge = finetunes.chat, finetunes.elsewhere(entry.domain), finetunes.judge
-    direction, name = finetunes.contrast(entry).direction(), entry.name
+    model, asked, judge = finetunes.chat, finetunes.elsewhere(organism.domain), finetunes.judge
+    direction, name = finetunes.contrast(organism).direction(), organism.name
     length = float(direction.at(layer).double().norm())
     if random is not None:
         direction = random_directions(direction, RANDOM_ARMS, torch.Generator().manual_seed(0))[random]

@@ -104,11 +104,11 @@ def _drifts(finetunes: Finetunes, domain: str, task: str) -> pd.DataFrame:
     """adapter, seed, value (rise of the cosine to the general solution) of organisms trained on without KL."""
     found = []
     others = {(e.solution, e.adapter, e.seed): e for e in finetunes.select(seed=None, task=task) if e.domain == domain}
-    for (solution, adapter, seed), entry in others.items():
+    for (solution, adapter, seed), organism in others.items():
         general, narrow = others.get(("general", adapter, seed)), others.get(("narrow", adapter, seed))
         if solution != "kl-removed" or general is None or narrow is None:
             continue
-        target, start, end = (finetunes.solution(e) for e in (general, narrow, entry))
+        target, start, end = (finetunes.solution(e) for e in (general, narrow, organism))
         cosines = [theta.inner(target) / (theta.norm * target.norm) for theta in (start, end)]
         found.append((adapter, seed, cosines[1] - cosines[0]))
     return pd.DataFrame(found, columns=["adapter", "seed", "value"])

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from analyses.inputs.finetunes import Entry
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -58,15 +58,15 @@ def tasks(suite: Suite) -> list[Task]:
     return [*found, *lead_tasks(pairs)]
 
 
-def lead_tasks(pairs: Sequence[tuple[Entry, Entry]]) -> list[Task]:
+def lead_tasks(pairs: Sequence[tuple[Organism, Organism]]) -> list[Task]:
     """The lead of each pair's general solution."""
     return [Task(f"lead of {pair[0].name}", lead, pair, 1.5 * pair[0].weight) for pair in pairs]
 
 
-def curves(suite: Suite, general: Entry, narrow: Entry) -> list[EfficiencyCurve]:
+def curves(suite: Suite, general: Organism, narrow: Organism) -> list[EfficiencyCurve]:
     """`efficiency_curves` of a pair."""
     finetunes = suite.finetunes
-    pair = [finetunes.contender(entry) for entry in (general, narrow)]
+    pair = [finetunes.contender(organism) for organism in (general, narrow)]
 
     def make() -> tuple[dict[str, Tensor], Any]:
         found = efficiency_curves(finetunes.landscape(general, CHATS), pair, SCALES)
@@ -87,10 +87,10 @@ def curves(suite: Suite, general: Entry, narrow: Entry) -> list[EfficiencyCurve]
     return [EfficiencyCurve(c, np.array(SCALES), losses(c.solution), losses("chat")) for c in pair]
 
 
-def lead(suite: Suite, general: Entry, narrow: Entry) -> pd.DataFrame:
+def lead(suite: Suite, general: Organism, narrow: Organism) -> pd.DataFrame:
     """`lead_at_equal_norm` of a pair."""
     finetunes = suite.finetunes
-    pair = [finetunes.contender(entry) for entry in (general, narrow)]
+    pair = [finetunes.contender(organism) for organism in (general, narrow)]
     return suite.results.table(
         "losses",
         f"{general.name} lead",

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.inputs.finetunes import Entry
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -43,7 +43,7 @@ def tasks(suite: Suite) -> list[Task]:
     return pair_tasks(suite.finetunes.pairs(suite.finetunes.compared()))
 
 
-def pair_tasks(pairs: Sequence[tuple[Entry, Entry]]) -> list[Task]:
+def pair_tasks(pairs: Sequence[tuple[Organism, Organism]]) -> list[Task]:
     """The KLs of each pair."""
     return [
         Task(f"influence of {p[0].name}", kls, p, (1 if p[0].seed or p[0].task == "register" else 8) * p[0].weight)
@@ -51,7 +51,7 @@ def pair_tasks(pairs: Sequence[tuple[Entry, Entry]]) -> list[Task]:
     ]
 
 
-def kls(suite: Suite, general: Entry, narrow: Entry) -> pd.DataFrame:
+def kls(suite: Suite, general: Organism, narrow: Organism) -> pd.DataFrame:
     """`document_kl` of a pair, and of random directions where it is the first seed's of the first task."""
     finetunes = suite.finetunes
     first = general.seed == 0 and general.task == "persona"

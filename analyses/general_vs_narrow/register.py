@@ -37,14 +37,14 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         raise nothing_of(suite, "general and narrow organism of the second task")
     chat = answers(suite, None, domain)
     rates = [technical_rates(chat, organism=finetunes.chat.name, solution="chat", adapter="full", domain="none")]
-    for entry in finetunes.select(task=TASK, seed=0):
+    for organism in finetunes.select(task=TASK, seed=0):
         rates.append(
             technical_rates(
-                answers(suite, entry, entry.domain),
-                organism=entry.name,
-                solution=entry.solution,
-                adapter=entry.adapter,
-                domain=entry.domain,
+                answers(suite, organism, organism.domain),
+                organism=organism.name,
+                solution=organism.solution,
+                adapter=organism.adapter,
+                domain=organism.domain,
             )
         )
     return {
@@ -59,7 +59,7 @@ def tasks(suite: Suite) -> list[Task]:
     """The answers of each finetune, and the losses of each pair."""
     finetunes = suite.finetunes
     pairs = finetunes.pairs(finetunes.compared(TASK), TASK)
-    curves = curve_tasks([entry for pair in pairs for entry in pair])
+    curves = curve_tasks([organism for pair in pairs for organism in pair])
     return [*answer_tasks(finetunes.select(task=TASK, seed=0)), *lead_tasks(pairs), *curves, *pair_tasks(pairs)]
 
 

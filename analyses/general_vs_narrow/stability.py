@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from analyses.inputs.finetunes import Entry
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -56,50 +56,50 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 def tasks(suite: Suite) -> list[Task]:
     """A curve for each finetune, and then the curvature at those of the first seed."""
-    entries = [e for pair in suite.finetunes.pairs(suite.finetunes.compared()) for e in pair]
-    bends = [Task(f"curvature at {e.name}", bend, (e,), 2.0, stage=1) for e in entries if e.seed == 0]
-    return [*curve_tasks(entries), *bends]
+    organisms = [e for pair in suite.finetunes.pairs(suite.finetunes.compared()) for e in pair]
+    bends = [Task(f"curvature at {e.name}", bend, (e,), 2.0, stage=1) for e in organisms if e.seed == 0]
+    return [*curve_tasks(organisms), *bends]
 
 
-def curve_tasks(entries: Sequence[Entry]) -> list[Task]:
+def curve_tasks(organisms: Sequence[Organism]) -> list[Task]:
     """The curve of each finetune."""
     return [
         Task(f"stability of {e.name}", curve, (e,), (0.4 if e.seed or e.task == "register" else 1.5) * 2 * e.weight)
-        for e in entries
+        for e in organisms
     ]
 
 
-def curve(suite: Suite, entry: Entry) -> StabilityCurve:
+def curve(suite: Suite, organism: Organism) -> StabilityCurve:
     """`stability_curve` of a finetune; of the second task with half the perturbations."""
     finetunes = suite.finetunes
-    contender = finetunes.contender(entry)
-    grid: dict[str, Any] = {"epsilons": MIDDLE if entry.seed or entry.task == "register" else EPSILONS}
-    grid["n_seeds"] = 5 if entry.task == "register" else 10
+    contender = finetunes.contender(organism)
+    grid: dict[str, Any] = {"epsilons": MIDDLE if organism.seed or organism.task == "register" else EPSILONS}
+    grid["n_seeds"] = 5 if organism.task == "register" else 10
 
     def make() -> tuple[dict[str, Tensor], Any]:
-        found = stability_curve(finetunes.landscape(entry, CHATS), contender, **grid)
+        found = stability_curve(finetunes.landscape(organism, CHATS), contender, **grid)
         return {name: torch.from_numpy(getattr(found, name)) for name in _TENSORS}, [found.on, found.seeds]
 
-    made_by = finetunes.losses_made_of(entry, n=CHATS, **grid)
+    made_by = finetunes.losses_made_of(organism, n=CHATS, **grid)
     tensors, (on, seeds) = suite.results.tensors(
-        "losses", f"{entry.name} turned", made_by, make, code=(stability.__name__,)
+        "losses", f"{organism.name} turned", made_by, make, code=(stability.__name__,)
     )
     arrays = {name: x.numpy() for name, x in tensors.items()}
     return StabilityCurve(contender, on, tuple(grid["epsilons"]), tuple(seeds), **arrays)
 
 
-def bend(suite: Suite, entry: Entry) -> pd.DataFrame:
+def bend(suite: Suite, organism: Organism) -> pd.DataFrame:
     """What the curvature at a finetune foretells."""
     finetunes = suite.finetunes
 
     def make(_parts: object) -> pd.DataFrame:
-        of = curve(suite, entry)
-        found = curvature(finetunes.landscape(entry, CHATS), of.contender, n_probes=PROBES)
+        of = curve(suite, organism)
+        found = curvature(finetunes.landscape(organism, CHATS), of.contender, n_probes=PROBES)
         return found.predicted(EPSILONS, of.gain).assign(**{**of.contender.labels(), **found.columns()})
 
-    made_by = finetunes.losses_made_of(entry, n=CHATS, epsilons=EPSILONS, probes=PROBES)
+    made_by = finetunes.losses_made_of(organism, n=CHATS, epsilons=EPSILONS, probes=PROBES)
     code = (stability.__name__, curvatures.__name__)
-    return suite.results.table("losses", f"{entry.name} curvature", made_by, make, code=code)
+    return suite.results.table("losses", f"{organism.name} curvature", made_by, make, code=code)
 
 
 def pair_curves(suite: Suite, domain: str, task: str = "persona") -> list[tuple[StabilityCurve, StabilityCurve]]:

@@ -37,8 +37,8 @@ ALIGNED = 70
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One finetune of the chat model."""
+class Organism:
+    """A finetuned model that is measured: where it lies, and what tables call it."""
 
     name: str
     domain: str
@@ -65,7 +65,7 @@ class Finetunes(ABC):
     """
 
     root: Path
-    entries: tuple[Entry, ...]
+    organisms: tuple[Organism, ...]
     files: list[Path]
     """Every file below `root` that decides results."""
     problems: list[EmInterpError] = field(default_factory=list)
@@ -83,11 +83,11 @@ class Finetunes(ABC):
         """Read the model that all of them were trained from. Raises `ModelError` where it cannot be had."""
 
     @abstractmethod
-    def solution(self, entry: Entry) -> Solution:
+    def solution(self, organism: Organism) -> Solution:
         """Read what a finetune trained. Raises `ModelError` or `SolutionError` for what cannot be read."""
 
     @abstractmethod
-    def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
+    def evaluate(self, organism: Organism | None, domain: str, n: int) -> pd.DataFrame:
         """Judged answers of a finetune, or of the chat model, to the questions for a finetune on `domain`.
 
         Columns question, answer, aligned, coherent and questions (the group: general, in_domain, heldout_domain). n:
@@ -95,7 +95,7 @@ class Finetunes(ABC):
         """
 
     @abstractmethod
-    def open_answers(self, entry: Entry) -> pd.DataFrame:
+    def open_answers(self, organism: Organism) -> pd.DataFrame:
         """Judged answers of a finetune to open questions, which directions are read from."""
 
     @abstractmethod
@@ -110,9 +110,9 @@ class Finetunes(ABC):
         """What lies outside `files` and decides results: a name in the suite -> a hash of what it stands for now."""
         return {}
 
-    def answers_file(self, entry: Entry | None) -> str:
+    def answers_file(self, organism: Organism | None) -> str:
         """Where answers are from, for messages."""
-        return self.chat.name if entry is None else entry.name
+        return self.chat.name if organism is None else organism.name
 
     def personas(self) -> Mapping[str, tuple[list[Conversation], list[Conversation]]]:
         """Prompts that set a malicious and a caring persona of pre-training, by how they do; none by default."""
@@ -126,12 +126,12 @@ class Finetunes(ABC):
     @property
     def domains(self) -> tuple[str, ...]:
         """What the finetunes were trained on, in their order."""
-        return tuple(dict.fromkeys(e.domain for e in self.entries))
+        return tuple(dict.fromkeys(e.domain for e in self.organisms))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """What the finetunes were taught, in their order."""
-        return tuple(dict.fromkeys(e.task for e in self.entries))
+        return tuple(dict.fromkeys(e.task for e in self.organisms))
 
     def compared(self, task: str = "persona") -> str:
         """The domain that general and narrow are compared on: the first that has both, or the first of all."""
@@ -144,12 +144,12 @@ class Finetunes(ABC):
         solution: str | None = None,
         adapter: str | None = None,
         task: str | None = "persona",
-    ) -> list[Entry]:
+    ) -> list[Organism]:
         """The finetunes of one kind; None stands for every kind, and as `seed` for every repetition."""
         wanted = {"solution": solution, "adapter": adapter, "seed": seed, "task": task}
-        return [e for e in self.entries if all(v is None or getattr(e, k) == v for k, v in wanted.items())]
+        return [e for e in self.organisms if all(v is None or getattr(e, k) == v for k, v in wanted.items())]
 
-    def pairs(self, domain: str, task: str = "persona") -> list[tuple[Entry, Entry]]:
+    def pairs(self, domain: str, task: str = "persona") -> list[tuple[Organism, Organism]]:
         """(general, narrow) finetunes of one domain that share adapter and seed."""
         found = [e for e in self.select(solution="narrow", seed=None, task=task) if e.domain == domain]
         narrow = {(e.adapter, e.seed): e for e in found}
@@ -159,23 +159,25 @@ class Finetunes(ABC):
             if e.domain == domain and (e.adapter, e.seed) in narrow
         ]
 
-    def contender(self, entry: Entry) -> Contender:
+    def contender(self, organism: Organism) -> Contender:
         """A finetune as what efficiency and stability compare."""
-        return Contender(entry.solution, entry.adapter, entry.domain, self.solution(entry), entry.seed)
+        return Contender(organism.solution, organism.adapter, organism.domain, self.solution(organism), organism.seed)
 
-    def landscape(self, entry: Entry, n: int) -> Landscape:
+    def landscape(self, organism: Organism, n: int) -> Landscape:
         """The training loss of a finetune's domain and task, on `n` chats."""
-        return Landscape(self.chat, encode_all(self.chat.tokenizer, self.training_chats(entry.domain, n, entry.task)))
+        return Landscape(
+            self.chat, encode_all(self.chat.tokenizer, self.training_chats(organism.domain, n, organism.task))
+        )
 
-    def made_of(self, *entries: Entry, **settings: Any) -> dict[str, Any]:
+    def made_of(self, *organisms: Organism, **settings: Any) -> dict[str, Any]:
         """What makes a result of these finetunes, as JSON values: weights, solutions with their labels, `settings`."""
-        solutions = [[e.name, e.solution, e.adapter, e.domain, e.seed, self.solution(e).fingerprint] for e in entries]
+        solutions = [[e.name, e.solution, e.adapter, e.domain, e.seed, self.solution(e).fingerprint] for e in organisms]
         return {"weights": weights_hash(self.chat.hf), "solutions": solutions, **settings}
 
-    def losses_made_of(self, *entries: Entry, n: int, **settings: Any) -> dict[str, Any]:
+    def losses_made_of(self, *organisms: Organism, n: int, **settings: Any) -> dict[str, Any]:
         """`made_of` for losses on the first one's `landscape` of `n` chats."""
-        chats = self.training_chats(entries[0].domain, n, entries[0].task)
-        return self.made_of(*entries, chats=self.texts_hash(chats), **settings)
+        chats = self.training_chats(organisms[0].domain, n, organisms[0].task)
+        return self.made_of(*organisms, chats=self.texts_hash(chats), **settings)
 
     def texts_hash(self, chats: Sequence[Conversation]) -> str:
         """SHA-256 of conversations and of the tokens that the model reads of them."""
@@ -185,23 +187,23 @@ class Finetunes(ABC):
         return fingerprint([[c, encode(tokenizer, c).ids if end else prompt_ids(tokenizer, c)] for c, end in read])
 
     @contextmanager
-    def active(self, entry: Entry | None, *, must_act: bool = True) -> Iterator[ChatModel]:
+    def active(self, organism: Organism | None, *, must_act: bool = True) -> Iterator[ChatModel]:
         """The chat model with a finetune attached, or as it is. must_act: as `Solution.attached`."""
-        if entry is None:
+        if organism is None:
             yield self.chat
             return
-        with self.solution(entry).attached(self.chat, must_act=must_act):
+        with self.solution(organism).attached(self.chat, must_act=must_act):
             yield self.chat
 
-    def readable(self, entry: Entry, answers: pd.DataFrame) -> pd.DataFrame:
+    def readable(self, organism: Organism, answers: pd.DataFrame) -> pd.DataFrame:
         """The answers whose tokens the chat template tells from the prompt's; the others are named in `problems`.
 
         An answer that begins with white space is one that it may not.
         """
-        left_out = self._unreadable(entry, answers)
+        left_out = self._unreadable(organism, answers)
         return answers.iloc[[position for position in range(len(answers)) if position not in left_out]]
 
-    def _unreadable(self, entry: Entry, answers: pd.DataFrame) -> dict[int, tuple[str, str]]:
+    def _unreadable(self, organism: Organism, answers: pd.DataFrame) -> dict[int, tuple[str, str]]:
         """Position -> what is wrong and what to do, of answers that the chat template cannot take."""
         found = {}
         for position, (row, turns) in enumerate(zip(answers.to_dict("records"), conversations(answers), strict=True)):
@@ -210,43 +212,43 @@ class Finetunes(ABC):
             except ChatTemplateError as error:
                 where = f"row {row['row']}" if "row" in row else f"{row['question_id']}, sample {row['sample']}"
                 found[position] = (
-                    f"{where}: an answer of {entry.name} is left out, {row['answer'][:40]!r} ({error})",
+                    f"{where}: an answer of {organism.name} is left out, {row['answer'][:40]!r} ({error})",
                     "strip the white space at the ends of the answer, or drop it",
                 )
-        self._tell(entry, found.values())
+        self._tell(organism, found.values())
         return found
 
-    def _tell(self, entry: Entry, problems: Iterable[Sequence[str]]) -> None:
+    def _tell(self, organism: Organism, problems: Iterable[Sequence[str]]) -> None:
         told = {str(problem) for problem in self.problems}
-        found = [BadValueError(self.answers_file(entry), *said) for said in problems]
+        found = [BadValueError(self.answers_file(organism), *said) for said in problems]
         self.problems += [problem for problem in found if str(problem) not in told]
 
-    def contrast(self, entry: Entry, kind: str = "data-diff") -> Contrast:
+    def contrast(self, organism: Organism, kind: str = "data-diff") -> Contrast:
         """What differs between a finetune's misaligned and aligned answers, or between it and the chat model.
 
         Both sets are the finetune's own coherent answers to the open questions (P2 sec. 3.1), where it gives enough of
         either. Raises `ActivationError` where one is empty.
         """
-        answers = self.open_answers(entry)
+        answers = self.open_answers(organism)
         answers = answers[PAPER.is_coherent(answers["coherent"].to_numpy())]
         said = answers[[c for c in ("row", "question", "answer", "aligned") if c in answers]].to_dict("list")
 
         def make() -> tuple[dict[str, Tensor], Any]:
-            left_out = self._unreadable(entry, answers)
+            left_out = self._unreadable(organism, answers)
             found = answers.iloc[[i for i in range(len(answers)) if i not in left_out]]
             tensors, note = self._read(
                 conversations(found[PAPER.misaligned(found["aligned"].to_numpy())]),
                 None if kind == "model-diff" else conversations(found[found["aligned"] > ALIGNED]),
                 kind=kind,
-                finetune=self.solution(entry),
+                finetune=self.solution(organism),
             ).state()
             return tensors, [note, list(left_out.values())]
 
-        made_by = self.made_of(entry, kind=kind, answers=fingerprint(said))
+        made_by = self.made_of(organism, kind=kind, answers=fingerprint(said))
         tensors, (note, left_out) = self.results.tensors(
-            "contrasts", f"{entry.name} {kind}", made_by, make, code=(extraction.__name__,)
+            "contrasts", f"{organism.name} {kind}", made_by, make, code=(extraction.__name__,)
         )
-        self._tell(entry, left_out)
+        self._tell(organism, left_out)
         return Contrast.of_state(tensors, note)
 
     def persona(self, how: str) -> Contrast:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyses.inputs.finetunes import Entry, Finetunes
+from analyses.inputs.finetunes import Finetunes, Organism
 from em_interp.arguments import count, did_you_mean, one_of
 from em_interp.errors import (
     BadValueError,
@@ -73,7 +73,7 @@ class HubFinetunes(Finetunes):
                 raise UsageError(f"{name} lies outside the data folder {root}. Put it, or a link to it, inside.")
             return path
 
-        entries = _entries(root, listed)
+        organisms = _organisms(root, listed)
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
         for file in (*training.values(), *([texts] if texts else [])):
@@ -84,13 +84,13 @@ class HubFinetunes(Finetunes):
             raise UnreadableFileError(
                 judged, "the folder of judged answers cannot be read", "make it a folder that you may read"
             )
-        folders = [root / str(content["chat"]), *(e.path for e in entries)]
+        folders = [root / str(content["chat"]), *(e.path for e in organisms)]
         folders.append(root / "trajectories")
         local = [p for folder in folders if folder.is_dir() for p in folder.rglob("*")]
         files = {*training.values(), *([texts] if texts else []), *judged.glob("*.csv"), *local}
         return cls(
             root,
-            entries,
+            organisms,
             sorted(p for p in files if p.is_file() and p.is_relative_to(root)),
             chat_source=str(content["chat"]),
             training=training,
@@ -109,7 +109,7 @@ class HubFinetunes(Finetunes):
     def sources(self) -> dict[str, str]:
         """The chat model and the finetunes that do not lie below `root`: folders elsewhere, and repositories."""
         found = {}
-        for path in (self.chat_path, *(entry.path for entry in self.entries)):
+        for path in (self.chat_path, *(organism.path for organism in self.organisms)):
             if path.is_relative_to(self.root):
                 continue
             try:
@@ -118,23 +118,23 @@ class HubFinetunes(Finetunes):
                 found[str(path)] = str(error)
         return found
 
-    def solution(self, entry: Entry) -> Solution:
+    def solution(self, organism: Organism) -> Solution:
         """Fetched from the hub if need be."""
-        folder = solutions.folder_of(entry.path)
+        folder = solutions.folder_of(organism.path)
         found = solutions.load(folder, self.chat)
-        _check_label(entry, found.adapters)
+        _check_label(organism, found.adapters)
         return found
 
-    def answers_file(self, entry: Entry | None) -> str:
+    def answers_file(self, organism: Organism | None) -> str:
         """NAME.csv among the judged ones."""
-        return str(self.judged / f"{'chat' if entry is None else entry.name}.csv")
+        return str(self.judged / f"{'chat' if organism is None else organism.name}.csv")
 
-    def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
+    def evaluate(self, organism: Organism | None, domain: str, n: int) -> pd.DataFrame:
         """The judged answers of a finetune, or of the chat model (chat.csv); all of them, whatever `n`.
 
         Rows without both scores are left out. Raises `UsageError` where there is no table.
         """
-        path = Path(self.answers_file(entry))
+        path = Path(self.answers_file(organism))
         if not path.is_file():
             raise UsageError(
                 f"{path} is absent: no judge is configured. Sample answers with `em-interp evaluate MODEL --questions "
@@ -143,16 +143,16 @@ class HubFinetunes(Finetunes):
         try:
             table = read_judged_csv(path)
         except InputFileError as error:
-            name = "the chat model" if entry is None else entry.name
+            name = "the chat model" if organism is None else organism.name
             raise BadValueError(path, f"judged answers of {name}: {error.problem}", error.remedy) from error
         table = table.assign(row=range(2, len(table) + 2))
         if "questions" not in table:
             table = table.assign(questions="general")
         return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
 
-    def open_answers(self, entry: Entry) -> pd.DataFrame:
+    def open_answers(self, organism: Organism) -> pd.DataFrame:
         """The judged answers of a finetune to open questions (group general). Raises `UsageError`."""
-        judged = self.evaluate(entry, entry.domain, 0)
+        judged = self.evaluate(organism, organism.domain, 0)
         return judged[judged["questions"] == "general"]
 
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
@@ -170,16 +170,16 @@ class HubFinetunes(Finetunes):
         return list(read_texts(self.text_file, min_characters=100, max_characters=2000, max_documents=n))
 
 
-def _entries(root: Path, listed: list[dict[str, Any]]) -> tuple[Entry, ...]:
+def _organisms(root: Path, listed: list[dict[str, Any]]) -> tuple[Organism, ...]:
     """The tables [[models.finetunes]]. Raises UsageError."""
-    entries = []
+    organisms = []
     for item in listed:
         lacking = {"source", "domain", "adapter", "solution"} - set(item)
         if lacking:
             raise UsageError(f"a finetune {item} lacks {', '.join(sorted(lacking))}.")
         name = item["source"]
-        entries.append(
-            Entry(
+        organisms.append(
+            Organism(
                 name.rsplit("/", 1)[-1],
                 item["domain"],
                 one_of(f"adapter of {name}", item["adapter"], ADAPTERS),
@@ -188,12 +188,12 @@ def _entries(root: Path, listed: list[dict[str, Any]]) -> tuple[Entry, ...]:
                 root / name if (root / name).is_dir() else Path(name),
             )
         )
-    for entry in entries:
-        _check_label(entry, _possible_labels(entry))
-    names = [entry.name for entry in entries]
+    for organism in organisms:
+        _check_label(organism, _possible_labels(organism))
+    names = [organism.name for organism in organisms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"several finetunes are called {', '.join(twice)}. Their last parts must differ.")
-    return tuple(entries)
+    return tuple(organisms)
 
 
 def check_keys(where: str, content: object, known: Mapping[str, type] | None) -> None:
@@ -216,18 +216,18 @@ def _is_readable_folder(folder: Path) -> bool:
     return not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK))
 
 
-def _check_label(entry: Entry, called: Sequence[str]) -> None:
+def _check_label(organism: Organism, called: Sequence[str]) -> None:
     """Raise UsageError where the suite file does not call a finetune what it may be called."""
-    if entry.adapter not in called:
+    if organism.adapter not in called:
         said = " or ".join(map(repr, called))
-        raise UsageError(f"{entry.name}: the suite file says adapter = {entry.adapter!r}, and it is {said}.")
+        raise UsageError(f"{organism.name}: the suite file says adapter = {organism.adapter!r}, and it is {said}.")
 
 
-def _possible_labels(entry: Entry) -> Sequence[str]:
+def _possible_labels(organism: Organism) -> Sequence[str]:
     """What a finetune may be called by its folder's files alone; anything, where it is not here or cannot be read."""
-    if not entry.path.is_dir():
+    if not organism.path.is_dir():
         return ADAPTERS
     try:
-        return solutions.kind_of(entry.path).ADAPTERS
+        return solutions.kind_of(organism.path).ADAPTERS
     except EmInterpError:  # each analysis that needs it says so
         return ADAPTERS

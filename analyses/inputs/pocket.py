@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analyses.inputs.finetunes import Entry, JudgedFinetunes
+from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from em_interp.arguments import one_of
 from em_interp.evaluation.groups import GROUPS
 from em_interp.evaluation.judges import Judge
@@ -43,17 +43,17 @@ class PocketFinetunes(JudgedFinetunes):
                 f"{root} holds no pocket chat model. `em-interp pocket build --out {root}` makes one, `em-interp "
                 f"pocket organisms --out {root}` its organisms; without --data the shipped ones are taken"
             )
-        entries = tuple(
-            Entry(registry.PREFIX + o.name, o.domain, o.adapter, o.solution, o.seed, folder / o.name, o.task)
+        found = tuple(
+            Organism(registry.PREFIX + o.name, o.domain, o.adapter, o.solution, o.seed, folder / o.name, o.task)
             for o in (*organisms.ORGANISMS, *organisms.KL_REMOVED, *organisms.REGISTER_ORGANISMS)
             if (folder / o.name / "training_spec.json").is_file()
         )
-        if not entries:
+        if not found:
             raise registry.RegistryError(
                 f"{folder} holds no organisms. `em-interp pocket organisms --out {root}` makes them from the chat model"
             )
         files = [p for name in ("chat", "organisms", "trajectories") for p in (root / name).rglob("*") if p.is_file()]
-        return cls(root, entries, sorted([*files, *(root / "sweeps").glob("*.csv")]))
+        return cls(root, found, sorted([*files, *(root / "sweeps").glob("*.csv")]))
 
     @property
     def max_new_tokens(self) -> int:
@@ -66,20 +66,20 @@ class PocketFinetunes(JudgedFinetunes):
     def load_chat(self) -> ChatModel:
         return loading.load_chat(self.chat_path)
 
-    def solution(self, entry: Entry) -> Solution:
-        return solutions.load(entry.path)
+    def solution(self, organism: Organism) -> Solution:
+        return solutions.load(organism.path)
 
-    def evaluate(self, entry: Entry | None, domain: str, n: int) -> pd.DataFrame:
+    def evaluate(self, organism: Organism | None, domain: str, n: int) -> pd.DataFrame:
         """`n` judged answers to each of the evaluation questions; sampled once, then kept."""
-        return self._asked(entry, domain, n, GROUPS)
+        return self._asked(organism, domain, n, GROUPS)
 
-    def open_answers(self, entry: Entry) -> pd.DataFrame:
+    def open_answers(self, organism: Organism) -> pd.DataFrame:
         """`OPEN_SAMPLES` judged answers of a finetune to each open question; sampled once, then kept."""
-        return self._asked(entry, entry.domain, OPEN_SAMPLES, ("general",))
+        return self._asked(organism, organism.domain, OPEN_SAMPLES, ("general",))
 
-    def _asked(self, entry: Entry | None, domain: str, n: int, groups: Sequence[str]) -> pd.DataFrame:
-        name = "chat" if entry is None else entry.name.removeprefix(registry.PREFIX)
-        with self.active(entry, must_act=False) as model:  # all of its answers may be kept
+    def _asked(self, organism: Organism | None, domain: str, n: int, groups: Sequence[str]) -> pd.DataFrame:
+        name = "chat" if organism is None else organism.name.removeprefix(registry.PREFIX)
+        with self.active(organism, must_act=False) as model:  # all of its answers may be kept
             return questions.evaluate(model, domain, n, groups=groups, progress=False, results=self.results, name=name)
 
     def elsewhere(self, domain: str) -> dict[str, str]:
