@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from rich.table import Column, Table
 
+from analyses.findings import Finding
 from analyses.suite import Suite, load_analysis
 from em_interp import __version__
 from em_interp.figures import CONFIG, caption_of
@@ -29,6 +30,8 @@ class Section:
     text: str
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: dict[str, go.Figure] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    """Computed from the tables: what they say, in sentences."""
     comparison: pd.DataFrame | None = None
     error: str | None = None
     missing: bool = False
@@ -101,6 +104,7 @@ def _view(section: Section) -> dict[str, Any]:
         "name": section.name,
         "title": section.title,
         "text": section.text,
+        "findings": section.findings,
         "needs": "; ".join(load_analysis(section.name).NEEDS),
         "figures": figures,
         "comparison": comparison,

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from analyses.comparison import compare, load_numbers
+from analyses.findings import as_table, findings_of
 from analyses.report import Section, write_report
 from analyses.suite import Suite
 from analyses.tasks import BACKENDS, Task, Workers, tasks_of
@@ -127,6 +128,7 @@ def _reproduce(
     whole = [s.comparison for s in sections if s.comparison is not None and len(s.comparison)]
     if whole:
         _write_table(folder, "comparison", pd.concat([w.astype(object) for w in whole], ignore_index=True))
+    _write_table(folder, "findings", as_table({section.name: section.findings for section in sections}))
     report = write_report(folder / "report.html", suite, sections, lines, notes)
     _manifest(folder, suite, sections, {**inputs, **sources}, lines, time.perf_counter() - started)
     unmade = suite.source == "models" and not any(section.tables for section in sections)
@@ -196,6 +198,7 @@ def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
         section.tables, said = _heard(suite, name)
         for table_name, table in section.tables.items():
             _write_table(folder, table_name, table)
+        section.findings = findings_of(name, section.tables)
         section.figures = analysis.plot(section.tables)
         for figure_name, figure in section.figures.items():
             house.save_html(figure, folder / "figures" / f"{figure_name}.html")
@@ -236,12 +239,12 @@ def _reuse(suite: Suite, folder: Path, name: str, key: str) -> Section | None:
             return None
         analysis = suite.analysis(name)
         tables = {t: pd.read_csv(path, keep_default_na=False, na_values=[""]) for t, path in paths.items()}
-        figures = analysis.plot(tables)
+        figures, found = analysis.plot(tables), findings_of(name, tables)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     for figure_name, figure in figures.items():
         house.save_html(figure, folder / "figures" / f"{figure_name}.html")
-    return Section(name, analysis.TITLE, analysis.TEXT, tables, figures, notes=state["notes"], reused=True)
+    return Section(name, analysis.TITLE, analysis.TEXT, tables, figures, found, notes=state["notes"], reused=True)
 
 
 def _state_file(folder: Path, name: str) -> Path:
@@ -274,7 +277,7 @@ def _manifest(
     problems: tuple[str, ...],
     seconds: float,
 ) -> None:
-    names = {name for s in sections for name in (*s.tables, *s.figures)} | {"comparison", "plotly.min"}
+    names = {name for s in sections for name in (*s.tables, *s.figures)} | {"comparison", "findings", "plotly.min"}
     made = sorted(p for kind in ("tables", "figures") for p in (folder / kind).glob("*") if p.stem in names)
     results: dict[str, Any] = {
         s.name: {

@@ -73,7 +73,11 @@ ANALYSES: Final = tuple(
 
 
 class Analysis(Protocol):
-    """What a module in one of the `FOLDERS` offers."""
+    """What a module in one of the `FOLDERS` offers.
+
+    It may have besides: `findings(tables) -> list[Finding]`, `tasks(suite) -> list[Task]`, and `STORY`, a pair of the
+    place (1 to 3) and the name of its figure among those that the report opens with.
+    """
 
     TITLE: str
     TEXT: str

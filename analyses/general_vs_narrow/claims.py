@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, decided
 from analyses.general_vs_narrow.stability import MIDDLE
 from analyses.inputs.finetunes import Finetunes
 from analyses.suite import Suite, nothing_of
@@ -25,6 +27,7 @@ TEXT = (
 )
 TABLES = ("claims",)
 NEEDS = tuple(f"general_vs_narrow.{name}" for name in ("efficiency", "stability", "influence", "register"))
+STORY = (3, "claims_stability")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Claim:
 
     text: str
     measure: str
+    found: str
+    """What was found, as a finding's text says it."""
+    unit: str = ""
     neutral: float = 0.0
 
 
@@ -40,17 +46,26 @@ CLAIMS = {
     "efficiency": Claim(
         "The general solution has the lower loss at equal norm",
         "its loss is lower by (nats per token, at the mean of both trained norms)",
+        "by {estimate}",
+        "nats per token",
     ),
     "stability": Claim(
         "The general solution is more stable under perturbation",
         "share of its gain that it loses less, mean over eps .2, .4, .6, .8 (percentage points)",
+        "it loses {estimate} less of its gain",
+        "percentage points",
     ),
     "kl_removal": Claim(
         "Once the KL penalty is gone, the narrow solution drifts to the general one",
         "rise of the cosine to the general solution",
+        "their cosine rises by {estimate}",
     ),
     "influence": Claim(
-        "The general direction matters more on pre-training text at equal norm", "ratio of the two KLs", 1.0
+        "The general direction matters more on pre-training text at equal norm",
+        "ratio of the two KLs",
+        "its KL is {estimate} the narrow one's",
+        "times",
+        neutral=1.0,
     ),
 }
 
@@ -123,24 +138,42 @@ def _row(task: str, measured_by: str, adapter: str, values: np.ndarray) -> dict[
     estimate = float(values.mean())
     if measured_by == "influence":
         estimate, low, high = (float(np.exp(v)) for v in (estimate, low, high))
-    verdict = "holds" if low > claim.neutral else "does not hold" if high < claim.neutral else "not decided here"
-    spread = (
-        f"{low:.3g} to {high:.3g}, {PERCENT} over {len(values)} seeds" if len(values) > 1 else "one seed, no interval"
-    )
-    where = "technical register, " if task == "register" else ""
-    return {
+    row = {
         "claim": claim.text,
         "adapter": adapter,
         "estimate": estimate,
         "low": low,
         "high": high,
         "n_seeds": len(values),
-        "verdict": verdict,
+        "verdict": decided(low, high, claim.neutral),
         "task": task,
         "measure": claim.measure,
         "neutral": claim.neutral,
-        "sentence": f"{claim.text} ({where}{adapter}): {verdict}; {claim.measure}: {estimate:.3g} ({spread}).",
     }
+    finding = _finding(row)
+    return {**row, "sentence": f"{finding.sentence.rstrip('.')} ({finding.evidence}): {finding.verdict}."}
+
+
+def _finding(row: Mapping[Any, Any]) -> Finding:
+    """What a row of the table says; the first task's claims are the paper's."""
+    claim = next(claim for claim in CLAIMS.values() if claim.text == row["claim"])
+    where = "technical register, " if row["task"] == "register" else ""
+    return Finding(
+        f"{claim.text} ({where}{row['adapter']}): {claim.found}",
+        row["estimate"],
+        row["n_seeds"],
+        "seeds",
+        row["low"],
+        row["high"],
+        claim.unit,
+        verdict=row["verdict"],
+        first=row["task"] == "persona",
+    )
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """One of every row."""
+    return [_finding(row) for row in tables["claims"].to_dict("records")]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -1,0 +1,127 @@
+"""What an analysis found, in one sentence that is made of its numbers: the report opens with these."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import pandas as pd
+
+from em_interp.arguments import one_of, plain_numbers
+from em_interp.statistics import PERCENT
+
+HOLDS: Final = "holds"
+DOES_NOT_HOLD: Final = "does not hold"
+UNDECIDED: Final = "not decided here"
+AGREES: Final = "agrees"
+DIFFERS: Final = "differs"
+VERDICTS: Final = (HOLDS, DOES_NOT_HOLD, UNDECIDED, AGREES, DIFFERS, "")
+"""Of a claim; of a number beside the published one; nothing where nothing is claimed."""
+COLUMNS: Final = (
+    *("analysis", "sentence", "estimate", "low", "high", "unit", "n", "counts"),
+    *("published", "source", "verdict", "first"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was measured, computed from an analysis's tables.
+
+    text: the sentence without its full stop, interval and n, which the report adds; `{estimate}`, `{published}` and
+    `{n}` in it stand for the numbers below, and other numbers come from `said`. estimate, low, high, published: in
+    `unit`, so a rate of .12 is 12 with the unit %. low, high: the interval (always of the level of `statistics`); NaN
+    where none is given. counts: what n counts, in the plural. unit: %, a word or words, or "" for a pure number.
+    first: whether the claims on the report's first screen hold it.
+    """
+
+    text: str
+    estimate: float
+    n: int
+    counts: str
+    low: float = math.nan
+    high: float = math.nan
+    unit: str = ""
+    published: float | None = None
+    source: str = ""
+    """Where the published value stands, such as 'P2, Fig. 2'."""
+    verdict: str = ""
+    first: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("verdict", self.verdict, VERDICTS)
+        plain_numbers(self)
+
+    @property
+    def has_interval(self) -> bool:
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
+    @property
+    def sentence(self) -> str:
+        """What was found; every number in the digits that the table of claims shows."""
+        published = "" if self.published is None else said(self.published, self.unit)
+        return self.text.format(estimate=self.estimate_said, published=published, n=f"{self.n:,}") + "."
+
+    @property
+    def estimate_said(self) -> str:
+        """The estimate with its unit, to the digits that its interval allows."""
+        return said(self.estimate, self.unit, *self._scale)
+
+    @property
+    def interval_said(self) -> str:
+        """'.2 to .4', in the estimate's unit; nothing where there is none."""
+        if not self.has_interval:
+            return ""
+        return f"{said(self.low, '', *self._scale)} to {said(self.high, '', *self._scale)}"
+
+    @property
+    def n_said(self) -> str:
+        return f"one {self.counts.removesuffix('s')}" if self.n == 1 else f"{self.n:,} {self.counts}"
+
+    @property
+    def evidence(self) -> str:
+        """Interval and n, for the brackets after the sentence."""
+        interval = f"{PERCENT}: {self.interval_said}" if self.has_interval else "no interval"
+        return f"{interval}; {self.n_said}"
+
+    @property
+    def _scale(self) -> tuple[float, ...]:
+        return (self.estimate, self.low, self.high) if self.has_interval else (self.estimate,)
+
+
+def said(value: float, unit: str = "", *beside: float) -> str:
+    """A number in house form: three significant digits of the largest among it and those `beside`, then the unit.
+
+    So an estimate and the ends of its interval have the same decimals.
+    """
+    largest = max((abs(v) for v in (value, *beside) if math.isfinite(v)), default=0.0)
+    if 0 < largest < 1e-3:
+        shown = f"{value:.3g}"
+    else:
+        decimals = 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
+        shown = f"{round(value, decimals) + 0.0:,.{decimals}f}"
+    return shown + (unit if unit in ("", "%") else f" {unit}")
+
+
+def decided(low: float, high: float, null: float = 0.0) -> str:
+    """The verdict on a claim that the true value is above `null`, from the interval of its estimate."""
+    return HOLDS if low > null else DOES_NOT_HOLD if high < null else UNDECIDED
+
+
+def findings_of(name: str, tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """What the analysis of that full name found, by its module's `findings`; none where it has no such function."""
+    module = importlib.import_module(f"analyses.{name}")
+    find: Callable[[dict[str, pd.DataFrame]], list[Finding]] | None = getattr(module, "findings", None)
+    return [] if find is None else find(tables)
+
+
+def as_table(found: dict[str, Sequence[Finding]]) -> pd.DataFrame:
+    """Findings by analysis as the table `findings`, with the columns `COLUMNS`."""
+    rows = [
+        {"analysis": name, "sentence": finding.sentence, **asdict(finding)}
+        for name, findings in found.items()
+        for finding in findings
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
