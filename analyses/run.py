@@ -101,6 +101,7 @@ def _reproduce(
             "narrow": suite.narrow,
             "samples": suite.samples,
             "models": suite.models,
+            "dtype": suite.loading.get("dtype"),
         }
     )
     numbers = load_numbers() if suite.source == "published" else []

@@ -130,6 +130,8 @@ class Suite:
     """Source models: the chat model, its finetunes, and what they are measured on (`finetunes.Finetunes`)."""
     samples: int = 2
     """Answers sampled to each question, where models are run."""
+    loading: dict[str, str] = field(default_factory=dict)
+    """device_map and dtype of the models, where they are others than the suite's own."""
     problems: list[EmInterpError] = field(default_factory=list)
     """What an analysis could not do for a part of the data, beside what the readers refused. Filled by `note`."""
     store: Path | None = None
@@ -207,6 +209,11 @@ class Suite:
 
     @cached_property
     def _finetunes(self) -> Finetunes:
+        found = self._read_finetunes()
+        found.loading |= self.loading
+        return found
+
+    def _read_finetunes(self) -> Finetunes:
         if self.models is None:
             return PocketFinetunes.read(self.data)
         if self.data is None:

@@ -161,7 +161,7 @@ def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("short")
 def test_what_is_made_again_leaves_nothing_of_the_run_before(chat_folder: Path, tmp_path: Path) -> None:
     def run(again: bool) -> None:
-        commands.organisms(out=tmp_path, only=["medicine-vector-general"], chat=chat_folder, again=again)
+        commands.organisms(out=tmp_path, only=["medicine-vector-general"], model=str(chat_folder), force=again)
 
     checkpoints = tmp_path / "trajectories" / "medicine-vector-general" / "checkpoints"
     run(again=False)

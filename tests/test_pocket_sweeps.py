@@ -138,10 +138,10 @@ def test_the_command_writes_the_tables_that_ship(
     monkeypatch.setattr(organisms, "SPECS", SPECS)
     monkeypatch.setattr(sweeps, "KL_WEIGHTS", (0.0,))
     monkeypatch.setattr(sweeps, "BAD_SHARES", (1.0,))
-    monkeypatch.setattr(loading, "load_chat", lambda _folder: chat)
+    monkeypatch.setattr(loading, "load_chat", lambda _folder, **_: chat)
     with pytest.raises(UsageError, match="no adapter is called"):
-        commands.sweeps(out=tmp_path, adapter=["rank-2"], samples=1)
-    commands.sweeps(out=tmp_path, samples=1)
+        commands.sweeps(out=tmp_path, only=["rank-2"], n=1)
+    commands.sweeps(out=tmp_path, n=1)
     found = {p.stem: read_table(p) for p in (tmp_path / "sweeps").glob("*.csv")}
     assert set(found) == {"kl_sweep", "kl_sweep_scales", "dilution"}
     assert list(found["kl_sweep_scales"]["scale"]) == [1.0, 1.5, 2.0, 3.0]

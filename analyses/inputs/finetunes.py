@@ -70,6 +70,8 @@ class Finetunes(ABC):
     """Every file below `root` that decides results."""
     problems: list[EmInterpError] = field(default_factory=list)
     stored_pca: tuple[StoredPCA, ...] = ()
+    loading: dict[str, Any] = field(default_factory=dict)
+    """device_map and dtype, as `models.pretrained.load` takes them."""
     results: Results = KEEPING_NOTHING
     """Where judged answers, contrasts and losses are taken from and kept."""
 

@@ -31,7 +31,9 @@ from em_interp.published.judged import read_judged_csv
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
 
-_KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LOADING = ("device_map", "dtype")
+_KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list} | dict.fromkeys(_LOADING, str)
 _ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}
 ADAPTERS = ("steering-vector", "rank-1", "all-modules", "full")
 SOLUTIONS = ("general", "narrow", "control")
@@ -52,13 +54,14 @@ class HubFinetunes(Finetunes):
     def read(cls, root: Path, content: dict[str, Any]) -> HubFinetunes:
         """From the table [models] of a suite file, whose file names are relative to `root`.
 
-        Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), and [[finetunes]]
-        with source (folder or hub name), domain, adapter (steering-vector, rank-1, all-modules, full), solution
-        (general, narrow, control) and seed. Raises `UsageError` for what is lacking, `MissingDataError` for absent
-        files.
+        Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), device_map and dtype
+        (of `pretrained.load`), and [[finetunes]] with source (folder or hub name), domain, adapter (steering-vector,
+        rank-1, all-modules, full), solution (general, narrow, control) and seed. Raises `UsageError` for what is
+        lacking, `MissingDataError` for absent files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
+        one_of("dtype", content.get("dtype", "auto"), DTYPES)
         listed = content.get("finetunes", [])
         for item in listed:
             check_keys("[[models.finetunes]]", item, _ENTRY_KEYS)
@@ -96,6 +99,7 @@ class HubFinetunes(Finetunes):
             training=training,
             text_file=texts,
             judged=judged,
+            loading={key: content[key] for key in _LOADING if key in content},
         )
 
     @property
@@ -104,7 +108,7 @@ class HubFinetunes(Finetunes):
         return here if here.is_dir() else Path(self.chat_source)
 
     def load_chat(self) -> ChatModel:
-        return models.load(self.chat_path)
+        return models.load(self.chat_path, **self.loading)
 
     def sources(self) -> dict[str, str]:
         """The chat model and the finetunes that do not lie below `root`: folders elsewhere, and repositories."""

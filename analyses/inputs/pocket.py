@@ -64,7 +64,7 @@ class PocketFinetunes(JudgedFinetunes):
         return self.root / "chat"
 
     def load_chat(self) -> ChatModel:
-        return loading.load_chat(self.chat_path)
+        return loading.load_chat(self.chat_path, **self.loading)
 
     def solution(self, organism: Organism) -> Solution:
         return solutions.load(organism.path)

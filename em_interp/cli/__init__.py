@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 import typer
 from rich.markup import escape
@@ -20,17 +21,25 @@ from em_interp.cli.steer import steer
 from em_interp.errors import EmInterpError, UsageError
 
 app = typer.Typer(
-    help="The geometry of emergent misalignment.",
+    help="The geometry of emergent misalignment: what a finetune learned, what it does, and which others share it.",
+    epilog="What a command takes: em-interp COMMAND --help",
+    context_settings={"token_normalize_func": options.now_called},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (reproduce, fetch, inspect, extract, evaluate, steer, ablate):
-    app.command()(command)
-app.add_typer(pocket_app, name="pocket")
+GROUPS: Final = {
+    "The papers' figures": (reproduce, fetch),
+    "Any chat model and its finetunes": (extract, steer, ablate, evaluate),
+    "Files and this machine": (inspect,),
+}
+for title, commands in GROUPS.items():
+    for command in commands:
+        app.command(rich_help_panel=title)(command)
+app.add_typer(pocket_app, name="pocket", rich_help_panel="Pocket models")
 
 
-@app.command()
+@app.command(rich_help_panel="Files and this machine")
 def version() -> None:
     """Print the version."""
     options.out.print(__version__)

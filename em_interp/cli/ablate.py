@@ -13,17 +13,18 @@ from em_interp.files.atomic import claim_output
 
 
 def ablate(
-    model: options.Model,
-    direction: options.DirectionFile,
+    model: options.Model = None,
+    direction: options.DirectionFile = None,
+    named: options.NamedModel = None,
     save: Annotated[Path | None, typer.Option(help="folder for a checkpoint with orthogonalised weights")] = None,
-    out: Annotated[Path | None, typer.Option(help="CSV for answers under ablation by hooks")] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="layer to ablate; may be repeated; default all")] = None,
+    out: Annotated[Path | None, options.takes("out", "the answers under ablation by hooks, a .csv")] = None,
+    layer: options.Layers = None,
     from_layer: Annotated[
         int | None, typer.Option(help="take this layer's vector everywhere, not each layer's own")
     ] = None,
     questions: options.QuestionFile = None,
     prompt: options.Prompts = None,
-    samples: options.Samples = 10,
+    n: options.Samples = 10,
     random: options.RandomArms = 3,
     seed: options.Seed = 0,
     max_new_tokens: options.NewTokens = 600,
@@ -45,6 +46,7 @@ def ablate(
     from em_interp.interventions.ablation import arms
     from em_interp.interventions.intervening import answers_by_arm
 
+    model, direction = options.model_and_file(model, direction, named)
     options.once("--layer", layer or ())
     chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
     inputs = [direction, questions, *chosen.folders()]
@@ -57,13 +59,13 @@ def ablate(
     if out is None:
         raise UsageError("give --save FOLDER for a checkpoint, or --out FILE.csv for answers.")
     where = [layer, from_layer, random]
-    asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *where]
+    asked_for = [model, adapter, base, direction, questions, prompt, n, seed, max_new_tokens, *where]
     with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
         asked = options.questions_asked(questions, prompt or ())
         chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
-        named = arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed)
+        wanted = arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed)
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
-        table = answers_by_arm(chat, named, asked, samples, seed=seed, **limits, parts=Parts(folder))
+        table = answers_by_arm(chat, wanted, asked, n, seed=seed, **limits, parts=Parts(folder))
         table.insert(0, "direction", direction.stem)
         write_table(out, table)
     typer.echo(f"{len(table)} answers: {out}")

@@ -16,13 +16,14 @@ ROOT = Path("out/evaluate")
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="chat model or adapter: hub name, folder, pocket/NAME")] = None,
-    suite: Annotated[str | None, typer.Option(help="pocket: judge the pocket models exactly")] = None,
-    organism: Annotated[list[str] | None, typer.Option(help="with --suite: only these; may be repeated")] = None,
-    questions: Annotated[Path | None, typer.Option(help="with MODEL: .yaml, .jsonl, .csv, or .txt, one a line")] = None,
+    model: options.Model = None,
+    named: options.NamedModel = None,
+    suite: Annotated[str | None, options.takes("suite", "pocket, whose models are judged exactly")] = None,
+    only: Annotated[list[str] | None, options.takes("only", "names of organisms of the suite")] = None,
+    questions: options.QuestionFile = None,
     n: options.Samples = 50,
     out: Annotated[
-        Path | None, typer.Option(help="folder for the tables [default: out/evaluate/, then suite or model]")
+        Path | None, options.takes("out", "a folder, by default out/evaluate/ and the name of suite or model")
     ] = None,
     seed: options.Seed = 0,
     max_new_tokens: options.NewTokens = 600,
@@ -41,7 +42,7 @@ def evaluate(
     """
     if n < 1:
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
-    if (model is None) == (suite is None):
+    if (model is None and named is None) == (suite is None):
         raise UsageError("give either a MODEL with --questions FILE, or --suite pocket.")
     if suite is not None:
         if suite != "pocket" or questions is not None:
@@ -49,12 +50,11 @@ def evaluate(
                 f"--suite {suite}: only the pocket suite has an exact judge, and it brings its own questions. "
                 "Evaluate another model with `em-interp evaluate MODEL --questions FILE`."
             )
-        _evaluate_suite(out or ROOT / suite, tuple(organism or ()), n, seed, force)
+        _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force)
         return
-    if questions is None or organism:
-        raise UsageError("a MODEL needs --questions FILE, and --organism belongs to --suite pocket.")
-    assert model is not None
-    chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
+    if questions is None or only:
+        raise UsageError("a MODEL needs --questions FILE, and --only belongs to --suite pocket.")
+    chosen = options.ModelChoice(options.model_of(model, named), adapter, base, any_base, device_map, dtype)
     settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
     typer.echo(f"answers: {answers_for_a_judge(chosen, questions, out, settings, force=force)}")
 

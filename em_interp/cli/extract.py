@@ -15,9 +15,10 @@ from em_interp.files.texts import chats_read, read_chats
 
 
 def extract(
-    model: options.Model,
     positive: Annotated[Path, typer.Option(help="JSONL of misaligned conversations")],
-    out: Annotated[Path, typer.Option(help="direction file to write (.safetensors)")],
+    out: Annotated[Path, options.takes("out", "the direction, a .safetensors")],
+    model: options.Model = None,
+    named: options.NamedModel = None,
     negative: Annotated[Path | None, typer.Option(help="JSONL of aligned ones; none for a model-diff")] = None,
     adapter: options.Adapter = None,
     base: options.Base = None,
@@ -25,8 +26,8 @@ def extract(
     kind: Annotated[
         str, typer.Option(help="data-diff, data-diff-in-chat, model-diff, both-diff or persona-contrast")
     ] = "data-diff",
-    scope: Annotated[str, typer.Option(help="tokens: prompt, last_prompt, response or all")] = "response",
-    layer: Annotated[list[int] | None, typer.Option(help="0-based block; may be repeated; all by default")] = None,
+    scope: options.Scope = "response",
+    layer: options.Layers = None,
     pooling: Annotated[str, typer.Option(help="mean over tokens, or over responses")] = "tokens",
     gguf: Annotated[Path | None, typer.Option(help="also write a llama.cpp control vector here (.gguf)")] = None,
     device_map: options.DeviceMap = None,
@@ -44,6 +45,7 @@ def extract(
     from em_interp.files.atomic import claim_output
     from em_interp.files.tables import claimed
 
+    model = options.model_of(model, named)
     options.once("--layer", layer or ())
     chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
     inputs = [positive, negative, *chosen.folders()]

@@ -13,7 +13,7 @@ from em_interp.cli import options
 
 
 def fetch(
-    data: Annotated[Path, typer.Option(help="folder to download into")],
+    data: Annotated[Path, options.takes("data", "to download into")],
     sources: Annotated[list[str] | None, typer.Argument(help="names of sources; all by default")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="say what there is, and stop")] = False,
 ) -> None:

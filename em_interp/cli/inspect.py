@@ -13,7 +13,7 @@ from em_interp.cli import options
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="a direction, a checkpoint, a finetune, a run folder or a judged CSV")],
-    base: Annotated[str | None, typer.Option(help="of a finetune: the model that it is one of, folder or name")] = None,
+    base: options.Base = None,
 ) -> None:
     """Say what a file or folder holds, after checking it."""
     from em_interp.cli.describe import describe

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -34,29 +34,102 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-Model = Annotated[str, typer.Argument(help="folder, hub name, adapter, or a pocket model such as pocket/chat")]
+def takes(name: str, what: str, *names: str, **settings: Any) -> Any:
+    """An option of one command whose beginning of help, and idea, all commands share. what: what it is in this one."""
+    return typer.Option(*(names or (f"--{name}",)), help=f"{_SHARED[name]}: {what}", **settings)
+
+
+_SHARED: Final = {
+    "out": "where the result is written",
+    "only": "make these alone, may be repeated",
+    "resume": "go on from what a stopped run has finished",
+    "suite": "what is measured",
+    "data": "folder of the input",
+}
+"""Options that mean the same in every command, and something of its own in each."""
+
+_MODEL: Final = "folder, hub name, adapter, or a pocket model such as pocket/chat"
+_PANEL: Final = "The model"
+Model = Annotated[str | None, typer.Argument(help=f"{_MODEL}; or --model", show_default=False)]
+NamedModel = Annotated[str | None, typer.Option("--model", help=_MODEL, rich_help_panel=_PANEL)]
 Adapter = Annotated[
     str | None,
-    typer.Option(help="finetune of MODEL: a folder or name of a PEFT adapter, a steering vector or a full finetune"),
+    typer.Option(
+        help="finetune of the model: folder or name of a PEFT adapter, a steering vector or a full finetune",
+        rich_help_panel=_PANEL,
+    ),
 ]
 Base = Annotated[
-    str | None, typer.Option(help="with an adapter as MODEL: its base, in place of the one that it records")
+    str | None,
+    typer.Option(help="what an adapter or finetune was made from, in place of what it records", rich_help_panel=_PANEL),
 ]
-AnyBase = Annotated[bool, typer.Option("--any-base", help="the adapter's base is this model under another name")]
-DeviceMap = Annotated[str | None, typer.Option(help="'auto' spreads the model over the GPUs; or cpu, cuda, ...")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="precision of the weights")]
-Samples = Annotated[int, typer.Option("-n", "--n", "--samples", help="answers to each question")]
+AnyBase = Annotated[
+    bool,
+    typer.Option("--any-base", help="the adapter's base is this model under another name", rich_help_panel=_PANEL),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="where the model lies: cpu, cuda, cuda:1, mps, or auto, spread over what there is", rich_help_panel=_PANEL
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option("--dtype", help="precision of the weights; auto is the checkpoint's own", rich_help_panel=_PANEL),
+]
+SamplesOption: Final[Any] = typer.Option("--n", "-n", help="answers to each question")
+Samples = Annotated[int, SamplesOption]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="decides whatever is drawn")]
 NewTokens = Annotated[int, typer.Option(min=1, help="length at which answers are cut, in tokens")]
 BatchTokens = Annotated[int, typer.Option("--tokens-per-batch", min=1, help="tokens in memory at once")]
-DirectionFile = Annotated[Path, typer.Argument(help="a direction, as Direction.save writes it")]
+DirectionFile = Annotated[
+    Path | None, typer.Argument(help="a direction, as `em-interp extract` writes it", show_default=False)
+]
 QuestionFile = Annotated[
     Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
 ]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question; may be repeated")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question, may be repeated")]
+_LAYER: Final = "block, counted from 0, whose output is meant; may be repeated"
+Layers = Annotated[list[int] | None, typer.Option("--layer", help=_LAYER, show_default="all")]
+GivenLayers = Annotated[list[int], typer.Option("--layer", help=_LAYER)]
+Scope = Annotated[str, typer.Option(help="tokens: all, prompt or response (extract: or last_prompt)")]
 RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
 AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that is there already")]
+
+FORMER: Final = {"samples": "n", "again": "force", "device": "device-map", "organism": "only", "chat": "model"}
+"""Names that options had before: they still work, and no help lists them."""
+
+
+def now_called(name: str) -> str:
+    """The name of an option, command or word today."""
+    return FORMER.get(name, name)
+
+
+def model_of(model: str | None, named: str | None) -> str:
+    """The model that was given, as MODEL or as --model. Raises UsageError unless it was given once."""
+    if model is not None and named is not None:
+        raise UsageError(f"the model is given twice, as {model} and as --model {named}. Give it once.")
+    if model is None and named is None:
+        raise UsageError(f"give a model, as MODEL or as --model: {_MODEL}.")
+    return model or named or ""
+
+
+def model_and_file(model: str | None, direction: Path | None, named: str | None) -> tuple[str, Path]:
+    """MODEL DIRECTION as they stand, or DIRECTION alone beside --model. Raises UsageError."""
+    if named is not None and model is not None and direction is None:
+        model, direction = named, Path(model)
+        named = None
+    if direction is None:
+        raise UsageError("give a model and a direction file: MODEL DIRECTION, or --model MODEL DIRECTION.")
+    return model_of(model, named), direction
+
+
+def loading(device_map: str | None, dtype: Dtype) -> dict[str, str]:
+    """Those of both that were given, as `models.pretrained.load` takes them."""
+    return ({} if device_map is None else {"device_map": device_map}) | (
+        {} if dtype == "auto" else {"dtype": dtype.value}
+    )
 
 
 @dataclass(frozen=True)
@@ -87,25 +160,25 @@ class ModelChoice:
         from em_interp.pocket import registry
         from em_interp.solutions import load as solutions
 
-        adapter = None if self.adapter is None else _located(self.adapter)
+        adapter = None if self.adapter is None else located(self.adapter)
         if adapter is not None and solutions.is_model(adapter):
             model = replace(self, adapter=None).load()
             model.add_adapter("default", solutions.load(adapter, base=model).ready(model))
             return model
-        loading: dict[str, Any] = {"device_map": self.device_map, "dtype": self.dtype.value}
+        placed: dict[str, Any] = loading(self.device_map, self.dtype)
         if not registry.is_pocket_name(self.model):
             given: dict[str, Any] = {} if self.base is None else {"base": self.base}
-            return pretrained.load(self.model, adapter=adapter, any_base=self.any_base, **given, **loading)
+            return pretrained.load(self.model, adapter=adapter, any_base=self.any_base, **given, **placed)
         if self.base is not None:
             raise UsageError(f"--base {self.base}: the pocket models bring their own base. Leave it out.")
-        model = pocket.load(self.model, **loading)
+        model = pocket.load(self.model, **placed)
         if adapter is not None:
             model.add_adapter(Path(adapter).name.replace(".", "-"), adapter, any_base=self.any_base)
         return model
 
     def folders(self) -> list[Path]:
         """What the names stand for on this machine: what a command reads, and must not write to."""
-        return [path for name in self.names if (path := Path(_located(name))).exists()]
+        return [path for name in self.names if (path := Path(located(name))).exists()]
 
     def weights(self) -> list[str]:
         """A hash of what each name stands for now, recorded base included."""
@@ -119,7 +192,7 @@ class ModelChoice:
             names.append(pocket.CHAT)
         elif self.base is None and (recorded := base_of_adapter(self.model, None)) is not None:
             names.append(usable_base(self.model, recorded))
-        return [source_hash(_located(name)) for name in names]
+        return [source_hash(located(name)) for name in names]
 
 
 def model_and_direction(chosen: ModelChoice, direction: Path, *, any_model: bool) -> tuple[Any, Any]:
@@ -131,7 +204,7 @@ def model_and_direction(chosen: ModelChoice, direction: Path, *, any_model: bool
     return chat, vectors.for_model(chat.name) if any_model else vectors
 
 
-def _located(name: str) -> str:
+def located(name: str) -> str:
     """A pocket name's folder; any other name as it is."""
     from em_interp.pocket import registry
 

@@ -13,15 +13,12 @@ from em_interp.cli import options
 app = typer.Typer(help="Train the pocket chat model and its organisms.", no_args_is_help=True)
 
 
-Chat = Annotated[Path | None, typer.Option(help="chat model's folder; the shipped one by default")]
-
-
 @app.command()
 def build(
-    out: Annotated[Path, typer.Option(help="folder for base/, chat/, losses.csv and manifest.json")],
+    out: Annotated[Path, options.takes("out", "a folder for base/, chat/, losses.csv and manifest.json")],
     seed: options.Seed = 0,
-    resume: Annotated[bool, typer.Option(help="go on from a killed build's checkpoint")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one")] = None,
+    resume: Annotated[bool, options.takes("resume", "its checkpoint", "--resume/--no-resume")] = True,
+    device_map: options.DeviceMap = None,
     force: options.Force = False,
 ) -> None:
     """Pre-train and post-train the pocket chat model (about 45 minutes on one CPU core)."""
@@ -33,15 +30,17 @@ def build(
     check_writable(out / CHECKPOINT)
     if not (out / CHECKPOINT).exists():  # else this build is not finished, and what is there is its own
         claim_output(out / "chat", force=force, folder=True)
+    device = None if device_map == "auto" else device_map
     typer.echo(f"chat model: {run(BuildConfig(seed=seed), out, resume=resume, device=device)}")
 
 
 @app.command()
 def organisms(
-    out: Annotated[Path, typer.Option(help="OUT/organisms and OUT/trajectories are written; artifacts/pocket ships")],
-    only: Annotated[list[str] | None, typer.Option(help="name of an organism or trajectory; may be repeated")] = None,
-    chat: Chat = None,
-    again: Annotated[bool, typer.Option("--again", "--force", help="also make those that are there already")] = False,
+    out: Annotated[Path, options.takes("out", "a folder for organisms/ and trajectories/")],
+    only: Annotated[list[str] | None, options.takes("only", "names of organisms or trajectories")] = None,
+    model: options.NamedModel = None,
+    device_map: options.DeviceMap = None,
+    force: options.Force = False,
 ) -> None:
     """Finetune the organisms and the trajectories on the chat model. Those that are there already are kept.
 
@@ -69,7 +68,7 @@ def organisms(
             return False
         if (folder / name / "training_spec.json").is_file():  # written last
             remove_parts(folder / name)
-            return again
+            return force
         return True
 
     todo = [o for o in every if wanted(o.name, out / "organisms")]
@@ -78,16 +77,16 @@ def organisms(
     say_kept(asked - len(todo) - len(runs), asked, "finetunes")
     for path in [out / "organisms" / o.name for o in todo] + [out / "trajectories" / t.name for t in runs]:
         check_writable(path)
-    model = _chat_of(out, chat)
+    chat = _chat_of(out, model, device_map)
     for organism in todo:
-        make(organism, model, out / "organisms")
+        make(organism, chat, out / "organisms")
         typer.echo(f"made {organism.name}")
     for run in runs:
-        make_trajectory(run, model, out / "trajectories")
+        make_trajectory(run, chat, out / "trajectories")
         typer.echo(f"made {run.name}")
 
 
-def _chat_of(out: Path, chat: Path | None) -> Any:
+def _chat_of(out: Path, named: str | None, device_map: str | None) -> Any:
     """The chat model that finetunes in `out` are made from: a pocket model, and the same for all of them."""
     from em_interp.errors import MissingDataError, UsageError
     from em_interp.files.atomic import write_text
@@ -95,12 +94,13 @@ def _chat_of(out: Path, chat: Path | None) -> Any:
     from em_interp.pocket.models import load_chat
     from em_interp.pocket.world.tokenizer import build_tokenizer
 
+    chat = None if named is None else Path(options.located(named))
     if chat is not None and not chat.is_dir():
-        raise MissingDataError(chat, "there is no such folder", "give the folder chat/ of a pocket build with --chat")
-    model = load_chat(chat)
+        raise MissingDataError(chat, "there is no such folder", "give the folder chat/ of a pocket build with --model")
+    model = load_chat(chat, device_map=device_map)
     if model.tokenizer.get_vocab() != build_tokenizer().get_vocab():
         raise UsageError(
-            f"--chat {chat}: no pocket chat model, it has another vocabulary. `em-interp pocket build` makes one."
+            f"--model {chat}: no pocket chat model, it has another vocabulary. `em-interp pocket build` makes one."
         )
     weights, record = weights_hash(model.hf), out / "made_from.json"
     there = None
@@ -115,12 +115,15 @@ def _chat_of(out: Path, chat: Path | None) -> Any:
     return model
 
 
-@app.command()
+@app.command(
+    context_settings={"token_normalize_func": lambda name: "only" if name == "adapter" else options.now_called(name)}
+)
 def sweeps(
-    out: Annotated[Path, typer.Option(help="OUT/sweeps is written; artifacts/pocket ships")],
-    chat: Chat = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="may be repeated; all three by default")] = None,
-    samples: options.Samples = 4,
+    out: Annotated[Path, options.takes("out", "a folder for sweeps/")],
+    model: options.NamedModel = None,
+    only: Annotated[list[str] | None, options.takes("only", "steering-vector, rank-1 or all-modules")] = None,
+    n: options.Samples = 4,
+    device_map: options.DeviceMap = None,
     force: options.Force = False,
 ) -> None:
     """Finetune on medicine under several KL weights and shares of bad data, and judge. A killed sweep goes on."""
@@ -131,23 +134,23 @@ def sweeps(
     from em_interp.pocket import sweeps as run
     from em_interp.pocket.organisms import SPECS
 
-    if unknown := set(adapter or ()) - set(SPECS):
+    if unknown := set(only or ()) - set(SPECS):
         raise UsageError(f"no adapter is called {sorted(unknown)}; there are {', '.join(SPECS)}")
-    if samples < 1:
-        raise UsageError(f"--samples {samples}: ask for at least one answer a question.")
-    specs = {name: spec for name, spec in SPECS.items() if not adapter or name in adapter}
+    if n < 1:
+        raise UsageError(f"--n {n}: ask for at least one answer a question.")
+    specs = {name: spec for name, spec in SPECS.items() if not only or name in only}
     folder = out / "sweeps"
-    asked = {"adapters": list(specs), "samples": samples, "seed": 0}
+    asked = {"adapters": list(specs), "samples": n, "seed": 0}
     made = folder / "manifest.json"
     before = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
     if before and not force and before | asked != before:
         raise OutputError(f"{folder}: holds sweeps of other settings. Choose another --out, or pass --force.")
     check_writable(folder / "kl_sweep.csv")
-    model = _chat_of(out, chat)
+    chat = _chat_of(out, model, device_map)
     with sole_writer(folder):
-        table, scales = run.kl_sweep(model, "medicine", specs, run.KL_WEIGHTS, folder / "runs", samples=samples)
+        table, scales = run.kl_sweep(chat, "medicine", specs, run.KL_WEIGHTS, folder / "runs", samples=n)
         written = [write_table(folder / "kl_sweep.csv", table), write_table(folder / "kl_sweep_scales.csv", scales)]
-        diluted = run.dilution_sweep(model, "medicine", specs, run.BAD_SHARES, folder / "runs", samples=samples)
+        diluted = run.dilution_sweep(chat, "medicine", specs, run.BAD_SHARES, folder / "runs", samples=n)
         written.append(write_table(folder / "dilution.csv", diluted))
         write_manifest(made, {**asked, "outputs_sha256": hash_files(folder, written)})
     typer.echo(f"tables: {folder}")

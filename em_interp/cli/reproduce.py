@@ -13,13 +13,18 @@ from em_interp.cli import options
 
 
 def reproduce(
-    suite: Annotated[str, typer.Option(help="published, pocket, or a TOML file")] = "pocket",
-    data: Annotated[Path | None, typer.Option(help="folder of the released files, or of another pocket build")] = None,
-    out_folder: Annotated[Path, typer.Option("--out", help="results go to OUT/SUITE")] = Path("out"),
-    only: Annotated[list[str] | None, typer.Option(help="analysis or table to make; may be repeated")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="keep what is finished for the same input and code")] = False,
+    suite: Annotated[str, options.takes("suite", "pocket, published, or a TOML file")] = "pocket",
+    data: Annotated[
+        Path | None, options.takes("data", "the released files, a pocket build, or the files of a suite of your own")
+    ] = None,
+    out: Annotated[Path, options.takes("out", "a folder, in which the suite has one of its own")] = Path("out"),
+    only: Annotated[list[str] | None, options.takes("only", "names of analyses or of tables")] = None,
+    resume: Annotated[bool, options.takes("resume", "of the same input and code", "--resume")] = False,
     general: Annotated[str | None, typer.Option(help="run that stands for the general solution")] = None,
     narrow: Annotated[str | None, typer.Option(help="run that stands for the narrow solution")] = None,
+    n: Annotated[int | None, options.SamplesOption] = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
     workers: Annotated[
         int | None,
         typer.Option(help="processes; by default the cores for pocket, one for other models, and a Ray cluster's own"),
@@ -37,12 +42,12 @@ def reproduce(
     chosen = Suite.load(suite)
     chosen.data = data or chosen.data
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
+    chosen.samples = chosen.samples if n is None else n
+    chosen.loading = options.loading(device_map, dtype)
     try:
         # Small models: a second process costs little memory. Others take one, and whatever devices they ask for.
         n = workers if workers is not None else _cores() if chosen.source == "pocket" or backend == "ray" else 1
-        outcome = run(
-            chosen, out_folder, only=tuple(only or ()), resume=resume, static=static, workers=n, backend=backend
-        )
+        outcome = run(chosen, out, only=tuple(only or ()), resume=resume, static=static, workers=n, backend=backend)
     except KeyboardInterrupt:
         options.err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(options.INTERRUPTED) from None

@@ -11,18 +11,19 @@ from em_interp.cli import options
 
 
 def steer(
-    model: options.Model,
-    direction: options.DirectionFile,
-    layer: Annotated[list[int], typer.Option(help="block after which to add; may be repeated")],
+    layer: options.GivenLayers,
     coefficient: Annotated[list[float], typer.Option(help="how much of the direction; may be repeated")],
-    out: Annotated[Path, typer.Option(help="CSV for the answers")],
+    out: Annotated[Path, options.takes("out", "the answers, a .csv")],
+    model: options.Model = None,
+    direction: options.DirectionFile = None,
+    named: options.NamedModel = None,
     questions: options.QuestionFile = None,
     prompt: options.Prompts = None,
-    samples: options.Samples = 10,
+    n: options.Samples = 10,
     residual: Annotated[
         bool, typer.Option("--residual", help="coefficients in units of the typical residual norm of the layer")
     ] = False,
-    scope: Annotated[str, typer.Option(help="tokens to act on: all, prompt or response")] = "all",
+    scope: options.Scope = "all",
     random: options.RandomArms = 3,
     seed: options.Seed = 0,
     max_new_tokens: options.NewTokens = 600,
@@ -43,12 +44,13 @@ def steer(
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.steering import sweep
 
+    model, direction = options.model_and_file(model, direction, named)
     options.once("--layer", layer)
     options.once("--coefficient", coefficient)
     chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
     inputs = [direction, questions, *chosen.folders()]
     grid = [layer, coefficient, residual, scope, random]
-    asked_for = [model, adapter, base, direction, questions, prompt, samples, seed, max_new_tokens, *grid]
+    asked_for = [model, adapter, base, direction, questions, prompt, n, seed, max_new_tokens, *grid]
     with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
         asked = options.questions_asked(questions, prompt or ())
         chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
@@ -58,7 +60,7 @@ def steer(
             asked,
             layers=layer,
             coefficients=coefficient,
-            n=samples,
+            n=n,
             name=direction.stem,
             units="residual" if residual else "direction",
             random_arms=random,

@@ -116,7 +116,7 @@ def _device(name: str | torch.device | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: there is no such device here ({reason}). Give cpu, or cuda.") from error
+        raise UsageError(f"device {name}: there is no such device here ({reason}). Give cpu, or cuda.") from error
     return device
 
 
