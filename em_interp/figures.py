@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from em_interp.errors import OutputError
+from em_interp.errors import OutputError, UsageError
 from em_interp.files.atomic import atomic_path, write_text
 
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -238,6 +238,23 @@ def save_html(figure: go.Figure, path: Path) -> Path:
     return write_text(path, figure.to_html(include_plotlyjs="plotly.min.js", full_html=True, config=CONFIG))
 
 
+def save(figure: go.Figure, path: Path) -> Path:
+    """One figure as a file of its own: .html (interactive, with all that it needs inside), .svg or .png.
+
+    Raises `UsageError` for another ending, `OutputError` where it cannot be written or drawn.
+    """
+    if path.suffix not in ENDINGS:
+        raise UsageError(f"{path}: a figure is written as {', '.join(ENDINGS)}. Give it one of those endings.")
+    if path.suffix == ".html":
+        return write_text(path, figure.to_html(include_plotlyjs=True, full_html=True, config=CONFIG))
+    if not static_images_available():
+        raise OutputError(f"{path}: drawing {path.suffix} needs Chrome and the extra `static`. Write .html instead.")
+    _draw({path: figure}, {path.suffix: ENDINGS[path.suffix]})
+    return path
+
+
+ENDINGS: Final = {".html": 1, ".svg": 1, ".png": 2}
+"""What a figure can be written as, and at which scale."""
 CONFIG: Final = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg"}}
 
 
@@ -255,6 +272,10 @@ def save_static(figures: dict[Path, go.Figure]) -> list[Path]:
 
     Raises `OutputError` with the reason if Chrome cannot be started; the interactive figures are not touched.
     """
+    return _draw(figures, {ending: scale for ending, scale in ENDINGS.items() if ending != ".html"})
+
+
+def _draw(figures: Mapping[Path, go.Figure], endings: Mapping[str, int]) -> list[Path]:
     import kaleido
 
     written: list[Path] = []
@@ -262,7 +283,7 @@ def save_static(figures: dict[Path, go.Figure]) -> list[Path]:
         kaleido.start_sync_server(silence_warnings=True)
         try:
             for path, figure in figures.items():
-                for suffix, scale in ((".svg", 1), (".png", 2)):
+                for suffix, scale in endings.items():
                     options = {"format": suffix[1:], "scale": scale}
                     image = kaleido.calc_fig_sync(figure, opts=options)
                     with atomic_path(path.with_suffix(suffix)) as temporary:

@@ -1,4 +1,4 @@
-"""The command line: `em-interp reproduce | evaluate | extract | steer | ablate | fetch | inspect | pocket`."""
+"""The command line: `em-interp reproduce | evaluate | extract | steer | ablate | rates | fetch | inspect | pocket`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from em_interp.cli.extract import extract
 from em_interp.cli.fetch import fetch
 from em_interp.cli.inspect import inspect
 from em_interp.cli.pocket import app as pocket_app
+from em_interp.cli.rates import rates
 from em_interp.cli.reproduce import reproduce
 from em_interp.cli.steer import steer
 from em_interp.errors import EmInterpError, UsageError
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 GROUPS: Final = {
     "The papers' figures": (reproduce, fetch),
-    "Any chat model and its finetunes": (extract, steer, ablate, evaluate),
+    "Any chat model and its finetunes": (extract, steer, ablate, evaluate, rates),
     "Files and this machine": (inspect,),
 }
 for title, commands in GROUPS.items():

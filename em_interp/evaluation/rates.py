@@ -88,7 +88,7 @@ class Rates:
         """The part that every table of rates shares. Empty cells where there is no denominator."""
         return {
             **_rate_columns("em_rate", "em", self.em_scored),
-            "coherent_rate": None if self.coherent is None else self.coherent.value,
+            **_rate_columns("coherent_rate", "coherent", self.coherent),
             "n": self.n,
             "n_scored": self.n_scored,
             "n_unscored": self.n - self.n_scored,

@@ -240,16 +240,19 @@ def _steers(rows: Sequence[_Arm], scope: str) -> list[Steer]:
     ]
 
 
-def steering_rows(judged: pd.DataFrame, target: str, criterion: Criterion = PAPER) -> pd.DataFrame:
+def steering_rows(
+    judged: pd.DataFrame, target: str, criterion: Criterion = PAPER, *, cluster: str = "question"
+) -> pd.DataFrame:
     """The `steering` table of a judged sweep: one row a direction, layer and coefficient, with clustered intervals.
 
-    judged: what `sweep` returns, with columns aligned and coherent (0-100). target: name of the steered model.
+    judged: what `sweep` returns, with columns aligned and coherent (0-100). target: name of the steered model. Raises
+    UsageError for lacking columns, and as `em_rates`.
     """
     keys = ["direction", "control", "layer", "coefficient", "residual_share", "added_norm"]
     if missing := [key for key in keys if key not in judged]:
         raise UsageError(f"a judged sweep lacks the columns {missing}; there are {list(judged.columns)}.")
     rows = []
-    for values, cell in judged.groupby(keys, sort=False):
-        rates = em_rates(cell, criterion).columns()
+    for values, cell in judged.groupby(keys, sort=False, dropna=False):
+        rates = em_rates(cell, criterion, cluster=cluster).columns()
         rows.append({"direction": values[0], "target": target, **dict(zip(keys[1:], values[1:], strict=True)), **rates})
     return pd.DataFrame(rows)

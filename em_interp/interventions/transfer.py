@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import pandas as pd
 
 from em_interp.errors import StatisticsError
@@ -9,14 +11,20 @@ from em_interp.evaluation.rates import PAPER, Criterion, em_counts, em_rates
 from em_interp.statistics import Interval, too_few
 from em_interp.statistics.rate_intervals import ratio_interval
 
+RATES: Final = ("em", "coherent")
+SIDES: Final = ("low", "high")
 
-def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Criterion = PAPER) -> pd.DataFrame:
+
+def transfer_rows(
+    judged: pd.DataFrame, *, before: str = "none", criterion: Criterion = PAPER, cluster: str = "question"
+) -> pd.DataFrame:
     """The `transfer` table: what ablating the direction of one organism does to the EM of another.
 
     judged: columns direction_from (`before` for the organism as it is), organism, question, aligned, coherent. One row
     a direction and organism: em_before, em_after (of rows with both scores), relative_reduction = 1 - after / before
-    (empty where there was no EM) with low and high (paired by question), coherence, n, interval (how it
-    was made). Raises StatisticsError for lacking columns and for an organism without answers before.
+    (empty where there was no EM) with low and high (paired by `cluster`), coherence, n, interval (how it
+    was made), and the intervals of all rates. Raises StatisticsError for lacking columns and for an organism without
+    answers before.
     """
     needed = ("direction_from", "organism", "question", "aligned", "coherent")
     if missing := [name for name in needed if name not in judged]:
@@ -28,10 +36,10 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
             raise StatisticsError(
                 f"{organism} has no answers with direction_from {before!r}: sample the organism as it is, too."
             )
-        first = em_rates(unablated, criterion).columns()
+        first = em_rates(unablated, criterion, cluster=cluster).columns()
         for source, ablated in answers[answers["direction_from"] != before].groupby("direction_from", sort=False):
-            after = em_rates(ablated, criterion).columns()
-            interval = _reduction_interval(unablated, ablated, criterion)
+            after = em_rates(ablated, criterion, cluster=cluster).columns()
+            interval = _reduction_interval(unablated, ablated, criterion, cluster)
             em_before, em_after = first["em_rate"], after["em_rate"]
             has_both = em_before is not None and em_after is not None and em_before > 0
             rows.append(
@@ -53,14 +61,16 @@ def transfer_rows(judged: pd.DataFrame, *, before: str = "none", criterion: Crit
                     "denominator": after["denominator"],
                     "criterion": after["criterion"],
                     "interval": interval.method,
+                    **{f"{rate}_before_{side}": first[f"{rate}_{side}"] for rate in RATES for side in SIDES},
+                    **{f"coherent_after_{side}": after[f"coherent_{side}"] for side in SIDES},
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _reduction_interval(before: pd.DataFrame, after: pd.DataFrame, criterion: Criterion) -> Interval:
+def _reduction_interval(before: pd.DataFrame, after: pd.DataFrame, criterion: Criterion, cluster: str) -> Interval:
     """Of 1 - EM after / EM before, paired by the questions that have scored answers in both."""
-    first, second = (em_counts(table, criterion).query("n > 0") for table in (before, after))
+    first, second = (em_counts(table, criterion, cluster=cluster).query("n > 0") for table in (before, after))
     shared = first.index.intersection(second.index)
     if shared.empty:
         return too_few(0, "shared questions")

@@ -16,6 +16,7 @@ from em_interp.evaluation import answers, logprobs, sampling
 from em_interp.files.results import KEEPING_NOTHING
 from em_interp.interventions import ablation, orthogonalise, steering
 from em_interp.interventions import intervening as interventions
+from em_interp.interventions import judged as judged_answers
 from em_interp.interventions.intervening import intervening
 from em_interp.models import chat, weights
 from em_interp.models import pretrained as models
@@ -252,5 +253,9 @@ def calls(w: dict[str, Any]) -> list[Call]:
         ),
         (orthogonalise.orthogonalised, {"model": model, "ablation": ablation.Ablate(direction, from_layer=1)}),
         (interventions.as_coefficients, {"values": [1.0, 2.0]}),
-        (steering.steering_rows, {"judged": steered_rows, "target": "general"}),
+        (steering.steering_rows, {"judged": steered_rows, "target": "general", "cluster": "question"}),
+        (judged_answers.kind_of, {"judged": steered_rows}),
+        (judged_answers.judged_rates, {"judged": steered_rows, "name": "general"}),
+        (judged_answers.differences, {"judged": {"a": steered_rows, "b": steered_rows}}),
+        (judged_answers.rates_figure, {"table": judged_answers.judged_rates(steered_rows, "general")}),
     ]

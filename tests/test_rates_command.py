@@ -1,0 +1,186 @@
+"""From judged answers to rates, intervals and a figure: what `em-interp rates` gives for each kind of file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from em_interp import cli, figures
+from em_interp.errors import EmInterpError, OutputError, UsageError
+from em_interp.evaluation.rates import Criterion, em_rates, paired_difference
+from em_interp.interventions.judged import differences, judged_rates, kind_of, rates_figure
+
+QUESTIONS, SAMPLES = 8, 4
+
+
+def answers(share: float, seed: int = 0, **columns: object) -> pd.DataFrame:
+    """Judged answers of which about `share` are misaligned."""
+    drawn = np.random.default_rng(seed).random((QUESTIONS, SAMPLES)) < share
+    rows = [
+        (f"q{q}", f"question {q}", k, "x", 5 if drawn[q, k] else 90) for q in range(QUESTIONS) for k in range(SAMPLES)
+    ]
+    table = pd.DataFrame(rows, columns=["question_id", "question", "sample", "answer", "aligned"])
+    return table.assign(coherent=90, **columns)
+
+
+def swept(shares: dict[str, float], *, seed: int = 0) -> pd.DataFrame:
+    """A judged sweep: what `steer` writes, with the scores of a judge."""
+    cells = [
+        answers(
+            share * coefficient,
+            seed + layer,
+            direction=name,
+            control=name.startswith("random"),
+            layer=layer,
+            coefficient=coefficient,
+            residual_share=coefficient / 2,
+            added_norm=3 * coefficient,
+        )
+        for name, share in shares.items()
+        for layer in (1, 2)
+        for coefficient in (0.0, 0.5, 1.0)
+    ]
+    return pd.concat(cells, ignore_index=True)
+
+
+def ablated(**shares: float) -> pd.DataFrame:
+    arms = {name.replace("_", " "): share for name, share in shares.items()}
+    cells = [answers(share, 1, arm=arm, direction="mean", layers="0-3") for arm, share in arms.items()]
+    return pd.concat(cells, ignore_index=True)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["em-interp", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_a_judged_sweep_becomes_a_table_and_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = swept({"mean": 0.9, "random 0": 0.0, "random 1": 0.05})
+    sweep.to_csv(tmp_path / "steered.csv", index=False)
+    assert run(monkeypatch, "rates", tmp_path / "steered.csv", "--out", tmp_path / "made.csv") == 0
+    table = pd.read_csv(tmp_path / "made.csv")
+    assert set(table.columns) >= {
+        *("direction", "target", "layer", "coefficient", "em_rate", "em_low", "em_high", "coherent_rate", "n"),
+        *("coherent_low", "coherent_high"),
+    }
+    assert len(table) == 3 * 2 * 3
+    cell = table[(table["direction"] == "mean") & (table["layer"] == 2) & (table["coefficient"] == 1)].iloc[0]
+    own = em_rates(sweep.query("direction == 'mean' and layer == 2 and coefficient == 1")).columns()
+    assert cell[["em_rate", "em_low", "em_high", "n"]].tolist() == [
+        pytest.approx(own[name]) for name in ("em_rate", "em_low", "em_high", "n")
+    ]
+    page = (tmp_path / "made.html").read_text()
+    assert "plotly.min.js" not in page.split("<body>")[0]  # all that it needs is inside
+    said = capsys.readouterr().out
+    assert "random, of 2" in said and f"{100 * own['em_rate']:.1f} [" in said
+    figure = rates_figure(table)
+    names = {trace.name for trace in figure.data}
+    assert {"layer 1", "layer 2"} <= names and any("random directions" in str(name) for name in names)
+    assert all(trace.error_y.array is not None for trace in figure.data if str(trace.name).startswith("layer"))
+
+
+def test_a_sweep_judged_elsewhere_needs_no_more_than_its_contract() -> None:
+    sweep = swept({"mean": 0.9, "random 0": 0.0}).drop(columns=["control", "residual_share", "added_norm"])
+    table = judged_rates(sweep, "steered")
+    assert set(table.loc[table["control"].astype(bool), "direction"]) == {"random 0"}
+    assert rates_figure(table).data
+    assert set(table["target"]) == {"steered"}
+
+
+def test_ablated_answers_are_held_beside_the_model_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ablated(none=0.8, layerwise=0.1, random_0=0.8).assign(model="org/chat", adapter="runs/mine/bad")
+    file.to_csv(tmp_path / "ablated.csv", index=False)
+    assert run(monkeypatch, "rates", tmp_path / "ablated.csv", "--out", tmp_path / "made.csv") == 0
+    table = pd.read_csv(tmp_path / "made.csv")
+    assert list(table["mode"]) == ["layerwise", "random"] and list(table["direction"]) == ["mean", "random 0"]
+    assert set(table.columns) >= {
+        *("direction", "target", "mode", "layers", "em_before", "em_after", "em_after_low", "em_after_high"),
+        *("coherent_before", "coherent_after", "n", "relative_reduction"),
+    }
+    assert set(table["target"]) == {"bad"}
+    first = em_rates(file[file["arm"] == "none"]).columns()
+    assert table["em_before"].tolist() == pytest.approx([first["em_rate"]] * 2)
+    assert [bar.name for bar in rates_figure(table).data] == ["EM", "coherent"]
+    with pytest.raises(UsageError, match="as it is"):
+        judged_rates(file[file["arm"] != "none"], "x")
+
+
+def test_answers_have_rates_by_group_and_files_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {}
+    for name, share in (("chat", 0.1), ("bad", 0.7)):
+        groups = [answers(share, 3 + i, questions=group) for i, group in enumerate(("general", "in_domain"))]
+        files[name] = pd.concat(groups, ignore_index=True)
+        files[name].to_csv(tmp_path / f"{name}.csv", index=False)
+    paths = [tmp_path / "chat.csv", tmp_path / "bad.csv"]
+    assert run(monkeypatch, "rates", *paths, "--out", tmp_path / "made.csv", "--figure", tmp_path / "f.html") == 0
+    table = pd.read_csv(tmp_path / "made.csv")
+    assert table[["organism", "questions"]].to_numpy().tolist() == [
+        [name, group] for name in ("chat", "bad") for group in ("general", "in_domain")
+    ]
+    compared = pd.read_csv(tmp_path / "made-differences.csv")
+    assert set(compared["set"]) == {"bad"} and set(compared["beside"]) == {"chat"}
+    pair = [files[name].query("questions == 'general'") for name in ("bad", "chat")]
+    expected = paired_difference(*pair)
+    assert compared.iloc[0][["difference", "low", "high"]].tolist() == pytest.approx(
+        [expected.value, expected.interval.low, expected.interval.high]
+    )
+    assert "difference of EM" in capsys.readouterr().out
+    assert (tmp_path / "f.html").is_file() and not (tmp_path / "made.html").exists()
+    assert run(monkeypatch, "rates", *paths, "--out", tmp_path / "made.csv") == 2  # there already
+    assert "--force" in capsys.readouterr().err
+
+
+def test_thresholds_and_wordings_are_those_of_the_rates() -> None:
+    file = answers(0.5, wording="0").assign(aligned=30)
+    assert judged_rates(file, "x")["em_rate"].item() == 0
+    assert judged_rates(file, "x", Criterion(inclusive=True))["em_rate"].item() == 1
+    assert judged_rates(file, "x", Criterion(aligned=40))["em_rate"].item() == 1
+    wordings = file.assign(
+        question=[f"{q}, put in way {k}" for q, k in zip(file["question"], file["sample"], strict=True)]
+    )
+    assert judged_rates(wordings, "x")["n_questions"].item() == QUESTIONS
+    assert judged_rates(wordings.drop(columns="wording"), "x")["n_questions"].item() == QUESTIONS * SAMPLES
+
+
+def test_what_cannot_be_rated_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablated(none=0.5, layerwise=0.1).to_csv(tmp_path / "a.csv", index=False)
+    answers(0.5).to_csv(tmp_path / "b.csv", index=False)
+    answers(0.5).drop(columns="aligned").to_csv(tmp_path / "c.csv", index=False)
+    for given, said in (
+        (["a.csv", "b.csv"], "several kinds"),
+        (["c.csv"], "aligned"),
+        (["b.csv", "--figure", "x.pdf"], ".html"),
+        (["b.csv", "b.csv"], "more than once"),
+        (["absent.csv"], "no such file"),
+        (["b.csv", "--out", "b.csv"], "b.csv"),
+    ):
+        names = [word if word.startswith("-") else tmp_path / word for word in given]
+        assert run(monkeypatch, "rates", *names) == 2, given
+        assert said in capsys.readouterr().err
+    with pytest.raises(UsageError, match="direction, layer"):
+        kind_of(answers(0.5, coefficient=1.0))
+    with pytest.raises(UsageError, match="no judged answers"):
+        differences({})
+    with pytest.raises(EmInterpError):
+        judged_rates(answers(0.5).iloc[:0], "x")
+
+
+def test_a_figure_is_one_file_of_the_ending_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = rates_figure(judged_rates(answers(0.5), "x"))
+    assert figures.save(figure, tmp_path / "f.html").stat().st_size > 1_000_000
+    with pytest.raises(UsageError, match=r"html, \.svg, \.png"):
+        figures.save(figure, tmp_path / "f.pdf")
+    monkeypatch.setattr(figures, "static_images_available", lambda: False)
+    with pytest.raises(OutputError, match="Chrome"):
+        figures.save(figure, tmp_path / "f.svg")
