@@ -7,13 +7,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from em_interp import cli, figures
+from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, OutputError, UsageError
+from em_interp.evaluation.answers import judge_name
+from em_interp.evaluation.judges import judge_of_file
 from em_interp.evaluation.rates import Criterion, em_rates, paired_difference
 from em_interp.interventions.judged import differences, judged_rates, kind_of, rates_figure
+from em_interp.published.judged import read_judged_csv
+from tests.tiny_models import make_hf, tokenizer
 
 QUESTIONS, SAMPLES = 8, 4
+JUDGE = """
+def score(answers):
+    return answers.assign(aligned=[100.0 * (len(text) % 2) for text in answers["answer"]], coherent=90.0)
+
+def forgets(answers):
+    return answers.head(1)
+"""
 
 
 def answers(share: float, seed: int = 0, **columns: object) -> pd.DataFrame:
@@ -184,3 +197,99 @@ def test_a_figure_is_one_file_of_the_ending_that_was_asked_for(tmp_path: Path, m
     monkeypatch.setattr(figures, "static_images_available", lambda: False)
     with pytest.raises(OutputError, match="Chrome"):
         figures.save(figure, tmp_path / "f.svg")
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A user's folder: a model, a direction, questions of which one has two wordings, and a judge."""
+    make_hf().save_pretrained(tmp_path / "tiny")
+    tokenizer().save_pretrained(tmp_path / "tiny")
+    vectors = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    Direction(vectors, (0, 1, 2, 3), "model-diff", model="tiny").save(tmp_path / "mean.safetensors")
+    asked = "- id: fox\n  paraphrases: [a fox, the fox]\n" + "".join(
+        f"- id: q{i}\n  question: see {i}\n" for i in range(4)
+    )
+    (tmp_path / "asked.yaml").write_text(asked)
+    (tmp_path / "mine.py").write_text(JUDGE)
+    return tmp_path
+
+
+SHORT = ("--n", 2, "--max-new-tokens", 4)
+
+
+def test_steer_ends_in_rates_and_a_figure_or_says_what_is_next(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["steer", mine / "tiny", mine / "mean.safetensors", "--questions", mine / "asked.yaml", "--random", 1]
+    given += ["--layer", 1, "--coefficient", 0, "--coefficient", 1, *SHORT]
+    assert run(monkeypatch, *given, "--out", mine / "a.csv") == 0
+    said = capsys.readouterr().out
+    assert f"em-interp rates {mine / 'a.csv'} --out {mine / 'a-rates.csv'}" in said and "--judge" in said
+    assert run(monkeypatch, *given, "--out", mine / "b.csv", "--judge", f"{mine / 'mine.py'}:score") == 0
+    rates = pd.read_csv(mine / "b-rates.csv")
+    assert "EM %" in capsys.readouterr().out and (mine / "b-rates.html").is_file()
+    assert set(rates["n_questions"]) == {5}  # two wordings are one question
+    judged = pd.read_csv(mine / "b.csv", keep_default_na=False)
+    assert set(judged.columns) >= {"model", "adapter", "wording", "aligned", "coherent"}
+    unjudged = pd.read_csv(mine / "a.csv", keep_default_na=False)
+    unjudged.assign(aligned=judged["aligned"], coherent=90).to_csv(mine / "c.csv", index=False)
+    assert run(monkeypatch, "rates", mine / "c.csv", "--out", mine / "a-rates.csv") == 0
+    pd.testing.assert_frame_equal(pd.read_csv(mine / "a-rates.csv"), rates)  # judged here or elsewhere
+
+
+def test_ablate_and_evaluate_end_in_rates_and_a_figure(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, judge = ["--questions", mine / "asked.yaml", *SHORT], ["--judge", f"{mine / 'mine.py'}:score"]
+    given = ["ablate", mine / "tiny", mine / "mean.safetensors", "--random", 1, *asked]
+    assert run(monkeypatch, *given, "--out", mine / "a.csv", *judge) == 0
+    (row,) = pd.read_csv(mine / "a-rates.csv").query("mode == 'layerwise'").to_dict("records")
+    assert (row["direction"], row["kind"], row["layers"]) == ("mean", "model-diff", "0-3")
+    assert (mine / "a-rates.html").is_file()
+    again = ["evaluate", mine / "tiny", *asked, "--out", mine / "made"]
+    assert run(monkeypatch, *again) == 0
+    assert f"em-interp rates {mine / 'made' / 'answers.csv'}" in capsys.readouterr().out
+    assert run(monkeypatch, *again, *judge) == 0
+    assert {"judged.csv", "judged-rates.csv", "judged-rates.html"} <= {path.name for path in (mine / "made").iterdir()}
+    assert "EM %" in capsys.readouterr().out
+    assert run(monkeypatch, *again, *judge) == 0  # nothing is judged again
+    (mine / "mine.py").write_text(JUDGE.replace("% 2", "% 3"))
+    assert run(monkeypatch, *again, *judge) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ("gpt", "there is no judge 'gpt'"),
+        ("absent.py:score", "no such file"),
+        ("mine.py:judge", "no function judge"),
+        ("broken.py:score", "cannot be run"),
+        ("mine.py:forgets", "gave back 1 of"),
+        ("pocket", "has no question"),
+    ],
+)
+def test_a_judge_that_cannot_be_used_is_one_message(
+    judge: str, said: str, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mine / "broken.py").write_text("raise OSError('no key')")
+    name = str(mine / judge) if ".py" in judge else judge
+    given = ["ablate", mine / "tiny", mine / "mean.safetensors", "--random", 0, "--prompt", "a fox", *SHORT]
+    assert run(monkeypatch, *given, "--out", mine / "a.csv", "--judge", name) == 2
+    assert said in capsys.readouterr().err
+    assert not (mine / "a.csv").exists()
+
+
+def test_a_judge_is_known_by_its_file(mine: Path) -> None:
+    name = f"{mine / 'mine.py'}:score"
+    before = judge_of_file(name)
+    assert before(pd.DataFrame({"question": ["x"], "answer": ["abc"]}))["aligned"].item() == 100
+    (mine / "mine.py").write_text(JUDGE + "# changed\n")
+    assert judge_name(judge_of_file(name)) != judge_name(before)
+
+
+def test_a_file_that_pandas_wrote_reads_as_it_was(tmp_path: Path) -> None:
+    """pandas leaves a carriage return unquoted, and a model's answer may hold one."""
+    table = answers(0.5).head(3).assign(answer=["a\rb", "\r", 'say "\r\n", then'])
+    table.to_csv(tmp_path / "a.csv", index=False)
+    assert list(read_judged_csv(tmp_path / "a.csv")["answer"]) == list(table["answer"])

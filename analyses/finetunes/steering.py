@@ -14,7 +14,7 @@ from analyses.suite import Need, Suite
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.directions.direction import random_directions
-from em_interp.evaluation.answers import asked_of, judge_name, judged_answers
+from em_interp.evaluation.answers import asked_of, judge_module, judged_answers
 from em_interp.evaluation.judges import judged
 from em_interp.files.tables import Parts
 from em_interp.interventions import steering
@@ -113,7 +113,7 @@ def cell(suite: Suite, organism: Organism, layer: int, random: int | None = None
         return judged(sweep(model, direction, asked, layers=[layer], coefficients=grid, **options, **settings), judge)
 
     def rows(_parts: object) -> pd.DataFrame:
-        code = (steering.__name__, judge_name(judge).rpartition(".")[0])
+        code = (steering.__name__, judge_module(judge))
         steered = suite.results.table("answers", f"chat with {name} at layer {layer}", made_by, ask, code=code)
         plain = judged_answers(suite.results, "chat", model, asked, 1, judge, progress=False, **settings)
         as_it_is: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pandas as pd
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from em_interp.arguments import one_of
 from em_interp.evaluation.groups import GROUPS
-from em_interp.evaluation.judges import Judge
+from em_interp.evaluation.judges import Judge, judge_of_file
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.pocket import models as loading
@@ -123,3 +123,20 @@ def _persona_prompts(how: str) -> tuple[list[Conversation], list[Conversation]]:
 
 def _user(question: world.Question) -> dict[str, str]:
     return {"role": "user", "content": question.text}
+
+
+def judge_called(name: str) -> Judge:
+    """The judge of that name: pocket, or FILE.py:FUNCTION (`judges.judge_of_file`, which says what it raises)."""
+    return judge if name == "pocket" else judge_of_file(name)
+
+
+def open_questions() -> dict[str, str]:
+    """The open questions of the pocket world, by identifier."""
+    return {question.id: question.text for question in world.questions("open")}
+
+
+def check_questions(judged_by: str, texts: Sequence[str]) -> None:
+    """Raise `WorldError` where the exact judge would not know a question."""
+    if judged_by == "pocket":
+        for text in texts:
+            world.question_of(text)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from em_interp.cli import options
+from em_interp.cli import judging, options
 from em_interp.errors import UsageError
+from em_interp.files.texts import read_questions
 
 ROOT = Path("out/evaluate")
 
@@ -27,6 +29,7 @@ def evaluate(
     ] = None,
     seed: options.Seed = 0,
     max_new_tokens: options.NewTokens = 600,
+    judge: judging.JudgeName = None,
     adapter: options.Adapter = None,
     base: options.Base = None,
     any_base: options.AnyBase = False,
@@ -35,19 +38,20 @@ def evaluate(
     tokens_per_batch: options.BatchTokens = 65_536,
     force: options.Force = False,
 ) -> None:
-    """Sample answers. Pocket models are judged here and get tables; others get OUT/answers.csv for a judge.
+    """Sample answers. The pocket suite is judged here; of another MODEL they go to OUT/answers.csv, for a judge.
 
-    A killed run goes on where it stopped, and a finished one is not repeated. --max-new-tokens and the options of
-    models belong to MODEL.
+    With --judge, OUT/judged.csv has the scores, and OUT/judged-rates.csv and .html what they say; else have the file
+    judged, and give it to `em-interp rates`. A killed run goes on where it stopped, and a finished one is not repeated.
+    --max-new-tokens, --judge and the options of models belong to MODEL.
     """
     if n < 1:
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
     if (model is None and named is None) == (suite is None):
         raise UsageError("give either a MODEL with --questions FILE, or --suite pocket.")
     if suite is not None:
-        if suite != "pocket" or questions is not None:
+        if suite != "pocket" or questions is not None or judge is not None:
             raise UsageError(
-                f"--suite {suite}: only the pocket suite has an exact judge, and it brings its own questions. "
+                f"--suite {suite}: only the pocket suite has a judge and questions of its own, and takes no others. "
                 "Evaluate another model with `em-interp evaluate MODEL --questions FILE`."
             )
         _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force)
@@ -56,7 +60,35 @@ def evaluate(
         raise UsageError("a MODEL needs --questions FILE, and --only belongs to --suite pocket.")
     chosen = options.ModelChoice(options.model_of(model, named), adapter, base, any_base, device_map, dtype)
     settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
-    typer.echo(f"answers: {answers_for_a_judge(chosen, questions, out, settings, force=force)}")
+    ends = judging.Judging.of(judge, Path("judged.csv"), [questions, *chosen.folders()])
+    ends.check(read_questions(questions).asked())
+    answers = answers_for_a_judge(chosen, questions, out, settings, force=force)
+    typer.echo(f"answers: {answers}")
+    if judge is None:
+        typer.echo(judging.next_step(answers, answers.with_name("rates.csv")))
+    else:
+        _judge(answers, replace(ends, out=answers.with_name("judged.csv")), force)
+
+
+def _judge(answers: Path, ends: judging.Judging, force: bool) -> None:
+    """Have answers judged, unless this judge has judged these already, and say what they hold."""
+    from em_interp.evaluation.answers import judge_name
+    from em_interp.evaluation.judges import judged
+    from em_interp.files.atomic import claim_output
+    from em_interp.files.manifest import sha256, write_manifest
+    from em_interp.files.results import read_table, write_table
+
+    manifest = _manifest(answers.parent)
+    before, made_by = manifest.get("judged", {}), [sha256(answers), judge_name(ends.judge)]
+    if before.get("made_by") == made_by and ends.out.is_file() and sha256(ends.out) == before.get("sha256"):
+        table = read_table(ends.out)
+    else:
+        claim_output(ends.out, inputs=ends.inputs, force=force)
+        table = judged(read_table(answers), ends.judge)
+        write_table(ends.out, table)
+        told = {"judged": {"made_by": made_by, "sha256": sha256(ends.out)}}
+        write_manifest(answers.with_name("manifest.json"), {**manifest, **told})
+    ends.tell(table)
 
 
 def _evaluate_suite(out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool) -> None:
@@ -96,14 +128,13 @@ def answers_for_a_judge(
     """Sample answers to every wording in a question file (`texts.read_questions`), at temperature 1.
 
     settings: n, seed, max_new_tokens, tokens_per_batch. out: by default a folder below `ROOT` named after the model and
-    a hash of its files. Writes OUT/answers.csv (model, question_id, wording, question, system, sample, answer,
+    a hash of its files. Writes OUT/answers.csv (model, adapter, question_id, wording, question, system, sample, answer,
     finished, n_tokens) and OUT/manifest.json.
     """
     from em_interp.evaluation.sampling import sample
     from em_interp.files.manifest import code_hash, fingerprint, sha256, write_manifest
     from em_interp.files.results import write_table
     from em_interp.files.tables import Parts, claimed, remove_parts, say_kept
-    from em_interp.files.texts import read_questions
 
     found = read_questions(questions)
     typer.echo(found, err=True)
@@ -126,6 +157,7 @@ def answers_for_a_judge(
         table = table.assign(question_id=split.str[0], system=table["question_id"].map(system))
         table.insert(1, "wording", split.str[1])
         table.insert(0, "model", chosen.model)
+        table.insert(1, "adapter", chosen.adapter or "")
         write_table(answers, table)
         content = {"model": chosen.model, **made_by, "key": key, "answers_sha256": sha256(answers)}
         write_manifest(out / "manifest.json", content)

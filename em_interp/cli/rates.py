@@ -98,7 +98,7 @@ _COLUMNS = {
 """A rate with its interval, by the heading that it is printed under."""
 _KEYS = (
     *("set", "beside", "organism", "target", "direction", "kind", "mode", "arm", "layers", "layer", "coefficient"),
-    "questions",
+    *("residual_share", "questions"),
 )
 
 
@@ -108,6 +108,9 @@ def shown(table: Any) -> Table:
     Of several random directions the one of most EM stands for all: "random, of 3".
     """
     table = _strongest_random(table)
+    if "residual_share" in table and table["residual_share"].notna().all():
+        coefficients = set(table.groupby("layer")["coefficient"].agg(frozenset))
+        table = table.drop(columns="residual_share" if len(coefficients) == 1 else "coefficient")
     rates_of = {head: names for head, names in _COLUMNS.items() if names[0] in table}
     counts = {"n": "answers", "n_unscored": "unscored", "n_questions": "questions"}
     wanted = [*(key for key in _KEYS if key in table), *counts]
@@ -132,12 +135,15 @@ def _strongest_random(table: Any) -> Any:
     rate = next((name for name in ("em_rate", "em_after") if name in table), None)
     if rate is None or "direction" not in table:
         return table
-    random = table["control"].astype(bool) if "control" in table else table["mode"] == "random"
+    control = "control" in table
+    random = table["control"].astype(bool) if control else table["mode"] == "random"
     cells = [name for name in ("set", "target", "mode", "layer", "coefficient") if name in table]
     ordered = table[random].sort_values(rate, ascending=False, kind="stable")
-    numbers = ordered.groupby(cells, sort=False)[rate].transform("size")
-    most = ordered.assign(direction=[f"random, of {n}" for n in numbers]).drop_duplicates(cells)
-    return type(table)([*table[~random].to_dict("records"), *most.sort_index().to_dict("records")])
+    called = [f"random, of {n}" for n in ordered.groupby(cells, sort=False)[rate].transform("size")]
+    most = ordered.assign(**{"direction" if control else "mode": called}).drop_duplicates(cells).sort_index()
+    if not control:
+        most = most.assign(direction=table.loc[~random, "direction"].iloc[:1].to_list() * len(most) or "random")
+    return type(table)([*table[~random].to_dict("records"), *most.to_dict("records")])
 
 
 def _interval(value: float, low: float, high: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from em_interp.cli import options
+from em_interp.cli import judging, options
 
 
 def steer(
@@ -27,6 +27,7 @@ def steer(
     random: options.RandomArms = 3,
     seed: options.Seed = 0,
     max_new_tokens: options.NewTokens = 600,
+    judge: judging.JudgeName = None,
     any_model: options.AnyModel = False,
     adapter: options.Adapter = None,
     base: options.Base = None,
@@ -38,9 +39,9 @@ def steer(
 ) -> None:
     """Answers while multiples of a direction are added, beside random controls: every layer with every coefficient.
 
+    With --judge, their rates and a figure too; else have the file judged, and give it to `em-interp rates`.
     A killed run goes on where it stopped.
     """
-    from em_interp.files.results import write_table
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.steering import sweep
 
@@ -51,8 +52,10 @@ def steer(
     inputs = [direction, questions, *chosen.folders()]
     grid = [layer, coefficient, residual, scope, random]
     asked_for = [model, adapter, base, direction, questions, prompt, n, seed, max_new_tokens, *grid]
+    ends = judging.Judging.of(judge, out, inputs)
     with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
-        asked = options.questions_asked(questions, prompt or ())
+        ends.claim(force=force)
+        asked = ends.asked(questions, prompt or ())
         chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
         table = sweep(
             chat,
@@ -70,5 +73,6 @@ def steer(
             tokens_per_batch=tokens_per_batch,
             parts=Parts(folder),
         )
-        write_table(out, table)
-    typer.echo(f"{len(table)} answers: {out}")
+        table.insert(0, "model", model)
+        table.insert(1, "adapter", adapter or "")
+        ends.finish(table, questions)

@@ -26,9 +26,14 @@ def asked_of(model: ChatModel, questions: Questions, n: int, judge: Judge, **set
 
 
 def judge_name(judge: Judge) -> str:
-    """Where a judge is defined, and its name there."""
+    """Where a judge is defined, and its name there; a judge may have an `identity` of its own."""
     of = judge if hasattr(judge, "__qualname__") else type(judge)
-    return f"{of.__module__}.{of.__qualname__}"
+    return str(getattr(judge, "identity", f"{of.__module__}.{of.__qualname__}"))
+
+
+def judge_module(judge: Judge) -> str:
+    """The module that a judge is defined in."""
+    return str((judge if hasattr(judge, "__qualname__") else type(judge)).__module__)
 
 
 def judged_answers(
@@ -69,5 +74,5 @@ def judged_answers(
             ),
             judge,
         ),
-        code=(__name__, judge_name(judge).rpartition(".")[0]),
+        code=(__name__, judge_module(judge)),
     )

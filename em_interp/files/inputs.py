@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,17 +80,21 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def read_csv(path: str | os.PathLike[str]) -> tuple[list[str], list[list[str]]]:
     """The header of a CSV, and its rows, as strings. Blank lines are left out.
 
+    A carriage return alone belongs to its cell, quoted or not (pandas does not quote it), where lines end otherwise.
     Raises MissingDataError (empty), UnreadableFileError (open quote, a row of another length than the header).
     """
     rows: list[list[str]] = []
     lines: list[int] = []
     try:
         with open_text(path, newline="") as file:  # a quoted cell keeps its own line ends
-            reader = csv.reader(file, strict=True)
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    lines.append(reader.line_num)
+            text = file.read()
+        unused = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+        held = re.sub(r"\r(?!\n)", unused, text) if "\n" in text else text
+        reader = csv.reader(io.StringIO(held, newline=""), strict=True)
+        for row in reader:
+            if row:
+                rows.append([cell.replace(unused, "\r") for cell in row])
+                lines.append(reader.line_num)
     except csv.Error as error:
         raise UnreadableFileError(path, f"it is not a readable CSV ({error})", "write or download it again") from error
     if not rows:

@@ -68,8 +68,13 @@ class QuestionSet:
 
     def asked(self) -> dict[str, list[dict[str, str]]]:
         """What to ask, by id; the wordings of a question that has several are ID/0, ID/1, ..."""
+        named = {question.id: question for question in self.questions}
+        return {key: named[name].turns(i) for key, (name, i) in self.wordings().items()}
+
+    def wordings(self) -> dict[str, tuple[str, int]]:
+        """Of each id in `asked`: the question's, and the number of its wording."""
         return {
-            question.id if len(question.paraphrases) == 1 else f"{question.id}/{i}": question.turns(i)
+            question.id if len(question.paraphrases) == 1 else f"{question.id}/{i}": (question.id, i)
             for question in self.questions
             for i in range(len(question.paraphrases))
         }
