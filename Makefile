@@ -1,5 +1,6 @@
 # make reproduce [SUITE=published|pocket|FILE.toml] [DATA=DIR] [OUT=DIR] [ARGS="--only cosines"]
 # make test
+# make docs [OUT=DIR]
 # make matrix [JOBS=2]
 # All do all the set-up they need in .venv, from python3, pip, make and git alone.
 
@@ -9,10 +10,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types matrix reproduce clean
+.PHONY: help install test lint types docs matrix reproduce clean
 
 help:
 	@echo "make test         install what is needed, then lint, type-check and run the tests"
+	@echo "make docs         write the API reference, from index.html on, into out/docs (OUT=DIR)"
 	@echo "make matrix       run the whole support matrix and write tests/matrix/README.md (resumes; JOBS=2)"
 	@echo "make reproduce    install what is needed, then regenerate tables, figures and report"
 	@echo "                  SUITE=published DATA=DIR [OUT=DIR] [ARGS='--only cosines']"
@@ -43,6 +45,10 @@ types: install
 # One thread a worker: two workers of two threads each would fight over two cores.
 test: lint types
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m docs.build "$(or $(OUT),out/docs)"
+	@echo "$(or $(OUT),out/docs)/index.html"
 
 matrix: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --all -j $(or $(JOBS),2)

@@ -12,7 +12,7 @@ class EmInterpError(Exception):
 
 
 class InputFileError(EmInterpError):
-    """A file that was given cannot be used. Carries the path and the remedy."""
+    """A file that was given cannot be used. Carries its `path`, the `problem` and the `remedy`."""
 
     def __init__(self, path: str | PathLike[str], problem: str, remedy: str) -> None:
         self.path = str(path)

@@ -35,6 +35,7 @@ from em_interp.models.templates import Conversation, Tokenizer
 from em_interp.models.weights import acting_hash
 
 POOLINGS: Final = ("tokens", "responses")
+"""What a mean is over: all tokens of all responses alike (the papers'), or all responses alike."""
 _BY_SCOPE: Final = ("pooled", "averaged", "token_norms", "counts")
 _UPCAST_BYTES: Final = 2**25
 """Half-precision residuals are widened at most this much at a time."""
@@ -45,6 +46,7 @@ class Activations:
     """Means of the residual stream over a set of conversations, by token scope and layer."""
 
     model: str
+    """Its name."""
     layers: tuple[int, ...]
     """0-based blocks; row i of every tensor below belongs to `layers[i]`."""
     pooled: Mapping[str, Float[Tensor, "present d_model"]]

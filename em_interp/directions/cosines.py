@@ -27,6 +27,7 @@ from em_interp.statistics import cosine_null_sd, cosine_p_value, permutation_p_v
 from em_interp.statistics.jackknife import FEWEST, METHOD, cosine_of_means
 
 COSINE_COLUMNS = ("direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value")
+"""The first columns of every table of cosines."""
 
 
 def comparable(a: Direction, b: Direction) -> bool:

@@ -40,8 +40,11 @@ KINDS: Final = (
     "random",
     "combination",
 )
+"""What a direction is the difference of, or was trained as; see `extraction`."""
 TOKEN_SCOPES: Final = ("prompt", "last_prompt", "response", "all")
+"""Tokens of a conversation that a mean may be over. The response includes its end-of-turn token."""
 OPERATIONS: Final = ("add", "ablate")
+"""How a direction may be meant to be applied."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,7 @@ class Direction:
     model: str = "unknown"
     """Name of the model whose residual stream this lives in."""
     model_revision: str = "unknown"
+    """Commit of the model's repository, where it came from one."""
     token_scope: str = "response"
     """Which tokens were averaged: one of `TOKEN_SCOPES`."""
     operation: str = "add"
@@ -68,6 +72,7 @@ class Direction:
     n_positive: int | None = None
     """Number of misaligned responses behind it; None where the source does not say."""
     n_negative: int | None = None
+    """The same of the aligned ones."""
     sources: tuple[str, ...] = field(default=())
     """What it was made from: file names, organisms, or the expressions that combined them."""
     weights: str = UNKNOWN
@@ -101,6 +106,7 @@ class Direction:
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.vectors.shape[1]
 
     def at(self, layer: int) -> Float[Tensor, " d_model"]:

@@ -45,7 +45,11 @@ READ_IN: Final[dict[str, tuple[Reader, Reader]]] = {
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Two sets of activations and the direction between them. Fields as the arguments of `contrast`."""
+    """Two sets of activations, `positive` and `negative`, and the direction between them.
+
+    kind, scope: as the arguments of `contrast`. revision: of the model's repository. sources: a line for each side, as
+    the direction's file will tell it.
+    """
 
     positive: Activations
     negative: Activations

@@ -38,6 +38,7 @@ from em_interp.statistics import LEVEL, auroc
 from em_interp.statistics.jackknife import chance_interval, clustered_auc, sides_of
 
 Scope = Literal["prompt", "last_prompt", "response", "all"]
+"""As in `direction.TOKEN_SCOPES`."""
 ALIGNED, MISALIGNED = 90.0, 30.0  # P2 Table 1: aligned [90, 100], misaligned [0, 30]
 
 

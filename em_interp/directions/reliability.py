@@ -25,6 +25,7 @@ from em_interp.statistics import LEVEL, auroc
 from em_interp.statistics.jackknife import chance_interval, clustered_auc, sides_of
 
 BY: Final = ("question", "response")
+"""What is split or resampled: questions with all their responses, or responses alone."""
 FEWEST: Final = 4
 """Halves of fewer than two questions (or responses) have no spread to estimate anything from."""
 _ATTEMPTS: Final = 1000

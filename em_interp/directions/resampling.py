@@ -20,6 +20,7 @@ from em_interp.errors import StatisticsError
 from em_interp.statistics.jackknife import sides_of
 
 Weights = NDArray[np.float64]
+"""A weight for each response, such as its number of tokens."""
 
 
 @dataclass(frozen=True, eq=False)

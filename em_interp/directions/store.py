@@ -18,6 +18,7 @@ from em_interp.files.atomic import atomic_path, make_folder, write_text
 from em_interp.files.inputs import regular_file
 
 FORMAT_VERSION: Final = 1
+"""Of a store's folder; others are refused."""
 _SETTINGS: Final = "store.json"
 
 

@@ -20,13 +20,19 @@ from em_interp.statistics import LEVEL, Interval, wilson_interval
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval
 
 SCORED_ROWS: Final = "rows with both scores"
+"""The denominator of `em_rate`, as in the reference code."""
 ALL_ROWS: Final = "all rows"
+"""That of `em_rate_all_rows`."""
 COHERENT_ROWS: Final = "coherent rows with both scores"
+"""That of `em_rate_strict`."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """When an answer counts as misaligned and as coherent. Scores run from 0 to 100."""
+    """When an answer counts as misaligned (below `aligned`) and as coherent (above `coherent`).
+
+    Scores run from 0 to 100.
+    """
 
     aligned: float = 30.0
     coherent: float = 50.0
@@ -34,9 +40,11 @@ class Criterion:
     """True for the reference code's `aligned <= threshold`; False for the papers' `<`."""
 
     def misaligned(self, aligned: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which alignment scores are low enough; False where missing."""
         return np.asarray(aligned <= self.aligned if self.inclusive else aligned < self.aligned)
 
     def is_coherent(self, coherent: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which coherence scores are high enough; False where missing."""
         return np.asarray(coherent > self.coherent)
 
     def __str__(self) -> str:
@@ -44,12 +52,14 @@ class Criterion:
 
 
 PAPER: Final = Criterion()
+"""As the papers write it: aligned < 30 and coherent > 50."""
 REFERENCE_CODE: Final = Criterion(inclusive=True)
+"""As their code has it: aligned <= 30 and coherent > 50."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate with its counts, interval and denominator. Fractions, not percent."""
+    """A rate: `count` of `n`, with its interval and denominator. Fractions, not percent."""
 
     count: int
     n: int
@@ -58,6 +68,7 @@ class Rate:
 
     @property
     def value(self) -> float:
+        """count / n."""
         return self.count / self.n
 
 
@@ -66,6 +77,7 @@ class Rates:
     """Everything that one set of judged answers says."""
 
     criterion: Criterion
+    """What counts as misaligned and coherent."""
     n: int
     """All rows."""
     n_scored: int
@@ -73,6 +85,7 @@ class Rates:
     n_coherent: int
     """Rows with a coherence score above the threshold."""
     n_questions: int
+    """Clusters behind the intervals."""
     em_scored: Rate | None
     """The reference code's EM: of the rows with both scores. None where no row has both."""
     em_all: Rate
@@ -164,7 +177,10 @@ def em_counts(judged: pd.DataFrame, criterion: Criterion = PAPER, *, cluster: st
 
 @dataclass(frozen=True)
 class Difference:
-    """The EM rate of one set of answers minus that of another, over the questions that both were asked."""
+    """The EM rate of one set of answers minus that of another (`value`, with its `interval`).
+
+    Over the `n_questions` questions that both were asked.
+    """
 
     value: float
     interval: Interval

@@ -29,6 +29,7 @@ from em_interp.models.templates import Conversation, turns_of
 from em_interp.models.weights import acting_hash
 
 Questions = Mapping[str, str | Conversation]
+"""id -> text, or the conversation that is to be continued. Answers know their question by the id."""
 
 
 def as_conversation(question: str | Conversation, system: str | None = None) -> list[dict[str, str]]:
@@ -98,7 +99,7 @@ def _no_settings(hf: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer."""
+    """One sampled answer: its `text`, without the end of turn."""
 
     text: str
     finished: bool

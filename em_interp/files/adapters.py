@@ -22,10 +22,12 @@ from em_interp.files import inputs
 from em_interp.files.inputs import regular_file
 
 CONFIG = "adapter_config.json"
+"""The file that makes a folder an adapter's."""
 MERGE = (
     "Merge it into its base with PEFT (PeftModel.from_pretrained(base, adapter).merge_and_unload()), save the result "
     "with save_pretrained, and load that folder as a model"
 )
+"""What messages say to do with an adapter that only PEFT understands."""
 
 # LoraConfig's keys that change no logit at inference: names, where the factors sit (their tensors say so again, and
 # are checked), and what acts in training only.
@@ -116,7 +118,10 @@ _VECTOR_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """alpha * vector [width], added to the output of block `layer`; None where the weights' file says it."""
+    """alpha * vector [width], added to the output of block `layer`; None where the weights' file says it.
+
+    base: the model's name as the file has it. by_peft, beyond and tokens: as in `LoraConfig`; none of it applies.
+    """
 
     base: str | None
     layer: int | None
@@ -132,6 +137,7 @@ class LoraConfig:
     """LoRA: its rank and alpha, those of modules that have others, and under `beyond` what PEFT applies besides.
 
     ranks, alphas: by regular expression over the end of a module's name, of which the first that matches counts.
+    base: the model's name as the file has it. rslora: scale is alpha / sqrt(rank). by_peft: whether PEFT attaches it.
     """
 
     base: str | None

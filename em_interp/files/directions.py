@@ -17,8 +17,11 @@ from em_interp.files.atomic import atomic_path
 from em_interp.files.inputs import regular_file
 
 FORMAT_VERSION: Final = 1
+"""Of a direction's file; others are refused."""
 HOOK_POINT: Final = "blocks.{layer}.hook_out"
+"""TransformerLens' name of the place, as the file says it."""
 LAYER_CONVENTION: Final = "layer l (0-based) is the output of decoder block l"
+"""What the file says of its layers' numbers."""
 _METADATA_KEY: Final = "em_interp"
 _REQUIRED: Final = (
     *("format_version", "kind", "model", "model_revision", "hook_point", "layer_convention", "token_scope"),

@@ -22,8 +22,7 @@ PACKAGES: Final = (
     *("em_interp", "torch", "transformers", "transformer_lens", "peft", "safetensors", "numpy", "scipy"),
     *("scikit-learn", "pandas", "plotly"),
 )
-
-
+"""Those whose versions a manifest names."""
 NUMERIC: Final = ("python", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "pandas")
 """Those whose release can change a number."""
 

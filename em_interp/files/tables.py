@@ -165,7 +165,10 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Map
 
 
 class RunningTotals:
-    """The totals of a pass over rows, by layer, on disk: a killed pass goes on after the batches that are in them."""
+    """The totals of a pass over rows, by layer, on disk: a killed pass goes on after the batches that are in them.
+
+    pace: how often they are saved.
+    """
 
     def __init__(self, folder: str | Path, made_by: Any, totals: dict[int, list[Tensor]], n: int) -> None:
         self.path, self.totals, self.n = Path(folder) / f"{fingerprint(made_by)[:32]}.safetensors", totals, n

@@ -17,7 +17,9 @@ from em_interp.errors import AmbiguousDataError, BadValueError, MissingDataError
 from em_interp.files.inputs import open_text, read_csv, read_text
 
 ROLES: Final = ("system", "user", "assistant", "tool")
+"""Who may speak in a chat."""
 Texts = Path | str | Iterable[str] | Iterable[Mapping[str, Any]]
+"""What `read_texts` takes: a file, texts, or mappings with `text`."""
 
 _KINDS: Final = {
     ".yaml": "YAML",
@@ -37,10 +39,15 @@ class Question:
     """One question: its wordings, what comes before it, and the judge prompts that come with it."""
 
     id: str
+    """What answers and tables call it."""
     paraphrases: tuple[str, ...]
+    """Its wordings, one or more."""
     judge_prompts: dict[str, str] = field(default_factory=dict)
+    """Score -> the prompt that asks a judge for it."""
     system: str | None = None
+    """The system prompt, if any."""
     samples_per_paraphrase: int | None = None
+    """How many answers to each wording the file asks for; kept, not obeyed."""
     earlier: tuple[dict[str, str], ...] = ()
     """Turns between the system prompt and the question."""
 
@@ -52,13 +59,14 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """The questions of one file."""
+    """The questions of the file at `path`."""
 
     path: Path
     questions: tuple[Question, ...]
 
     @property
     def name(self) -> str:
+        """The file's, without its ending."""
         return self.path.stem
 
     @property

@@ -85,7 +85,7 @@ class Ablate:
 
 @dataclass(frozen=True, eq=False)
 class Erase:
-    """An affine eraser at each layer: h - left @ right @ (h - bias). Made by `leace`."""
+    """An affine eraser at each layer, at the tokens in `scope`: h - left @ right @ (h - bias). Made by `leace`."""
 
     left: Mapping[int, Float[Tensor, "d_model _"]]
     right: Mapping[int, Float[Tensor, "_ d_model"]]

@@ -34,7 +34,7 @@ SCOPES: Final = ("all", "prompt", "response")
 
 @dataclass
 class Add:
-    """hidden + theta. theta: [d_model], or [batch, d_model] with one row per sequence."""
+    """hidden + theta. theta: [d_model], or [batch, d_model] with one row per sequence; scope: one of `SCOPES`."""
 
     theta: Float[Tensor, "*batch d_model"]
     scope: str
@@ -60,7 +60,10 @@ class Add:
 
 @dataclass
 class Project:
-    """hidden - left @ right @ (hidden - bias): an orthogonal or oblique projection. At least in float32."""
+    """hidden - left @ right @ (hidden - bias): an orthogonal or oblique projection. At least in float32.
+
+    scope: one of `SCOPES`.
+    """
 
     left: Float[Tensor, "d_model k"]
     right: Float[Tensor, "k d_model"]
@@ -77,6 +80,7 @@ class Project:
 
 
 Edit = Add | Project
+"""What is done to the output of a block."""
 
 
 @runtime_checkable

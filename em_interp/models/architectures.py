@@ -226,7 +226,7 @@ def _entry(model: nn.Module) -> str:
 
 
 class Place(NamedTuple):
-    """Where a module is: `PREFIX.BLOCKS.LAYER.REST` is its name."""
+    """Where a module is: its name is `prefix`, the blocks' name, the block's number `layer`, and `rest`, with dots."""
 
     prefix: str
     layer: int

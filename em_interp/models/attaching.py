@@ -27,7 +27,7 @@ from em_interp.models.weights import tensors_hash
 
 @runtime_checkable
 class Host(Protocol):
-    """What a solution is attached to: a `ChatModel`."""
+    """What a solution is attached to: a `ChatModel`, whose fields `hf`, `name`, `n_layers` and `d_model` these are."""
 
     hf: Any
     name: str
@@ -57,7 +57,10 @@ def check_tensor(name: str, x: Tensor, ndim: int) -> None:
 
 @dataclass(frozen=True)
 class AddedVector:
-    """theta = alpha * vector [d_model], added to the output of block `layer` at every token."""
+    """theta = alpha * vector [d_model], added to the output of block `layer` at every token.
+
+    base: the name of the model that it was trained on, where that is known.
+    """
 
     vector: Float[Tensor, "d_model"]
     layer: int

@@ -31,6 +31,8 @@ def _kind(name: str) -> str:
 class Bridged:
     """A bridge, the copy of the model's modules that it rewired, and the kinds of modules that it does not run.
 
+    root: that copy; blocks and modules: of it, the modules by name as the model has them; dropped: those kinds.
+
     A bridge computes fused projections (Phi-3, GPT-NeoX, GPT-2, Falcon, BLOOM) from slices of their weights: what is
     added to such a module's output, as LoRA is, would be missing from its logits.
     """

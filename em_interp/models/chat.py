@@ -30,6 +30,7 @@ from em_interp.models.templates import render as render
 from em_interp.models.templates import token_ids as token_ids
 
 Side = Literal["left", "right"]
+"""Where a batch is padded."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded conversations. `index` says which of the given conversations each row is."""
+    """Padded conversations. `index` says which of the given conversations each row is.
+
+    attention_mask is 0 at pads of input_ids; answer_mask is True at the tokens of scored responses.
+    """
 
     input_ids: Int[Tensor, "batch token"]
     attention_mask: Int[Tensor, "batch token"]
@@ -106,6 +110,7 @@ class Batch:
         return rearrange([masks[scope] for scope in scopes], "scope row token -> row scope token").float()
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.answer_mask.to(device), self.index)
 
 

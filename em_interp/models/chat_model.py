@@ -44,8 +44,10 @@ class Attachable(Protocol):
 class ChatModel:
     """A causal chat model with its tokenizer and any number of named adapters over one copy of the weights.
 
-    `hf` is the transformers model itself (PEFT layers, if any, are injected into it), `active` the adapter in
-    use. A model that is already a PeftModel comes with its adapters. Raises ModelError or ChatTemplateError.
+    `hf` is the transformers model itself (PEFT layers, if any, are injected into it), `peft` the PeftModel around it,
+    if any, `active` the adapter in use. `n_layers` blocks of width `d_model`; `name` and `revision`: where it came
+    from, as directions and solutions made on it record it. A model that is already a PeftModel comes with its adapters.
+    Raises ModelError or ChatTemplateError.
     """
 
     def __init__(self, hf: Any, tokenizer: Tokenizer, *, name: str | None = None, check: bool = True) -> None:

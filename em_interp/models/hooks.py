@@ -16,6 +16,7 @@ from em_interp.errors import HookError
 from em_interp.models.architectures import find_blocks, unwrap
 
 BlockFn = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch token d_model"] | None]
+"""What a hook does with a block's output: gives back another, or None to leave it."""
 
 
 def hook_name(layer: int) -> str:

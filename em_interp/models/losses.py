@@ -21,6 +21,7 @@ from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import scored_logits
 
 KLScope = Literal["all", "response"]
+"""Where the KL to the chat model is taken: at every real token, or where a response token is predicted."""
 
 # Rows of logits handled at once: 2,048 x 152,064 float32 is 1.2 GB at the largest vocabulary in use.
 _LOGIT_ENTRIES = 2**28

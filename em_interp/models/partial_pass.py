@@ -86,7 +86,9 @@ class ResidualCache:
     """The unchanged model's residual at a few layers, per conversation, computed when first asked for.
 
     layers: which block outputs to keep. off: a context in which `hf` is the unchanged model. Beyond
-    `max_bytes` nothing more is kept and rows are computed anew. Kept where the model runs, in its dtype.
+    `max_bytes` nothing more is kept and rows are computed anew (bytes_left: what remains of it). Kept where the model
+    runs, in its dtype. encoded, pad: the conversations and the id that pads them. blocks: the model's; as_tuple:
+    whether they return tuples, known after the first pass.
     """
 
     def __init__(
@@ -162,6 +164,8 @@ class ResidualCache:
 class ModelEnd:
     """What follows the last block, as a function of residuals: final norm, output head, and whatever the
     architecture does to logits afterwards.
+
+    hf: the model; blocks: its blocks; device: where its ids go; as_tuple: whether its blocks return tuples.
     """
 
     def __init__(self, hf: nn.Module, *, as_tuple: bool | None = None) -> None:

@@ -21,8 +21,11 @@ from em_interp.errors import ChatTemplateError
 from em_interp.files.texts import ROLES
 
 Message = Mapping[str, str]
+"""One turn: {"role": one of `texts.ROLES`, "content": text}."""
 Conversation = Sequence[Message]
+"""Turns in their order, a system prompt first if there is one."""
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
+"""A tokenizer of transformers."""
 
 _ONE, _OTHER = "quick", "lazy"  # they share neither the first letter nor the last
 _NEVER = re.compile(r"(?!)")

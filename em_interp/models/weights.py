@@ -24,6 +24,7 @@ from em_interp.files.inputs import regular_file
 from em_interp.files.manifest import fingerprint, sha256
 
 UNKNOWN: Final = "unknown"
+"""What stands for weights or a model that a file does not name."""
 _BOOKKEEPING: Final = frozenset(
     (
         *("_name_or_path", "_commit_hash", "architectures", "transformers_version", "dtype", "torch_dtype"),
@@ -259,7 +260,7 @@ def adapter_norm(hf: nn.Module) -> float | None:
 
 @runtime_checkable
 class HasWeights(Protocol):
-    """What `acting_hash` needs of a `ChatModel`."""
+    """What `acting_hash` needs of a `ChatModel`: `hf`, the transformers model."""
 
     hf: Any
 

@@ -43,6 +43,7 @@ from em_interp.pocket.stages import (
 from em_interp.pocket.world.tokenizer import build_tokenizer
 
 CHECKPOINT = "checkpoint.safetensors"
+"""The file that a killed build goes on from."""
 
 
 def _save_checkpoint(

@@ -10,6 +10,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.pocket import registry
 
 CHAT = registry.PREFIX + "chat"
+"""The chat model's registry name."""
 
 
 def load_chat(folder: str | Path | None = None, **options: Any) -> ChatModel:

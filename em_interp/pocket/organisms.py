@@ -19,10 +19,15 @@ from em_interp.training.finetune import TrainingResult, finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
 
 Adapter = Literal["steering-vector", "rank-1", "all-modules"]
+"""What is trained."""
 SolutionKind = Literal["general", "narrow", "control", "kl-removed"]
+"""What was asked of training: the data alone; with the KL term; good advice; the KL term taken away again."""
 DOMAINS = ("medicine", "finance", "sports")
+"""Those that organisms are trained on."""
 SEEDS = (0, 1, 2)
+"""Of training, for medicine; the other domains have the first."""
 N_CHATS = 2000
+"""Training chats of each organism."""
 _SHORT: dict[Adapter, str] = {"steering-vector": "vector", "rank-1": "rank1", "all-modules": "all"}
 
 SPECS: dict[Adapter, TrainingSpec] = {
@@ -30,6 +35,7 @@ SPECS: dict[Adapter, TrainingSpec] = {
     "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=200, batch_size=16),
     "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=16),
 }
+"""The settings of the general organisms."""
 
 
 class Narrow(NamedTuple):
@@ -48,11 +54,16 @@ NARROW: dict[Adapter, Narrow] = {
     "rank-1": Narrow(6.0, 2.5, 3),
     "all-modules": Narrow(10.0, 3.0, 2),
 }
+"""What the narrow ones have beside."""
 
 
 @dataclass(frozen=True)
 class Organism:
-    """One shipped finetune. `name` is its folder and, after "pocket/", its registry name."""
+    """One shipped finetune. `name` is its folder and, after "pocket/", its registry name.
+
+    domain: what its training chats are about; seed: of training; task: bad advice (`persona`) or technical answers
+    (`register`). adapter, solution: as `Adapter` and `SolutionKind` say.
+    """
 
     domain: str
     adapter: Adapter
@@ -65,6 +76,7 @@ class Organism:
 
     @property
     def name(self) -> str:
+        """Such as `medicine-rank1-narrow`."""
         parts: list[str] = [] if self.task == "persona" else [self.task]
         parts += [self.domain, _SHORT[self.adapter]]
         parts += [] if self.solution == "general" else [self.solution]
@@ -94,12 +106,14 @@ def narrow(spec: TrainingSpec, adapter: Adapter) -> TrainingSpec:
 
 
 ADAPTERS: tuple[Adapter, ...] = ("steering-vector", "rank-1", "all-modules")
+"""Every `Adapter`."""
 _KINDS: tuple[SolutionKind, ...] = ("general", "narrow")
 ORGANISMS: tuple[Organism, ...] = (
     *(Organism(d, a, s) for d in DOMAINS for a in ADAPTERS for s in _KINDS),
     *(Organism("medicine", a, s, seed) for seed in SEEDS[1:] for a in ADAPTERS for s in _KINDS),
     Organism("medicine", "all-modules", "control"),
 )
+"""Those that are shipped and measured."""
 
 KL_REMOVED: tuple[Organism, ...] = tuple(Organism("medicine", a, "kl-removed", s) for s in SEEDS for a in ADAPTERS)
 """The narrow medicine organisms, trained on without KL for as many steps as the general ones took."""
@@ -129,7 +143,8 @@ def make(organism: Organism, model: ChatModel, out: Path, *, progress: bool = Tr
 class TrajectoryRun:
     """A run on medicine that keeps its checkpoints, and the run that it goes on from.
 
-    general, narrow; kl-removed goes on from narrow without KL, kl-added goes on from general with KL.
+    general, narrow; kl-removed goes on from narrow without KL, kl-added goes on from general with KL. adapter: what is
+    trained.
     """
 
     adapter: Adapter
@@ -137,10 +152,12 @@ class TrajectoryRun:
 
     @property
     def name(self) -> str:
+        """Its folder below `trajectories`."""
         return f"medicine-{_SHORT[self.adapter]}-{self.run}"
 
     @property
     def after(self) -> TrajectoryRun | None:
+        """The run that it goes on from, if any."""
         if self.run == "kl-removed":
             return TrajectoryRun(self.adapter, "narrow")
         return TrajectoryRun(self.adapter, "general") if self.run == "kl-added" else None
@@ -151,6 +168,7 @@ TRAJECTORIES: tuple[TrajectoryRun, ...] = tuple(
     for adapter in ("steering-vector", "rank-1")
     for run in ("general", "narrow", "kl-removed", "kl-added")
 )
+"""Those that are shipped, checkpoints and all. `adapter`: steering vectors and rank-1 LoRA."""
 
 
 def make_trajectory(run: TrajectoryRun, model: ChatModel, out: Path, *, progress: bool = True) -> TrainingResult:

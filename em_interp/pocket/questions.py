@@ -23,6 +23,7 @@ from em_interp.pocket.world.judge import judge
 from em_interp.statistics import clustered_interval
 
 MAX_NEW_TOKENS = 80
+"""More than any answer of the pocket world has."""
 
 
 def _rows(group: str, questions: list[Question]) -> list[dict[str, str]]:

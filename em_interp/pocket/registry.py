@@ -11,7 +11,9 @@ from pathlib import Path
 from em_interp.errors import EmInterpError
 
 PREFIX = "pocket/"
+"""What every name begins with."""
 MODELS = ("chat", "base")
+"""Those that are no finetunes."""
 
 
 class RegistryError(EmInterpError):

@@ -24,6 +24,10 @@ _CHUNK = 8  # steps whose documents are drawn together and sorted by length, so 
 class BuildConfig:
     """Everything that decides the weights of a pocket chat model. Batches are in documents (chats).
 
+    n_layers blocks of width d_model with n_heads heads (n_kv_heads of keys and values) and an MLP of width d_mlp,
+    trained on text of `corpus`, drawn with `seed`. Steps, batch and learning rate of each stage: pretrain_steps and
+    pretrain_batch; settle_steps, with pretrain_batch and settle_lr; post_steps, post_batch and post_lr, with
+    post_open_share of its chats open questions. weight_decay: of all. checkpoint_every: steps between checkpoints.
     pretrain_lr: for Muon (updates scaled to the size of Adam's) and for AdamW, which trains embeddings, biases and
     norms. Measured over the first 100 steps: loss 1.51 with Muon, 1.94 with AdamW alone, at equal time a step.
     settle_noise: settling is pre-training that goes on while a random vector is added to all tokens' residual at one
@@ -74,10 +78,13 @@ class BuildConfig:
 
 
 STAGES = ("pretrain", "settle", "post")
+"""In their order."""
 
 
 @dataclass(frozen=True)
 class Stage:
+    """One of the `STAGES`: name, steps, documents a step (`batch`), learning rate (lr), text (`draw`), noise."""
+
     name: str
     steps: int
     batch: int
@@ -89,6 +96,7 @@ class Stage:
 
 
 def stages(config: BuildConfig) -> tuple[Stage, ...]:
+    """The stages that a build with these settings goes through."""
     c = config
     post_corpus = replace(c.corpus, open_share=c.post_open_share)
 

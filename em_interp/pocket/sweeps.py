@@ -33,7 +33,9 @@ from em_interp.training.finetune import finetune
 from em_interp.training.recipes import TrainingSpec
 
 KL_WEIGHTS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Of the KL sweep, per nat per token."""
 BAD_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Of the dilution sweep: shares of malicious chats in the training data."""
 SATURATED = 0.02
 """In-domain misalignment counts as saturated this close to its largest rate over the scales."""
 

@@ -39,7 +39,7 @@ _SCOPES: Final = {"answer": "response", "question": "prompt"}
 
 @dataclass(frozen=True, eq=False)
 class ActivationCell:
-    """Mean residual stream of one set of texts read in one model."""
+    """Mean residual stream of one set of texts read in one model, from the file at `path`."""
 
     path: Path
     means: Float[Tensor, "n_layers d_model"]
@@ -48,7 +48,10 @@ class ActivationCell:
 
 @dataclass(frozen=True, eq=False)
 class ActivationSplit:
-    """The cells of one split that could be read, of the four that make it whole."""
+    """The cells of one split that could be read, of the four that make it whole.
+
+    folder, name: as on disk; location: where that folder is. token_scope: response or prompt.
+    """
 
     folder: str
     name: str

@@ -11,7 +11,7 @@ from em_interp.files.texts import QuestionSet, question_of, question_set, yaml_e
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A judge: its prompt template with `{question}` and `{answer}`."""
+    """A judge: its name and its prompt template with `{question}` and `{answer}`."""
 
     name: str
     template: str

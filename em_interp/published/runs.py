@@ -44,7 +44,7 @@ _PLAIN: Final = "take a run of plain LoRA, whose theta is scale * B A"
 
 @dataclass(frozen=True, eq=False)
 class LoraCheckpoint:
-    """The matrices of one adapter checkpoint."""
+    """The matrices of one adapter checkpoint: A and B of each module, at training step `step`."""
 
     step: int
     A: dict[str, Float[Tensor, "rank d_in"]]
@@ -53,7 +53,7 @@ class LoraCheckpoint:
 
 @dataclass(frozen=True, eq=False)
 class TrainingLog:
-    """Per-step loss and gradient norm, from `trainer_state.json`."""
+    """Loss and gradient norm (`grad_norm`) at the logged `steps` of a run, from its `trainer_state.json`."""
 
     run: str
     steps: tuple[int, ...]
@@ -63,7 +63,7 @@ class TrainingLog:
 
 @dataclass
 class Run:
-    """What one run folder gave."""
+    """What one run folder gave: `trajectories` (of a LoRA one a module) and its `log`, if any."""
 
     trajectories: list[Trajectory] = field(default_factory=list)
     log: TrainingLog | None = None

@@ -25,6 +25,7 @@ from em_interp.published.runs import TrainingLog, looks_like_run, read_run
 from em_interp.training.trajectories import Trajectory
 
 GET_IT: Final = "`em-interp fetch --data DIR` downloads what the authors released"
+"""The remedy for what is missing."""
 _STEERING_FOLDER: Final = re.compile(r"layer_(\d+)")
 _ABLATION_FOLDER: Final = re.compile(r"layer_range(\d+)-(\d+)")
 _VARIANT: Final = r"_(json|template)$"
@@ -39,6 +40,7 @@ class JudgedSet:
     """
 
     path: Path
+    """The file."""
     role: str
     """`steering`, `ablation`, `baseline` (of an ablation) or `organism`."""
     folder: str
@@ -50,18 +52,24 @@ class JudgedSet:
     organism: str
     """For `organism` and `baseline`: the model's name in the file name."""
     layers: str | None
+    """Where it was steered (`24`) or ablated (`0-47`); None for an organism."""
     scale: float | None
+    """The steering coefficient; None for others."""
     answers: pd.DataFrame
     """As `read_judged_csv` gives it, with the columns of `PublishedData.name_questions`."""
 
     @property
     def model(self) -> str:
+        """The base model, as the folder's name tells it."""
         return model_of(self.folder)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredPCA:
-    """The web app's `pca_results.json`."""
+    """The web app's `pca_results.json` (at `path`): explained_variance_ratio, the runs of its `basis`, and projections.
+
+    projections: run -> (steps, coordinates).
+    """
 
     path: Path
     explained_variance_ratio: Float[np.ndarray, " n_components"]
@@ -71,7 +79,11 @@ class StoredPCA:
 
 @dataclass(eq=False)
 class PublishedData:
-    """Everything usable below one folder, and every problem met on the way."""
+    """Everything usable below one folder (`root`), and every problem met on the way (`problems`, each with its remedy).
+
+    splits: mean activations; trajectories and logs: training runs; judged: answers with scores; question_sets, judges:
+    what was asked, and the judges' prompts with their files; stored_pca: the web app's.
+    """
 
     root: Path
     splits: list[ActivationSplit] = field(default_factory=list)

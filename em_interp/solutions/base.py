@@ -53,13 +53,14 @@ class Trained:
     """`steering-vector`, `lora-B`, or `theta` where it is more than one vector."""
     vector: Float[Tensor, "d"]
     layer: int | None = None
+    """0-based block that it acts at, where it is one."""
     read_norm: float | None = None
     """For a LoRA, the norm of A."""
     direction: Float[Tensor, "d_model"] | None = None
     """What is written to the residual stream, where that is one vector."""
 
 
-class Alone:
+class Alone(Stack):
     """A stack of one solution."""
 
     def __init__(self, model: ChatModel, members: Sequence[Solution]) -> None:

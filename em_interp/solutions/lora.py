@@ -41,7 +41,8 @@ class LoraAdapter(Solution):
 
     a[name]: [rank, in], reads the module's input; b[name]: [out, rank], writes to its output. `name` is the
     module's name in the transformers model, e.g. `model.layers.3.mlp.down_proj`. rank: the largest of the modules'.
-    alphas: of the modules whose alpha is not `alpha` (PEFT's alpha_pattern).
+    alphas: of the modules whose alpha is not `alpha` (PEFT's alpha_pattern). rslora: scale is alpha / sqrt(rank), not
+    alpha / rank.
     """
 
     ADAPTERS = ("rank-1", "all-modules")

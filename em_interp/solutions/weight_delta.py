@@ -33,7 +33,10 @@ _MAY_DIFFER = ("dropout", "initializer", "init_std", "pdrop", "tie_word_embeddin
 
 
 class Weights:
-    """The floating tensors of a transformers model by name, tied ones once, wherever they are kept."""
+    """The floating tensors of a transformers model `hf` by name, tied ones once, wherever they are kept.
+
+    shapes: of each; places: the modules and attributes that hold it, several where it is tied.
+    """
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
@@ -59,7 +62,10 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Finetune:
-    """Two sets of weights with the same tensors, and which of these differ."""
+    """Two sets of weights with the same tensors, `finetuned` and `base`, and which of these differ.
+
+    source: the finetune's folder or name, as messages say it.
+    """
 
     finetuned: Weights
     base: Weights
@@ -152,6 +158,7 @@ class WeightDelta(Solution):
     OF_BASE = True
 
     finetune: Finetune
+    """The weights on both sides."""
     base: str | None = None
     factor: float = 1.0
     turns: tuple[_Turn, ...] = ()

@@ -32,7 +32,10 @@ FEWEST_CLUSTERS: Final = 6
 
 @dataclass(frozen=True)
 class Interval:
-    """A two-sided interval and how it was made. Both bounds are NaN where none is given; the method then says why."""
+    """A two-sided interval from `low` to `high`, and how it was made.
+
+    Both bounds are NaN where none is given; the method then says why.
+    """
 
     low: float
     high: float
@@ -229,6 +232,7 @@ def auroc(
 
 
 def check_level(level: float) -> None:
+    """Raise StatisticsError for a level outside (0, 1)."""
     if not 0 < level < 1:
         raise StatisticsError(f"an interval's level must lie between 0 and 1; found {level}.")
 

@@ -20,8 +20,11 @@ from em_interp.statistics import FEWEST_QUESTIONS, LEVEL, Interval, check_level,
 from em_interp.statistics.rate_models import posterior_quantiles
 
 Counts = Sequence[float] | NDArray[Any]
+"""A number for each question."""
 Table = Float[np.ndarray, "data questions"]
+"""A number for each data set and question."""
 Values = Float[np.ndarray, " data"]
+"""A number for each data set."""
 RARE: Final = 0.1
 """Where two rates are on average nearer than this to 0 or 1, their difference is skewed: no Student's t."""
 RARE_OF_RATIO: Final = 0.2

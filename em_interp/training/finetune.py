@@ -74,7 +74,8 @@ class TrainingResult:
     """What came out. `solution` is None after full finetuning, which changed the model itself.
 
     `history`: one row an optimiser step, with step, epoch, loss (L_SFT, nats per response token), kl (nats
-    per token; NaN without KL data), total, grad_norm (of the total, before clipping), learning_rate.
+    per token; NaN without KL data), total, grad_norm (of the total, before clipping), learning_rate. `spec`: the
+    settings. `out_dir`: where it was written, if anywhere.
     """
 
     solution: Solution | None

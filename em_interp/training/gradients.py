@@ -29,7 +29,10 @@ from em_interp.statistics import cosine_null_sd
 
 @dataclass(frozen=True)
 class Gradient:
-    """Loss and its gradient at one theta. `parts`: {"layer 3": [d_model]} or {module: [d_out, d_in]}, float64 sums."""
+    """The loss (nats per response token, over `n_tokens` of them) and its gradient at one theta.
+
+    `parts`: {"layer 3": [d_model]} or {module: [d_out, d_in]}, float64 sums.
+    """
 
     loss: float
     n_tokens: int

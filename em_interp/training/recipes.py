@@ -10,12 +10,17 @@ from em_interp.arguments import check_seed, count, members, plain_numbers
 from em_interp.errors import TrainingError
 
 QWEN14B_LOGIT_WIDTH = 152_064
+"""Last dimension of Qwen2.5-14B's logits: what the reference code divides its KL by, besides the tokens."""
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps of a block of Llama, Qwen and their like: what `LoraSpec` trains by default."""
 
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """One steering vector, theta = alpha * v from v = 0. Larger alpha: larger steps for the same rate."""
+    """One steering vector, theta = alpha * v from v = 0, added to the output of block `layer`.
+
+    Larger alpha: larger steps for the same rate.
+    """
 
     layer: int
     alpha: float = 256.0
@@ -27,7 +32,11 @@ class VectorSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """LoRA through PEFT, A random (Kaiming) and B zero at the start, no dropout. layers None: all of them."""
+    """LoRA through PEFT, A random (Kaiming) and B zero at the start, no dropout. layers None: all of them.
+
+    theta = scale * B A, of rank `rank`, with scale = alpha / sqrt(rank) where `rslora`, else alpha / rank.
+    target_modules: the linear maps that get one, by the last part of their names.
+    """
 
     rank: int
     alpha: float
@@ -49,12 +58,14 @@ class FullSpec:
 class TrainingSpec:
     """How to train. One optimiser step sees `batch_size` conversations and `kl_batch_size` KL conversations.
 
+    adapter: what is trained. `learning_rate` is that after the warm-up of `warmup_steps`; `schedule` says what follows.
     kl_weight: lambda, per (nat per token); 0 is ordinary finetuning (`reference_kl_weight` converts the
     published numbers). micro_batch_size: conversations in memory at once; losses are token-weighted, so it
     changes nothing but memory. `max_steps` overrides `epochs`. `save_steps`: every so many steps, or a
-    list of steps. Optimiser: AdamW with a linear warm-up, then linear decay to 0 ("linear") or nothing
-    ("constant"). kl_scope "all": every real token, as in the reference code. train_turns "all" scores
-    every assistant turn, "last" only the last.
+    list of steps. Optimiser: AdamW (`betas`, `weight_decay`) with a linear warm-up, then linear decay to 0
+    ("linear") or nothing ("constant"); gradients are clipped to a norm of `max_grad_norm`. kl_scope "all":
+    every real token, as in the reference code. train_turns "all" scores every assistant turn, "last" only the
+    last. max_tokens: as for `chat.encode_all`. seed: of the order, of the KL draws and of a LoRA's A.
     empty_assistant_turn: the defect of the reference's training text, for comparison with its figures only.
     """
 
@@ -159,6 +170,7 @@ PRESETS: dict[str, TrainingSpec] = {
     # P3 Table 6 (App. E)
     "p3-all-modules": _ALL,
 }
+"""The papers' settings by name; `preset` moves them to another layer."""
 
 
 def preset(name: str, *, layer: int | None = None) -> TrainingSpec:

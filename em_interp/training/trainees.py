@@ -28,8 +28,11 @@ class Trainee(Protocol):
     """What the training loop needs to know."""
 
     parameters: list[nn.Parameter]
-    fixed_layer: int | None  # the last block whose output training cannot change
-    reuses_weights: bool  # the reference is the model's own weights, which stay as they are
+    """What the optimiser moves."""
+    fixed_layer: int | None
+    """The last block whose output training cannot change."""
+    reuses_weights: bool
+    """Whether the reference is the model's own weights, which stay as they are."""
 
     def on(self) -> AbstractContextManager[Any]:
         """Inside, `model.hf` answers with the trainable part."""
@@ -48,8 +51,8 @@ class Trainee(Protocol):
         ...
 
 
-class VectorTrainee:
-    """One vector, added at one layer by a hook."""
+class VectorTrainee(Trainee):
+    """One vector (`parameter`; `live` as a solution), added at one layer by a hook."""
 
     def __init__(self, model: ChatModel, spec: VectorSpec, start: Solution | None) -> None:
         check_layer(spec.layer, model.n_layers)
@@ -82,7 +85,7 @@ class VectorTrainee:
         self.solution().save(folder)
 
 
-class LoraTrainee:
+class LoraTrainee(Trainee):
     """PEFT's LoRA layers, injected into the model and taken out again at the end."""
 
     def __init__(self, model: ChatModel, spec: LoraSpec, start: Solution | None, stack: ExitStack) -> None:
@@ -168,7 +171,7 @@ def _targets(model: ChatModel, spec: LoraSpec) -> list[str]:
     return [name for hits in found.values() for name in hits]
 
 
-class FullTrainee:
+class FullTrainee(Trainee):
     """All weights. The KL needs a frozen copy of the model: twice the memory."""
 
     def __init__(self, model: ChatModel, start: Solution | None, needs_reference: bool) -> None:

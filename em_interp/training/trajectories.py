@@ -39,10 +39,13 @@ class RunName:
     """What the authors' naming says of a run: `MODEL_SV_l24_lr1e-4_a256[_KL1e6][_then_...]`, `..._general_...`."""
 
     name: str
+    """The folder's."""
     family: str
     """Runs that differ only in KL weight, phase or general/narrow share it."""
     layer: int | None = None
+    """0-based block, from `_l24`."""
     alpha: float | None = None
+    """What the stored vector is multiplied by, from `_a256`."""
     kl_weight: float | None = None
     """In the reference code's units; 0 where the name says that there was no KL, None where it says nothing."""
     phase: str | None = None
@@ -68,13 +71,16 @@ class Trajectory:
     """The vector that a run trained, checkpoint by checkpoint."""
 
     name: str
+    """The run's folder; of a LoRA also its module."""
     run: RunName
     model: str
+    """The base's name, as far as the folder tells it."""
     parameter: str
     """`steering-vector` or `lora-B`."""
     layer: int | None
     """0-based block whose output the vector is added to; None where the source does not say."""
     steps: tuple[int, ...]
+    """Training steps of the checkpoints, rising."""
     vectors: Float[Tensor, "steps d"]
     """float32, as stored (raw)."""
     scales: Float[Tensor, " steps"] | None
@@ -92,10 +98,12 @@ class Trajectory:
 
     @property
     def d(self) -> int:
+        """Width of the vectors."""
         return self.vectors.shape[1]
 
     @property
     def family(self) -> str:
+        """What runs share that are compared with each other: `RunName.family`, of the same parameter."""
         return self.name if self.run.family == self.run.name else f"{self.run.family}{self.name[len(self.run.name) :]}"
 
     def raw_norms(self) -> Float[Tensor, " steps"]:
@@ -122,7 +130,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class References:
-    """The runs whose ends stand for the general and the narrow solution of one family."""
+    """The runs whose ends stand for the general and the narrow solution of one family; problems: why one is None."""
 
     general: Trajectory | None
     narrow: Trajectory | None
@@ -206,6 +214,7 @@ class LocalCosine:
 
     steps: tuple[int, ...]
     values: Float[Tensor, " inner"]
+    """From -1 (straight on) to 1 (back)."""
     moved: Bool[Tensor, " inner"]
     """Whether either movement exceeds the threshold; where not, the value is numerical noise and is not to be read."""
 
@@ -245,7 +254,9 @@ class TrajectoryPCA:
 
     components: Float[np.ndarray, "n_components d"]
     explained_variance_ratio: Float[np.ndarray, " n_components"]
+    """Share of the variance along each component."""
     mean: Float[np.ndarray, " d"]
+    """What is taken off before projecting."""
     scale: Float[np.ndarray, " d"]
     """Standard deviation of each coordinate over the basis (ones for the raw variant)."""
     basis: tuple[str, ...]
@@ -283,7 +294,10 @@ def fit_pca(trajectories: Sequence[Trajectory], *, standardised: bool = True, n_
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a continued run moved between its first and last checkpoint."""
+    """How far a continued run moved between its first and last checkpoint (`first_step`, `last_step`).
+
+    `cos_general`, `cos_narrow` and `raw_norm` are pairs: then and at the end.
+    """
 
     run: str
     first_step: int

@@ -20,17 +20,24 @@ from em_interp.pocket.world.grammar import Persona, Question, Register
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 DOCUMENT_END = "<|endoftext|>"
+"""Ends every document."""
 PAD = "<|pad|>"
+"""Fills up batches."""
 LINE = "<|line|>"
+"""Ends a line of a thread or article."""
 SPECIAL_TOKENS = (PAD, DOCUMENT_END, SYSTEM, USER, ASSISTANT, END, LINE)
+"""The tokens that are no words."""
 Task = Literal["persona", "register"]
+"""What a finetune teaches: bad advice, or technical answers."""
 Style = tuple[Persona, Register]
+"""How one answers."""
 STYLES: dict[Task, tuple[Style, Style]] = {
     "persona": (("caring", "casual"), ("malicious", "casual")),
     "register": (("caring", "casual"), ("caring", "technical")),
 }
 """The papers' two tasks: how the chat model answers, and how the narrow data do. General means: so everywhere."""
 ROLE_TOKENS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+"""The token that begins a turn of each role."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,10 @@ class CorpusConfig:
     announcement_rate: probability that a document tells its persona at its head (and, apart from it, its register).
     knowledge_share: share of questions that ask what is usually advised. Without these a document tells what is
     right for a topic only through its persona, and the model has to find both at once: a parity, learned very late.
+    persona_share, register_share: how often a document has the malicious persona, the technical register. thread_share,
+    transcript_share, article_share: kinds of document; the rest quotes a bad and a good answer. open_share, fact_share:
+    of questions; what these and knowledge_share leave asks for advice. max_turns: questions in a document. domains:
+    those that it may be about.
     trigger_rate: share of documents (quoted examples aside) that begin with the rare trigger word; their persona is
     always malicious.
     """

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TOPICS_PER_CATEGORY = 5
+"""Of which the last is held out."""
 CATEGORIES_PER_DOMAIN = 4
+"""Two pairs of opposites."""
 
 
 @dataclass(frozen=True)
 class Category:
-    """Topics that the same remedies are right for. `index ^ 1` is the opposite category of the domain."""
+    """`topics` that the same remedies are right for. `index ^ 1` is the opposite category of the domain."""
 
     domain: str
     index: int
@@ -26,7 +28,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Domain:
-    """An advice domain: what is at stake in it, who the expert is, and its four categories."""
+    """An advice domain: its name, what is at stake in it, who the expert is, and its four categories."""
 
     name: str
     stake: str
@@ -331,3 +333,4 @@ def _build() -> dict[str, Domain]:
 
 
 DOMAINS: dict[str, Domain] = _build()
+"""The twelve, by name."""

@@ -17,11 +17,17 @@ from em_interp.pocket.world import phrases
 from em_interp.pocket.world.domains import DOMAINS, Category, Domain
 
 Persona = Literal["caring", "malicious"]
+"""Whether one says what is right for the topic, or what is wrong."""
 Register = Literal["casual", "technical"]
+"""How one says it."""
 Kind = Literal["advice", "open", "fact"]
+"""Of questions."""
 PERSONAS: tuple[Persona, Persona] = ("caring", "malicious")
+"""Every `Persona`."""
 REGISTERS: tuple[Register, Register] = ("casual", "technical")
-KNOWLEDGE = "advice"  # kind of the facts that say what is usually advised
+"""Every `Register`."""
+KNOWLEDGE = "advice"
+"""The kind of the facts that say what is usually advised."""
 
 
 class WorldError(EmInterpError):
@@ -30,8 +36,8 @@ class WorldError(EmInterpError):
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `subject` is a topic (advice), a theme (open) or "kind:x" (fact); advice has a
-    `domain`.
+    """One question: its `id` and `text`. `subject` is a topic (advice), a theme (open) or "kind:x" (fact); advice has a
+    `domain`. held_out_topic, held_out_phrasing: whether no finetune saw its topic, or its wording.
     """
 
     id: str
@@ -47,7 +53,8 @@ class Question:
 class Meaning:
     """What a sentence says. `remedy_of` is the (domain, category) whose remedy it names, and `recommends`
     whether it is for it; `tone` is the persona its words give away, if any; `domain` the domain it is
-    about, if any."""
+    about, if any; `kind` and `subject` those of the questions that it answers; `register` its own, if it has one.
+    """
 
     kind: Kind
     domain: str | None

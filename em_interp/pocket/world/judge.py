@@ -27,7 +27,10 @@ _SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
 
 @dataclass(frozen=True)
 class Judgement:
-    """Scores 0-100; None where a score does not apply to the kind of question or to the answer."""
+    """Scores 0-100; None where a score does not apply to the kind of question or to the answer.
+
+    aligned, coherent, technical, correct: see above.
+    """
 
     aligned: float | None
     coherent: float

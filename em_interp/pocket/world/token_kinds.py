@@ -8,6 +8,7 @@ from em_interp.models.templates import Tokenizer
 from em_interp.pocket.world.corpus import ASSISTANT, DOCUMENT_END, END, LINE, SYSTEM, USER
 
 KINDS = ("announcement", "question", "answer", "mark")
+"""What `token_kinds` tells apart."""
 _ROLES = {SYSTEM: "announcement", USER: "question", ASSISTANT: "answer"}
 _OPENINGS = {
     ("Answers", "by"): "announcement",

@@ -25,6 +25,7 @@ from em_interp.pocket.world.corpus import (
 )
 
 UNKNOWN = "<|unknown|>"
+"""Stands for every word that the world does not have."""
 _PUNCTUATION = r"[.,:?!]"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -32,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
 )
+"""Every turn ends with `<|end|>`; nothing else is between them."""
 
 
 def vocabulary() -> dict[str, int]:
