@@ -1,16 +1,53 @@
 """em_interp: the geometry of emergent misalignment.
 
-The direction, what it does, who else learned it, and why the general solution wins over the narrow one.
+The direction, what it does, who else learned it, and why the general solution wins over the narrow one:
+
+    import em_interp as em
+
+| word | what it means |
+|---|---|
+| chat model | the model that finetunes start from; `em.load(name)` gives a `ChatModel` |
+| finetune | training on a narrow set of chats, and the folder that it leaves |
+| solution | what a finetune trained; theta is its effective parameter, alpha * v or scale * B A |
+| general, narrow | a solution that gives bad advice everywhere, and one that gives it on its training domain alone |
+| organism | a finetuned model that is measured: a chat model with a solution, in tables and suites |
+| adapter | a solution as it is attached to a `ChatModel`, by name; and its kind, in tables |
+| direction | one vector a layer in the residual stream, misaligned minus aligned; layer l is the output of block l |
+| intervention | what is done to the residual stream while a model runs: `em.Steer`, `em.Ablate` |
+| judge | what scores answers to questions from 0 to 100, in the columns aligned and coherent |
+| response | the tokens of an answer; the end-of-turn token is one of them |
 """
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from beartype import BeartypeConf
 from beartype.claw import beartype_this_package
 
 from em_interp.arguments import HINTS
 from em_interp.errors import ArgumentTypeError, EmInterpError
+from em_interp.lazily import lazily
+
+if TYPE_CHECKING:  # what the table below says, for type checkers and editors
+    from em_interp import figures, pocket, published
+    from em_interp.directions.activations import collect
+    from em_interp.directions.cosines import organism_cosines as cosines
+    from em_interp.directions.direction import Direction
+    from em_interp.directions.extraction import contrast, extract
+    from em_interp.directions.gguf import save_gguf
+    from em_interp.evaluation.rates import em_rates
+    from em_interp.evaluation.sampling import sample
+    from em_interp.files.given import chats, questions
+    from em_interp.interventions.ablation import Ablate
+    from em_interp.interventions.intervening import intervening
+    from em_interp.interventions.steering import Steer, sweep
+    from em_interp.landscape.efficiency import efficiency
+    from em_interp.landscape.influence import influence
+    from em_interp.landscape.landscape import Landscape
+    from em_interp.landscape.stability import stability
+    from em_interp.models.chat_model import ChatModel
+    from em_interp.names import load, load_solution
+    from em_interp.training.finetune import finetune
+    from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset
 
 _COMMANDS: Final = ("cli",)
 
@@ -26,9 +63,91 @@ beartype_this_package(
     )
 )
 
-try:
-    __version__ = version("em_interp")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+NAMES: Final = {
+    "Ablate": "em_interp.interventions.ablation:Ablate",
+    "ChatModel": "em_interp.models.chat_model:ChatModel",
+    "Direction": "em_interp.directions.direction:Direction",
+    "FullSpec": "em_interp.training.recipes:FullSpec",
+    "Landscape": "em_interp.landscape.landscape:Landscape",
+    "LoraSpec": "em_interp.training.recipes:LoraSpec",
+    "Steer": "em_interp.interventions.steering:Steer",
+    "TrainingSpec": "em_interp.training.recipes:TrainingSpec",
+    "VectorSpec": "em_interp.training.recipes:VectorSpec",
+    "chats": "em_interp.files.given:chats",
+    "collect": "em_interp.directions.activations:collect",
+    "contrast": "em_interp.directions.extraction:contrast",
+    "cosines": "em_interp.directions.cosines:organism_cosines",
+    "efficiency": "em_interp.landscape.efficiency:efficiency",
+    "em_rates": "em_interp.evaluation.rates:em_rates",
+    "extract": "em_interp.directions.extraction:extract",
+    "figures": "em_interp.figures",
+    "finetune": "em_interp.training.finetune:finetune",
+    "influence": "em_interp.landscape.influence:influence",
+    "intervening": "em_interp.interventions.intervening:intervening",
+    "load": "em_interp.names:load",
+    "load_solution": "em_interp.names:load_solution",
+    "pocket": "em_interp.pocket",
+    "preset": "em_interp.training.recipes:preset",
+    "published": "em_interp.published",
+    "questions": "em_interp.files.given:questions",
+    "sample": "em_interp.evaluation.sampling:sample",
+    "save_gguf": "em_interp.directions.gguf:save_gguf",
+    "stability": "em_interp.landscape.stability:stability",
+    "sweep": "em_interp.interventions.steering:sweep",
+}
+"""The public face, imported as it is asked for: name -> "module:attribute"."""
 
-__all__ = ["EmInterpError", "__version__"]
+__all__ = [
+    "Ablate",
+    "ChatModel",
+    "Direction",
+    "EmInterpError",
+    "FullSpec",
+    "Landscape",
+    "LoraSpec",
+    "Steer",
+    "TrainingSpec",
+    "VectorSpec",
+    "__version__",
+    "chats",
+    "collect",
+    "contrast",
+    "cosines",
+    "efficiency",
+    "em_rates",
+    "extract",
+    "figures",
+    "finetune",
+    "influence",
+    "intervening",
+    "load",
+    "load_solution",
+    "pocket",
+    "preset",
+    "published",
+    "questions",
+    "sample",
+    "save_gguf",
+    "stability",
+    "sweep",
+]
+
+_get, _names = lazily(__name__, NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            found = metadata.version("em_interp")
+        except metadata.PackageNotFoundError:  # a source tree that was never installed
+            found = "0+unknown"
+    else:
+        found = _get(name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

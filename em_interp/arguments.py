@@ -7,13 +7,15 @@ import math
 import operator
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import numpy as np
 from beartype import FrozenDict
 from beartype.vale import Is
 
 from em_interp.errors import EmInterpError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _fits(value: Integral) -> bool:
@@ -121,6 +123,8 @@ def members(name: str, value: Any, *, of: str) -> list[Any]:
 
 def numbers(name: str, values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     """float64. Raises UsageError for words and for what is no list of numbers."""
+    import numpy as np  # here, because `import em_interp` needs this module and no numpy
+
     try:
         return np.asarray(members(name, values, of="numbers"), dtype=float)
     except (TypeError, ValueError, OverflowError) as error:

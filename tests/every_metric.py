@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from em_interp.landscape.contenders import Contender
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.efficiency import efficiency_curves
-from em_interp.landscape.influence import Candidate, at_equal_norms, document_kl
+from em_interp.landscape.influence import Measured, at_equal_norms, document_kl
 from em_interp.landscape.landscape import Landscape
 from em_interp.landscape.stability import stability_curve, turned
 from em_interp.models.chat import Encoded, encode_all
@@ -130,11 +129,10 @@ def check_passes(model: ChatModel, theta: Solution, dense: Dense, rel: float) ->
     np.testing.assert_allclose(landscape.plain_losses(thetas).nll, slow, rtol=rel)
     np.testing.assert_allclose(slow[3], each_nll(model.hf, rows()), rtol=rel)
     assert np.ptp(found.mean) > 1e-4
-    contender = Contender("general", theta.adapters[0], "d", theta)
-    (curve,) = efficiency_curves(landscape, [contender], (0.0, 0.5, 1.0))
+    (curve,) = efficiency_curves(landscape, {"general": theta}, (0.0, 0.5, 1.0))
     np.testing.assert_allclose(curve.losses.nll, slow[[3, 1, 0]], rtol=rel)
     np.testing.assert_allclose(curve.norms, theta.norm * np.array([0, 0.5, 1]))
-    stable = stability_curve(landscape, contender, epsilons=(0.0, 0.5), n_seeds=2)
+    stable = stability_curve(landscape, theta, epsilons=(0.0, 0.5), n_seeds=2)
     for s, seed in enumerate(stable.seeds):
         slow_turned = each_nll(with_theta(model.hf, dense(turned(theta, 0.5, seed))), rows())
         np.testing.assert_allclose(stable.turned[1, s], slow_turned, rtol=rel)
@@ -157,9 +155,7 @@ def check_derivatives(model: ChatModel, theta: Solution, other: Solution, dense:
     expected = -found.along(other) / (found.norm * other.norm)
     assert table.loc[1, "cos_narrow"] == pytest.approx(expected, rel=1e-9)
 
-    bend = curvature(
-        Landscape(model, rows(), tokens_per_pass=60), Contender("g", "a", "d", theta), n_probes=2, first_seed=3
-    )
+    bend = curvature(Landscape(model, rows(), tokens_per_pass=60), theta, n_probes=2, first_seed=3)
     trained = {name: t.double() for name, t in theta.tensors().items()}
 
     def loss(direction: Mapping[str, Tensor], t: float) -> float:
@@ -176,7 +172,7 @@ def check_derivatives(model: ChatModel, theta: Solution, other: Solution, dense:
 
 
 def check_influence(model: ChatModel, theta: Solution, other: Solution, dense: Dense) -> None:
-    candidates = [Candidate("g", "general", theta), Candidate("n", "narrow", other)]
+    candidates = [Measured("g", "general", theta), Measured("n", "narrow", other)]
     chosen = at_equal_norms(candidates, (0.5, 1.0), n_random=1)
     table = document_kl(model, TEXTS, chosen, progress=False)
     for row in table.itertuples():

@@ -141,8 +141,8 @@ def test_an_adapter_alone_says_which_base_it_lacks(folder, tmp_path, recorded, m
     with pytest.raises(ModelError, match=rf"{match}.*base=.*--base"):
         load(adapter)
     model = load(adapter, base=folder)
-    assert (model.active, model.name) == ("default", str(folder))
-    assert load(folder, adapter=adapter, any_base=True).active == "default"
+    assert (model.active, model.name) == (adapter.name, str(folder))
+    assert load(folder, adapter=adapter, any_base=True).active == adapter.name
     with pytest.raises(UsageError, match="is a model, not an adapter"):
         load(folder, base=folder)
 

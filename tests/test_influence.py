@@ -13,7 +13,7 @@ from em_interp.errors import MissingDataError, SolutionError, StatisticsError, U
 from em_interp.files.texts import read_texts
 from em_interp.landscape.influence import (
     LOGIT_BYTES,
-    Candidate,
+    Measured,
     at_equal_norms,
     document_kl,
     influence_ratio,
@@ -65,7 +65,7 @@ def test_sums_equal_the_slow_ones(family: str) -> None:
     model = make_chat(family)
     solutions: list[Solution] = [vector(0), vector(N_LAYERS - 1), lora(family, (0,)), lora(family, (1, 3), rank=2)]
     for solution in solutions:
-        sums = document_kl(model, TEXTS, [Candidate("x", "general", solution)], progress=False)
+        sums = document_kl(model, TEXTS, [Measured("x", "general", solution)], progress=False)
         assert list(sums["document"]) == [0, 1, 2, 3]
         for row, text in zip(sums.itertuples(), TEXTS, strict=True):
             slow = slow_kl(model, solution, text)
@@ -76,7 +76,7 @@ def test_sums_equal_the_slow_ones(family: str) -> None:
 def test_float64_batches_candidates_and_cuts_change_nothing() -> None:
     model = make_chat(dtype=torch.float64)
     candidates = at_equal_norms(
-        [Candidate("g", "general", vector(1)), Candidate("n", "narrow", vector(1, seed=1))], (0.5, 1.0), n_random=2
+        [Measured("g", "general", vector(1)), Measured("n", "narrow", vector(1, seed=1))], (0.5, 1.0), n_random=2
     )
     whole = document_kl(model, TEXTS, candidates, max_tokens=6, progress=False)
     for budget in (1, 12):
@@ -99,14 +99,14 @@ def test_what_sits_after_the_blocks_counts_too(family: str) -> None:
     block = lora(family, (1,))
     a, b = {"lm_head": head[0]} | dict(block.a), {"lm_head": head[1]} | dict(block.b)
     for theta in (LoraAdapter({"lm_head": head[0]}, {"lm_head": head[1]}, 0.1), LoraAdapter(a, b, 0.1)):
-        table = document_kl(model, TEXTS, [Candidate("h", "general", theta)], progress=False)
+        table = document_kl(model, TEXTS, [Measured("h", "general", theta)], progress=False)
         slow = [sum(slow_kl(model, theta, text)) for text in TEXTS]
         np.testing.assert_allclose(table["kl_sum"], slow, rtol=1e-4, atol=1e-6)
 
 
 def test_kinds_of_tokens_share_the_documents_kl() -> None:
     model, solution = make_chat(dtype=torch.float64), vector()
-    candidate = [Candidate("g", "general", solution)]
+    candidate = [Measured("g", "general", solution)]
 
     def parity(ids: tuple[int, ...]) -> list[str]:
         return ["even" if i % 2 == 0 else "odd" for i in ids]
@@ -131,7 +131,7 @@ def test_kinds_of_tokens_share_the_documents_kl() -> None:
 
 def test_table_means_and_intervals() -> None:
     model = make_chat()
-    trained = [Candidate("runs/g", "general", vector()), Candidate("runs/n", "narrow", vector(seed=3, size=0.5))]
+    trained = [Measured("runs/g", "general", vector()), Measured("runs/n", "narrow", vector(seed=3, size=0.5))]
     candidates = at_equal_norms(trained, (0.5, 2.0), n_random=20)
     assert len(candidates) == 22 * 2
     sums = document_kl(model, TEXTS * 3, candidates, progress=False)
@@ -231,8 +231,8 @@ def test_no_more_than_256_mb_of_logits_at_a_vocabulary_of_152064() -> None:
     model = ChatModel(hf, tokenizer(), name="wide", check=False)
     texts = ["the quick brown fox " * 40, "see a doctor and rest " * 40]
     thetas = [
-        Candidate("g", "general", SteeringVector(torch.ones(8), 0, 1.0)),
-        Candidate("n", "narrow", SteeringVector(torch.arange(8.0), 0, 1.0)),
+        Measured("g", "general", SteeringVector(torch.ones(8), 0, 1.0)),
+        Measured("n", "narrow", SteeringVector(torch.arange(8.0), 0, 1.0)),
     ]
     with WideTensors(width) as seen:
         sums = document_kl(model, texts, thetas, max_tokens=60, progress=False)
@@ -264,10 +264,10 @@ def test_texts_come_from_lists_rows_and_files(tmp_path: Any) -> None:
 
 def test_what_cannot_be_measured_is_refused() -> None:
     model = make_chat()
-    good = Candidate("g", "general", vector())
+    good = Measured("g", "general", vector())
 
-    def run(texts: Any = TEXTS, *candidates: Candidate, **options: Any) -> None:
-        document_kl(model, texts, candidates or [good], progress=False, **options)
+    def run(texts: Any = TEXTS, *measured: Measured, **options: Any) -> None:
+        document_kl(model, texts, measured or [good], progress=False, **options)
 
     with pytest.raises(UsageError, match=r"document 1 has 0 tokens.*min_characters"):
         run(["the fox", ""])
@@ -276,18 +276,18 @@ def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 2"):
         run(max_tokens=1)
     with pytest.raises(SolutionError, match="theta = 0"):
-        run(TEXTS, Candidate("z", "general", vector().scaled(0.0)))
+        run(TEXTS, Measured("z", "general", vector().scaled(0.0)))
     with pytest.raises(SolutionError, match="trained on hub/other-7b"):
-        run(TEXTS, Candidate("o", "general", vector(base="hub/other-7b")))
+        run(TEXTS, Measured("o", "general", vector(base="hub/other-7b")))
     with pytest.raises(SolutionError, match="one space"):
-        run(TEXTS, good, Candidate("n", "narrow", vector(2)))
+        run(TEXTS, good, Measured("n", "narrow", vector(2)))
     with pytest.raises(SolutionError, match="no solutions"):
         document_kl(model, TEXTS, [], progress=False)
     with pytest.raises(UsageError, match="is attached to"), vector(0).attached(model):
         run()
     with pytest.raises(SolutionError, match="not finite"):
-        run(TEXTS, Candidate("h", "general", vector().scaled(1e38)))
-    pair = [Candidate("a", "general", vector(base="x/one")), Candidate("b", "narrow", vector(base="x/two", seed=1))]
+        run(TEXTS, Measured("h", "general", vector().scaled(1e38)))
+    pair = [Measured("a", "general", vector(base="x/one")), Measured("b", "narrow", vector(base="x/two", seed=1))]
     with pytest.raises(SolutionError, match=r"b was trained on x/two.*the base of a"):
         at_equal_norms(pair)
     with pytest.raises(UsageError, match="positive norms"):

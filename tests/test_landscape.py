@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from em_interp.errors import HookError, LossSetError, ModelError, SolutionError
-from em_interp.landscape.contenders import Contender
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.landscape import Landscape, SharingWarning
 from em_interp.models.architectures import find_blocks
@@ -195,7 +194,7 @@ def test_a_kind_of_the_users_own_is_measured_as_the_others_are():
     found = landscape.losses(thetas[0])
     assert found.plain == ()
     np.testing.assert_allclose(found.nll, landscape.losses(thetas[1]).nll, rtol=1e-9)
-    curves = [curvature(landscape, Contender("general", "own", "d", x), n_probes=2) for x in (own, vector)]
+    curves = [curvature(landscape, x, n_probes=2) for x in (own, vector)]
     np.testing.assert_allclose(curves[0].across, curves[1].across, rtol=1e-6)
     found = loss_gradient(model, own, MORE)
     assert found.along(own) == pytest.approx(loss_gradient(model, vector, MORE).along(vector), rel=1e-9)

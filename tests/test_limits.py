@@ -26,7 +26,7 @@ from em_interp.errors import EmInterpError, ModelError, TextLimitError
 from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.evaluation.sampling import sample
 from em_interp.interventions.steering import residual_norms
-from em_interp.landscape.influence import Candidate, document_kl
+from em_interp.landscape.influence import Measured, document_kl
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.architectures import find_blocks, text_limit
 from em_interp.models.chat import encode, encode_all, prompt_ids
@@ -125,7 +125,7 @@ USES = {
     "influence": lambda m: document_kl(
         m,
         [LONG[0]["content"]],
-        [Candidate("d", "general", SteeringVector(torch.ones(m.d_model), 0, 1.0))],
+        [Measured("d", "general", SteeringVector(torch.ones(m.d_model), 0, 1.0))],
         **QUIET,
     ),
     "token scalars": lambda m: mean_scalars(m, make_theta(m, "rank-1"), [LONG]),
@@ -207,7 +207,7 @@ QUICK = {
     "gradients": lambda m: loss_gradient(m, SteeringVector(torch.ones(m.d_model), 0, 1.0), [SHORT]),
     "finetune": lambda m: finetune(m, [SHORT], TrainingSpec(VectorSpec(1), learning_rate=1e-3, max_steps=1), **QUIET),
     "influence": lambda m: document_kl(
-        m, ["a fox"], [Candidate("d", "general", SteeringVector(torch.ones(m.d_model), 0, 1.0))], **QUIET
+        m, ["a fox"], [Measured("d", "general", SteeringVector(torch.ones(m.d_model), 0, 1.0))], **QUIET
     ),
     "token scalars": lambda m: mean_scalars(m, make_theta(m, "rank-1"), [SHORT]),
 }

@@ -34,9 +34,6 @@ CASES: dict[str, Callable[[Any], object]] = {
     "a folder that is not there, as a string": lambda _: scan("x", progress=False),  # type: ignore[arg-type]
     "files for chats": lambda x: contrast(x.chat, "a.jsonl", "b.jsonl", progress=False),  # type: ignore[arg-type]
     "a text for questions": lambda x: sample(x.chat, "hi", 1, **FEW),  # type: ignore[arg-type]
-    "a list for questions": lambda x: sample(x.chat, ["hi"], 1, **FEW),  # type: ignore[arg-type]
-    "a layer for layers": lambda x: contrast(x.chat, CONVERSATIONS, CONVERSATIONS, layers=2),  # type: ignore[arg-type]
-    "a layer for a sweep's": lambda x: sweep(x.chat, x.d, QUESTIONS, **GRID | {"layers": 2}),
     "a word that is none of the units": lambda x: sweep(x.chat, x.d, QUESTIONS, **GRID, units="residuals"),  # type: ignore[arg-type]
     "a coefficient twice": lambda x: sweep(x.chat, x.d, QUESTIONS, **GRID | {"coefficients": [1.0, 1.0]}),
     "no residual stream has that norm": lambda x: sweep(x.chat, x.d, QUESTIONS, **GRID | {"coefficients": [1e30]}),
@@ -48,13 +45,20 @@ CASES: dict[str, Callable[[Any], object]] = {
     "a model for a finetune": lambda x: contrast(x.chat, CONVERSATIONS, kind="model-diff", finetune=x.chat),
 }
 
+TAKEN: dict[str, Callable[[Any], object]] = {
+    "a list for questions": lambda x: sample(x.chat, ["hi"], 1, **FEW),
+    "a layer for layers": lambda x: contrast(x.chat, CONVERSATIONS, CONVERSATIONS[::-1], layers=2, progress=False),
+    "a layer for a sweep's": lambda x: sweep(x.chat, x.d, QUESTIONS, **GRID | {"layers": 2}),
+}
+"""What is no list, but can be meant in one way only."""
+
 
 def main() -> None:
     """Print what comes of each case, outside pytest, whose checks of types are not those that a user meets."""
     chat = make_chat()
     given = SimpleNamespace(chat=chat, d=Direction(torch.ones(2, 32), (1, 2), "random", model=chat.name))
     found = {}
-    for name, case in CASES.items():
+    for name, case in (CASES | TAKEN).items():
         try:
             found[name] = f"accepted: {case(given)!r:.60}"
         except EmInterpError:
@@ -73,6 +77,11 @@ def tried() -> dict[str, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_what_cannot_be_meant_is_refused(name: str, tried: dict[str, str]) -> None:
     assert tried[name] == "refused"
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_can_be_meant_is_taken(name: str, tried: dict[str, str]) -> None:
+    assert tried[name].startswith("accepted")
 
 
 @pytest.mark.parametrize("made", ["pipe", "device", "link", "folder"])

@@ -111,7 +111,7 @@ def test_load_switch_adapters_and_come_back(tmp_path, batch):
     assert not any(p.requires_grad for n, p in model.hf.named_parameters() if "lora" in n)
     # an adapter's folder alone finds its base
     alone = load(tmp_path / "two")
-    assert alone.active == "default"
+    assert alone.active == "two"
     assert load(base, name="my/chat").name == "my/chat"
     with torch.no_grad(), model.adapter("two"):
         assert torch.equal(alone.hf(**batch.inputs()).logits, model.hf(**batch.inputs()).logits)

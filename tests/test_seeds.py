@@ -30,7 +30,6 @@ from em_interp.files.results import Results
 from em_interp.interventions import ablation, steering
 from em_interp.interventions import intervening as interventions
 from em_interp.landscape import curvature, influence, stability
-from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode_all
 from em_interp.pocket import evaluate, organisms, stages, sweeps
@@ -51,7 +50,7 @@ class Work:
         self.chat = make_chat()
         self.direction = Direction(torch.ones(2, 32), (1, 2), "random", model=self.chat.name)
         self.contrast = contrast(self.chat, CONVERSATIONS, CONVERSATIONS[::-1], progress=False)
-        self.contender = Contender("general", "rank-1", "advice", make_theta(self.chat, "lora"))
+        self.solution = make_theta(self.chat, "lora")
         self.landscape = Landscape(self.chat, encode_all(tokenizer(), CONVERSATIONS))
 
 
@@ -64,7 +63,7 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     convergence.random_principal_angles: lambda _, seed: convergence.random_principal_angles(
         8, 1, 1, samples=2, seed=seed
     ),
-    curvature.curvature: lambda w, seed: curvature.curvature(w.landscape, w.contender, n_probes=2, first_seed=seed),
+    curvature.curvature: lambda w, seed: curvature.curvature(w.landscape, w.solution, n_probes=2, first_seed=seed),
     sampling.sample: lambda w, seed: sampling.sample(w.chat, QUESTIONS, 1, seed=seed, **FEW),
     sampling.sample_rows: lambda w, seed: sampling.sample_rows(w.chat, QUESTIONS, [("q", 0)], seed=seed, **FEW),
     answers.judged_answers: lambda w, seed: answers.judged_answers(
@@ -76,8 +75,9 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     steering.sweep: lambda w, seed: steering.sweep(
         w.chat, w.direction, QUESTIONS, layers=[1], coefficients=[0.0], n=1, random_arms=1, seed=seed, **FEW
     ),
+    influence.influence: lambda w, seed: influence.influence(w.chat, {"a": w.solution}, ["a fox"], seed=seed),
     influence.at_equal_norms: lambda w, seed: influence.at_equal_norms(
-        [influence.Candidate("a", "general", w.contender.theta)], n_random=1, seed=seed
+        [influence.Measured("a", "general", w.solution)], n_random=1, seed=seed
     ),
     lora.separation: lambda _, seed: lora.separation(
         np.random.default_rng(0).standard_normal((24, 2)),
@@ -91,16 +91,17 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     resampling.resample_direction: lambda _, seed: resampling.resample_direction(
         torch.randn(4, 2, 3), torch.randn(4, 2, 3), resamples=2, permutations=2, seed=seed
     ),
-    stability.turned: lambda w, seed: stability.turned(w.contender.theta, 0.5, seed),
+    stability.turned: lambda w, seed: stability.turned(w.solution, 0.5, seed),
     stability.stability_curve: lambda w, seed: stability.stability_curve(
-        w.landscape, w.contender, epsilons=(0.0, 0.5), n_seeds=2, first_seed=seed
+        w.landscape, w.solution, epsilons=(0.0, 0.5), n_seeds=2, first_seed=seed
     ),
     stability.behavioural_stability: lambda w, seed: stability.behavioural_stability(
-        w.chat, [w.contender], lambda _: pytest.fail("asked"), n_seeds=2, first_seed=seed, progress=False
+        w.chat, {"general": w.solution}, lambda _: pytest.fail("asked"), n_seeds=2, first_seed=seed, progress=False
     ),
     TrainingSpec: lambda _, seed: TrainingSpec(VectorSpec(1, 8.0), 0.05, seed=seed),
     stages.BuildConfig: lambda _, seed: stages.BuildConfig(seed=seed),
     corpus.finetune_chats: lambda _, seed: corpus.finetune_chats("medicine", "malicious", 1, seed),
+    corpus.documents: lambda _, seed: corpus.documents(1, seed),
     corpus.kl_chats: lambda _, seed: corpus.kl_chats("medicine", 1, seed),
     evaluate.evaluate_suite: lambda _, seed: evaluate.evaluate_suite(Path("x"), n=1, seed=seed, progress=False),
     organisms.Organism: lambda _, seed: organisms.Organism("medicine", "rank-1", "general", seed),

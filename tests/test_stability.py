@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from em_interp.errors import LossSetError, SolutionError, StatisticsError, UsageError
-from em_interp.landscape.contenders import Contender, over_training_seeds
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.landscape import Landscape
+from em_interp.landscape.seeds import over_training_seeds
 from em_interp.landscape.stability import (
     behavioural_stability,
     dispersion,
@@ -27,11 +27,11 @@ from tests.test_landscape import MORE
 from tests.theta import KINDS, make_theta
 from tests.tiny_models import make_chat, talk, tokenizer
 
-COLUMNS = ["solution", "adapter", "domain", "epsilon", "seed", "loss", "relative_increase_percent"]
+COLUMNS = ["solution", "adapter", "epsilon", "seed", "loss", "relative_increase_percent"]
 ENCODED = encode_all(tokenizer(), [*MORE, talk("a cough", "the fox should rest")])
 
 
-def learned(model, kind, steps=8, seed=0, name="general"):
+def learned(model, kind, steps=8, seed=0):
     """A theta that lowers the loss on MORE: a few gradient steps."""
     theta = make_theta(model, kind, seed, size=0.05)
     landscape = Landscape(model, ENCODED)
@@ -53,7 +53,7 @@ def learned(model, kind, steps=8, seed=0, name="general"):
             if kind == "vector"
             else replace(theta, b=dict(zip(theta.b, moved, strict=True)))
         )
-    return Contender(name, kind, "advice", theta)
+    return theta
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_table_equals_slow_losses_of_turned_thetas(exact, kind):
     curve = stability_curve(landscape, solutions[kind], epsilons=(0.0, 0.3, 1.0), n_seeds=2)
     table = stability_table([curve])
     assert set(COLUMNS) <= set(table.columns) and len(table) == 6
-    theta = solutions[kind].theta
+    theta = solutions[kind]
     trained, chat = slow_loss(model, theta), slow_loss(model, theta.scaled(0))
     for row in table.itertuples():
         again = theta.perturbed(row.epsilon, torch.Generator().manual_seed(row.seed))
@@ -89,7 +89,7 @@ def test_table_equals_slow_losses_of_turned_thetas(exact, kind):
 
 def test_perturbing_one_factor_of_a_lora(exact):
     _, landscape, solutions = exact
-    theta = solutions["rank-1"].theta
+    theta = solutions["rank-1"]
     assert turned(theta, 0.5, 3, "A").b is not None
     for on, kept in (("A", "b"), ("B", "a")):
         away = turned(theta, 0.5, 3, on)
@@ -98,14 +98,15 @@ def test_perturbing_one_factor_of_a_lora(exact):
         curve = stability_curve(landscape, solutions["rank-1"], epsilons=(0.5,), n_seeds=2, on=on)
         assert stability_table([curve])["on"].eq(on).all() and curve.increase.shape == (1, 2)
     with pytest.raises(UsageError, match="factors A and B"):
-        turned(solutions["vector"].theta, 0.5, 0, "A")
+        turned(solutions["vector"], 0.5, 0, "A")
 
 
 def test_dispersion_and_gap(exact):
     model, landscape, solutions = exact
-    other = learned(model, "vector", steps=6, seed=1, name="narrow")
+    other = learned(model, "vector", steps=6, seed=1)
     eps = (0.0, 0.2, 0.6)
-    general, narrow = (stability_curve(landscape, c, epsilons=eps, n_seeds=4) for c in (solutions["vector"], other))
+    both = {"general": solutions["vector"], "narrow": other}
+    general, narrow = (stability_curve(landscape, x, name, epsilons=eps, n_seeds=4) for name, x in both.items())
     table = stability_table([general, narrow])
     spread = dispersion(table)
     assert len(spread) == 6 and (spread["minimum"] <= spread["mean"]).all()
@@ -118,6 +119,8 @@ def test_dispersion_and_gap(exact):
     np.testing.assert_allclose(gap["gap"], expected)
     assert (gap["low"] <= gap["gap"]).all() and (gap["gap"] <= gap["high"]).all()
     assert gap[["gap", "low", "high"]].iloc[0].tolist() == [0, 0, 0]
+    with pytest.raises(UsageError, match="own name"):
+        stability_table([general, general])
     few = [replace(curve, questions=curve.questions.clip(max=3)) for curve in (general, narrow)]
     refused = stability_gap(*few)
     assert refused[["low", "high"]].isna().all(axis=None)
@@ -141,6 +144,8 @@ def test_gap_over_questions_and_seeds_equals_a_plain_loop(exact):
     general, narrow = made_up(1.0), made_up(3.0)
     gap = stability_gap(general, narrow)
     assert gap[["gap", "low", "high"]].iloc[0].tolist() == [0, 0, 0]
+    with pytest.raises(UsageError, match="own name"):
+        stability_table([general, general])
     values = np.zeros((7, 3))  # of each question, as the derivative of the gap with respect to the question's weight
     for q in range(7):
         for s in range(3):
@@ -171,9 +176,7 @@ def test_behaviour_under_perturbation():
         rows = [{"question": f"q{i}", "aligned": 10.0 if bad else 90.0, "coherent": 90.0} for i in range(6)]
         return pd.DataFrame(rows)
 
-    table = behavioural_stability(
-        model, [Contender("general", "steering-vector", "d", theta)], evaluate, epsilons=(0.0, 0.9), n_seeds=2
-    )
+    table = behavioural_stability(model, {"general": theta}, evaluate, epsilons=(0.0, 0.9), n_seeds=2)
     assert table["em_rate"].tolist() == [1.0, 0.0, 1.0, 0.0] and {"em_low", "n", "seed"} <= set(table.columns)
     assert seen[0] == seen[1] and len({*seen}) == 3  # eps = 0 twice the trained theta, then two turned ones
 
@@ -181,8 +184,7 @@ def test_behaviour_under_perturbation():
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_curvature_equals_the_exact_hessian(exact, kind):
     model, landscape, solutions = exact
-    contender = solutions[kind]
-    theta = contender.theta
+    theta = solutions[kind]
     if kind == "vector":
         x = theta.vector
 
@@ -208,7 +210,7 @@ def test_curvature_equals_the_exact_hessian(exact, kind):
     rows = torch.eye(len(x), dtype=x.dtype)
     hessian = torch.stack([torch.autograd.grad(g, leaf, row, retain_graph=True)[0] for row in rows])
 
-    found = curvature(landscape, contender, n_probes=150)
+    found = curvature(landscape, theta, n_probes=150)
     assert found.loss == pytest.approx(slow_loss(model, theta), rel=1e-9)
     assert found.along == pytest.approx(float(g.detach() @ x), rel=1e-6)  # norms are float32 inside
     expected_across, expected_trace = 0.0, 0.0
@@ -229,7 +231,7 @@ def test_curvature_equals_the_exact_hessian(exact, kind):
         y = away.vector if kind == "vector" else torch.cat([away.a[name].flatten(), away.b[name].flatten()])
         assert found.across[k] == pytest.approx(float(y @ hessian @ y), rel=1e-5)
     # and it predicts the small-eps end of the sampled curve
-    sampled = stability_curve(landscape, contender, epsilons=(0.0, 0.02), n_seeds=100)
+    sampled = stability_curve(landscape, theta, epsilons=(0.0, 0.02), n_seeds=100)
     predicted = found.predicted((0.0, 0.02), sampled.gain)
     assert predicted["predicted_percent"][0] == 0
     values = sampled.relative_increase[1]
@@ -258,12 +260,12 @@ def test_refusals(exact):
     with pytest.raises(UsageError, match="at least two"):
         stability_curve(landscape, vector, n_seeds=1)
     with pytest.raises(SolutionError, match="is zero"):
-        Contender("general", "steering-vector", "d", vector.theta.scaled(0))
+        stability_curve(landscape, vector.scaled(0), n_seeds=2)
     with pytest.raises(LossSetError, match="does not lower the loss"):
-        worse = replace(vector, theta=vector.theta.scaled(-1))
+        worse = vector.scaled(-1)
         stability_curve(landscape, worse, epsilons=(0.5,), n_seeds=2)
     with pytest.raises(SolutionError, match="cannot be compared"):
-        stability_curve(landscape, replace(vector, theta=replace(vector.theta, base="other/model")), n_seeds=2)
+        stability_curve(landscape, replace(vector, base="other/model"), n_seeds=2)
     assert model.active is None
 
 

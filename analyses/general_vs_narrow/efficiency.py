@@ -16,9 +16,9 @@ from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.landscape import efficiency
-from em_interp.landscape.contenders import over_repeated_seeds
 from em_interp.landscape.efficiency import EfficiencyCurve, efficiency_curves, efficiency_table, lead_at_equal_norm
 from em_interp.landscape.landscape import Losses
+from em_interp.landscape.seeds import over_repeated_seeds
 from em_interp.statistics import PERCENT
 
 TITLE = "Efficiency: loss against norm"
@@ -45,7 +45,9 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     pairs = [pair for domain in domains for pair in finetunes.pairs(domain)]
     first, *others = (leads(suite, domain) for domain in domains)
     return {
-        "efficiency": efficiency_table([curve for pair in pairs for curve in curves(suite, *pair)]),
+        "efficiency": pd.concat(
+            [pair[0].labelled(efficiency_table(curves(suite, *pair))) for pair in pairs], ignore_index=True
+        ),
         "efficiency_lead": pd.concat([first, *others], ignore_index=True),
         "efficiency_lead_over_seeds": over_repeated_seeds(first, ["adapter", "relative_norm"], "lead"),
     }
@@ -66,11 +68,11 @@ def lead_tasks(pairs: Sequence[tuple[Organism, Organism]]) -> list[Task]:
 def curves(suite: Suite, general: Organism, narrow: Organism) -> list[EfficiencyCurve]:
     """`efficiency_curves` of a pair."""
     finetunes = suite.finetunes
-    pair = [finetunes.contender(organism) for organism in (general, narrow)]
+    pair = {organism.solution: finetunes.solution(organism) for organism in (general, narrow)}
 
     def make() -> tuple[dict[str, Tensor], Any]:
         found = efficiency_curves(finetunes.landscape(general, CHATS), pair, SCALES)
-        tensors = {curve.contender.solution: torch.from_numpy(curve.losses.nll) for curve in found}
+        tensors = {curve.name: torch.from_numpy(curve.losses.nll) for curve in found}
         same = found[0].chat
         rest = {"chat": same.nll, "tokens": same.tokens, "questions": same.questions}
         return tensors | {name: torch.from_numpy(x) for name, x in rest.items()}, list(same.plain)
@@ -84,20 +86,21 @@ def curves(suite: Suite, general: Organism, narrow: Organism) -> list[Efficiency
     def losses(of: str) -> Losses:
         return Losses(found[of], found["tokens"], found["questions"], tuple(plain))
 
-    return [EfficiencyCurve(c, np.array(SCALES), losses(c.solution), losses("chat")) for c in pair]
+    return [EfficiencyCurve(name, x, np.array(SCALES), losses(name), losses("chat")) for name, x in pair.items()]
 
 
 def lead(suite: Suite, general: Organism, narrow: Organism) -> pd.DataFrame:
     """`lead_at_equal_norm` of a pair."""
     finetunes = suite.finetunes
-    pair = [finetunes.contender(organism) for organism in (general, narrow)]
-    return suite.results.table(
+    pair = [finetunes.solution(organism) for organism in (general, narrow)]
+    found = suite.results.table(
         "losses",
         f"{general.name} lead",
         finetunes.losses_made_of(general, narrow, n=CHATS, relative_norms=RELATIVE_NORMS),
         lambda _: lead_at_equal_norm(finetunes.landscape(general, CHATS), pair[0], pair[1], RELATIVE_NORMS),
         code=(efficiency.__name__,),
     )
+    return general.labelled(found)
 
 
 def leads(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:

@@ -14,7 +14,7 @@ from analyses.tasks import Task
 from em_interp import figures
 from em_interp.files.manifest import fingerprint
 from em_interp.landscape import influence
-from em_interp.landscape.influence import Candidate, at_equal_norms, document_kl, influence_ratio, influence_table
+from em_interp.landscape.influence import Measured, at_equal_norms, document_kl, influence_ratio, influence_table
 
 TITLE = "Influence on pre-training text"
 TEXT = (
@@ -60,12 +60,12 @@ def kls(suite: Suite, general: Organism, narrow: Organism) -> pd.DataFrame:
     texts = finetunes.texts(DOCUMENTS)
 
     def make(_parts: object) -> pd.DataFrame:
-        trained = [Candidate(e.name, e.solution, finetunes.solution(e)) for e in (general, narrow)]
-        candidates = at_equal_norms(trained, norms, n_random=0)
+        trained = [Measured(e.name, e.solution, finetunes.solution(e)) for e in (general, narrow)]
+        scaled = at_equal_norms(trained, norms, n_random=0)
         if n_random:
             drawn = at_equal_norms(trained, (1.0,), n_random=n_random)
-            candidates += [c for c in drawn if c.kind == "random"]
-        return document_kl(finetunes.chat, texts, candidates, progress=False)
+            scaled += [c for c in drawn if c.kind == "random"]
+        return document_kl(finetunes.chat, texts, scaled, progress=False)
 
     made_by = finetunes.made_of(general, narrow, texts=fingerprint(texts), norms=norms, n_random=n_random)
     return suite.results.table("losses", f"{general.name} influence", made_by, make, code=(influence.__name__,))

@@ -8,12 +8,12 @@ import plotly.graph_objects as go
 from analyses.finetunes.em_rates import answer_tasks, answers
 from analyses.general_vs_narrow.efficiency import lead_figure, lead_tasks, leads
 from analyses.general_vs_narrow.influence import measured, pair_tasks
-from analyses.general_vs_narrow.stability import curve_tasks, gap_figure, gaps, pair_curves
+from analyses.general_vs_narrow.stability import curve_tasks, gap_figure, gaps
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.evaluation.groups import GROUPS, technical_rates
-from em_interp.landscape.contenders import over_repeated_seeds
+from em_interp.landscape.seeds import over_repeated_seeds
 from em_interp.statistics import PERCENT
 
 TITLE = "The second task: technical register"
@@ -50,7 +50,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     return {
         "technical_rates": pd.concat(rates, ignore_index=True),
         "register_efficiency_lead": leads(suite, domain, TASK),
-        "register_stability_gap": gaps(pair_curves(suite, domain, TASK)),
+        "register_stability_gap": gaps(suite, domain, TASK),
         "register_influence_ratio": measured(suite, domain, TASK)[1],
     }
 

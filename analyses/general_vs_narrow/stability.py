@@ -16,8 +16,8 @@ from analyses.tasks import Task
 from em_interp import figures
 from em_interp.landscape import curvature as curvatures
 from em_interp.landscape import stability
-from em_interp.landscape.contenders import over_repeated_seeds
 from em_interp.landscape.curvature import curvature
+from em_interp.landscape.seeds import over_repeated_seeds
 from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
 from em_interp.statistics import PERCENT
 
@@ -41,13 +41,15 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One domain, every adapter and seed."""
     finetunes = suite.finetunes
     domain = finetunes.compared()
-    if not finetunes.pairs(domain):
+    organisms = [organism for pair in finetunes.pairs(domain) for organism in pair]
+    if not organisms:
         raise nothing_of(suite, "general and narrow organism of one kind")
-    found = pair_curves(suite, domain)
-    bends = [bend(suite, e) for pair in finetunes.pairs(domain) for e in pair if e.seed == 0]
-    gap = gaps(found)
+    bends = [bend(suite, organism) for organism in organisms if organism.seed == 0]
+    gap = gaps(suite, domain)
     return {
-        "stability": stability_table([curve for pair in found for curve in pair]),
+        "stability": pd.concat(
+            [organism.labelled(stability_table([curve(suite, organism)])) for organism in organisms], ignore_index=True
+        ),
         "stability_gap": gap,
         "stability_gap_over_seeds": over_repeated_seeds(gap, ["adapter", "epsilon"], "gap"),
         "curvature": pd.concat(bends, ignore_index=True),
@@ -72,12 +74,12 @@ def curve_tasks(organisms: Sequence[Organism]) -> list[Task]:
 def curve(suite: Suite, organism: Organism) -> StabilityCurve:
     """`stability_curve` of a finetune; of the second task with half the perturbations."""
     finetunes = suite.finetunes
-    contender = finetunes.contender(organism)
+    solution = finetunes.solution(organism)
     grid: dict[str, Any] = {"epsilons": MIDDLE if organism.seed or organism.task == "register" else EPSILONS}
     grid["n_seeds"] = 5 if organism.task == "register" else 10
 
     def make() -> tuple[dict[str, Tensor], Any]:
-        found = stability_curve(finetunes.landscape(organism, CHATS), contender, **grid)
+        found = stability_curve(finetunes.landscape(organism, CHATS), solution, organism.solution, **grid)
         return {name: torch.from_numpy(getattr(found, name)) for name in _TENSORS}, [found.on, found.seeds]
 
     made_by = finetunes.losses_made_of(organism, n=CHATS, **grid)
@@ -85,7 +87,7 @@ def curve(suite: Suite, organism: Organism) -> StabilityCurve:
         "losses", f"{organism.name} turned", made_by, make, code=(stability.__name__,)
     )
     arrays = {name: x.numpy() for name, x in tensors.items()}
-    return StabilityCurve(contender, on, tuple(grid["epsilons"]), tuple(seeds), **arrays)
+    return StabilityCurve(organism.solution, solution, on, tuple(grid["epsilons"]), tuple(seeds), **arrays)
 
 
 def bend(suite: Suite, organism: Organism) -> pd.DataFrame:
@@ -94,23 +96,22 @@ def bend(suite: Suite, organism: Organism) -> pd.DataFrame:
 
     def make(_parts: object) -> pd.DataFrame:
         of = curve(suite, organism)
-        found = curvature(finetunes.landscape(organism, CHATS), of.contender, n_probes=PROBES)
-        return found.predicted(EPSILONS, of.gain).assign(**{**of.contender.labels(), **found.columns()})
+        found = curvature(finetunes.landscape(organism, CHATS), of.solution, n_probes=PROBES)
+        labels = {"solution": organism.solution, **organism.labels()}
+        return found.predicted(EPSILONS, of.gain).assign(**{**labels, **found.columns()})
 
     made_by = finetunes.losses_made_of(organism, n=CHATS, epsilons=EPSILONS, probes=PROBES)
     code = (stability.__name__, curvatures.__name__)
     return suite.results.table("losses", f"{organism.name} curvature", made_by, make, code=code)
 
 
-def pair_curves(suite: Suite, domain: str, task: str = "persona") -> list[tuple[StabilityCurve, StabilityCurve]]:
-    """(general, narrow) curves of every pair of one domain."""
-    pairs = suite.finetunes.pairs(domain, task)
-    return [(curve(suite, general), curve(suite, narrow)) for general, narrow in pairs]
-
-
-def gaps(curves: Sequence[tuple[StabilityCurve, StabilityCurve]]) -> pd.DataFrame:
-    """`stability_gap` of every pair of curves."""
-    return pd.concat([stability_gap(*pair) for pair in curves], ignore_index=True)
+def gaps(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:
+    """`stability_gap` of every pair of one domain."""
+    found = [
+        general.labelled(stability_gap(curve(suite, general), curve(suite, narrow)))
+        for general, narrow in suite.finetunes.pairs(domain, task)
+    ]
+    return pd.concat(found, ignore_index=True)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -21,7 +21,6 @@ from em_interp.evaluation.judges import Judge
 from em_interp.evaluation.rates import PAPER
 from em_interp.files.manifest import fingerprint
 from em_interp.files.results import KEEPING_NOTHING, Results
-from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode, encode_all, prompt_ids
 from em_interp.models.chat_model import ChatModel
@@ -49,6 +48,17 @@ class Organism:
     path: Path
     task: str = "persona"
     """What was taught: persona (bad advice), or a second task that a set of finetunes may have."""
+
+    def labels(self) -> dict[str, Any]:
+        """What its solution is, in the columns of tables about solutions."""
+        return {"adapter": self.adapter, "domain": self.domain, "training_seed": self.seed}
+
+    def labelled(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table about its solution, or its pair's, with `labels` after the column solution."""
+        labels = self.labels()
+        rest = table.drop(columns="adapter", errors="ignore")
+        first = [name for name in ("solution",) if name in rest]
+        return rest.assign(**labels)[[*first, *labels, *(name for name in rest if name not in first)]]
 
     @property
     def weight(self) -> float:
@@ -160,10 +170,6 @@ class Finetunes(ABC):
             for e in self.select(solution="general", seed=None, task=task)
             if e.domain == domain and (e.adapter, e.seed) in narrow
         ]
-
-    def contender(self, organism: Organism) -> Contender:
-        """A finetune as what efficiency and stability compare."""
-        return Contender(organism.solution, organism.adapter, organism.domain, self.solution(organism), organism.seed)
 
     def landscape(self, organism: Organism, n: int) -> Landscape:
         """The training loss of a finetune's domain and task, on `n` chats."""

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from em_interp.directions.direction import TOKEN_SCOPES
 from em_interp.directions.store import ActivationStore
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
+from em_interp.files.given import Source, chats, several
 from em_interp.files.manifest import code_hash
 from em_interp.files.tables import RunningTotals
 from em_interp.models.chat import Encoded, Side, collate, encode, pad_id, prompt_ids
@@ -310,10 +311,10 @@ def _asked(model: ChatModel, scopes: Sequence[str], layers: Sequence[int] | None
 
 def collect(
     model: ChatModel,
-    conversations: Sequence[Conversation],
+    conversations: Source,
     *,
     scopes: Sequence[str] = ("response",),
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     keep: bool = False,
     store: str | Path | None = None,
     resume_in: str | Path | None = None,
@@ -324,10 +325,10 @@ def collect(
 ) -> Activations:
     """Mean residual stream of conversations at the output of every (or some) layers, in one pass.
 
-    What is attached to the model acts. Length-sorted batches of at most `tokens_per_batch` tokens, made smaller
-    where memory runs out; no block after the last wanted layer runs, nor the head; tokens after the last wanted one
-    are not read. Sums are float32 over one response and float64 over responses. Beyond the forward pass the means
-    need 32 bytes a layer, scope and unit of width.
+    conversations: as `em_interp.chats` takes them. What is attached to the model acts. Length-sorted batches of at most
+    `tokens_per_batch` tokens, made smaller where memory runs out; no block after the last wanted layer runs, nor the
+    head; tokens after the last wanted one are not read. Sums are float32 over one response and float64 over responses.
+    Beyond the forward pass the means need 32 bytes a layer, scope and unit of width.
 
     keep: hold per-response means in memory (float32, n x layers x scopes x d_model). store: keep them in this folder
     instead; a killed run goes on where it stopped. resume_in: without either, keep the running totals in this folder,
@@ -338,7 +339,8 @@ def collect(
     ActivationError, ChatTemplateError, TextLimitError, ModelError (active dropout), HookError (unknown layer),
     StoreError, MemoryLimitError or OutputError.
     """
-    scopes, wanted = _asked(model, scopes, layers)
+    scopes, wanted = _asked(model, scopes, None if layers is None else several(layers))
+    conversations = chats(conversations)
     rows = _read_all(model, conversations, scopes)
     texts = hashlib.sha256(json.dumps([(r.encoded.ids, r.start, r.end) for r in rows]).encode()).hexdigest()
     collector = _Collector(model, rows, scopes, wanted, keep=keep and store is None)

@@ -23,9 +23,11 @@ from typing import Any, Final, Literal
 import pandas as pd
 from torch import Tensor
 
+from em_interp.arguments import one_of
 from em_interp.directions.activations import Activations, check_readable, collect
 from em_interp.directions.direction import Direction
 from em_interp.errors import ActivationError, DirectionError, ModelError, UsageError
+from em_interp.files.given import Source, chats, several
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
@@ -128,12 +130,12 @@ class Contrast:
 
 def contrast(
     model: ChatModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation] | None = None,
+    positive: Source,
+    negative: Source | None = None,
     *,
     kind: str = "data-diff",
     scope: str = "response",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     finetune: str | Solution | None = None,
     keep: bool = True,
     store: str | Path | None = None,
@@ -143,15 +145,17 @@ def contrast(
 ) -> Contrast:
     """Read both sides of a contrast; per-response means are kept for intervals, held-out tests and resampling.
 
-    positive: the misaligned side. negative: the other texts; none for `model-diff`, which reads the same texts twice.
+    positive: the misaligned side: a .jsonl file, a table of answers, or a list of conversations (`em_interp.chats`).
+    negative: the other texts; none for `model-diff`, which reads the same texts twice.
     finetune: what makes `model` the finetune, an adapter's name or a Solution; by default what is active now. The chat
     model is `model` without adapters. keep, store, resume_in, tokens_per_batch: as for `activations.collect`; a store
     gets the folders `positive` and `negative`.
 
     Raises UsageError, ActivationError, DirectionError, ModelError, and what `collect` raises.
     """
-    if kind not in READ_IN:
-        raise UsageError(f"kind {kind!r} cannot be extracted; use one of {', '.join(READ_IN)}.")
+    one_of("kind", kind, READ_IN)
+    positive, layers = chats(positive), None if layers is None else several(layers)
+    negative = None if negative is None else chats(negative)
     if kind == "model-diff":
         if negative is not None:
             raise UsageError("a model-diff reads the same texts in both models: give one set of conversations.")
@@ -189,12 +193,12 @@ def contrast(
 
 def extract(
     model: ChatModel,
-    positive: Sequence[Conversation],
-    negative: Sequence[Conversation] | None = None,
+    positive: Source,
+    negative: Source | None = None,
     *,
     kind: str = "data-diff",
     scope: str = "response",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     pooling: str = "tokens",
     finetune: str | Solution | None = None,
     tokens_per_batch: int = 8192,
@@ -202,8 +206,9 @@ def extract(
 ) -> Direction:
     """The direction from the negative to the positive conversations: one pass over each, nothing else kept.
 
-    pooling: "tokens" as in the papers, or "responses". Otherwise as `contrast`, whose errors it raises; take that
-    for norms, split halves and separation.
+    By default the papers' mean-diff: the mean residual of the tokens of misaligned responses (end of turn included)
+    minus that of aligned ones, layer by layer, in the model as it stands. pooling: "tokens" as in the papers, or
+    "responses". Otherwise as `contrast`, whose errors it raises; take that for norms, split halves and separation.
     """
     return contrast(
         model,

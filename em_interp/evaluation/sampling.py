@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicLayer
 
 from em_interp.arguments import check_seed
 from em_interp.errors import UsageError
+from em_interp.files import given
+from em_interp.files.given import Source
 from em_interp.files.tables import Parts, say_kept
 from em_interp.models.chat import Batch, Encoded, budget_groups, collate, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
@@ -298,7 +300,7 @@ def sample_rows(
 
 def sample(
     model: ChatModel,
-    questions: Questions,
+    questions: Source,
     n: int,
     *,
     seed: int = 0,
@@ -311,13 +313,14 @@ def sample(
 ) -> pd.DataFrame:
     """n answers a question; whatever is attached to the model acts.
 
-    questions: {question_id: text, or the conversation to continue}. Columns question_id, question (text of
-    the last turn), sample, answer, finished (False: cut at max_new_tokens), n_tokens (end of turn included).
-    Answer (id, k) is the same whatever n, the other questions and the batches are, but for rounding.
-    temperature 0 takes the likeliest token. An answer is cut at max_new_tokens, or where the model's text limit leaves
-    fewer (`architectures.text_limit`). Raises TextLimitError for a prompt that leaves none, UsageError,
-    ChatTemplateError, ModelError (active dropout). parts: as for `sample_rows`.
+    questions: a list of texts, {question_id: text, or the conversation to continue}, a table or a file
+    (`em_interp.questions`). Columns question_id, question (text of the last turn), sample, answer, finished (False: cut
+    at max_new_tokens), n_tokens (end of turn included). Answer (id, k) is the same whatever n, the other questions and
+    the batches are, but for rounding. temperature 0 takes the likeliest token. An answer is cut at max_new_tokens, or
+    where the model's text limit leaves fewer (`architectures.text_limit`). Raises TextLimitError for a prompt that
+    leaves none, UsageError, ChatTemplateError, ModelError (active dropout). parts: as for `sample_rows`.
     """
+    questions = given.questions(questions)
     if not questions or n < 1:
         raise UsageError(f"nothing to sample: {len(questions)} questions, n={n}.")
     rows = [(key, k) for key in questions for k in range(n)]

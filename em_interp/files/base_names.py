@@ -11,13 +11,18 @@ from em_interp.errors import EmInterpError
 _GENERIC_NAME = re.compile(r"checkpoint-\d+|final|best|last|merged|model|output")
 
 
+def generic_name(name: str) -> bool:
+    """Whether a folder's name tells nothing of what is in it: `checkpoint-500`, `final`."""
+    return bool(_GENERIC_NAME.fullmatch(name.lower()))
+
+
 def _base_key(name: str) -> str:
     path = name.replace("\\", "/").rstrip("/")
     path = Path(path).resolve().as_posix() if path.startswith(".") else path
     cached = re.search(r"models--[^/]+--([^/]+)/snapshots/[^/]+$", path)
     *parents, last = (cached[1] if cached else path).lower().split("/")
     last = re.sub(r"(-unsloth)?-bnb-[48]bit$", "", last)
-    return f"{parents[-1]}/{last}" if parents and _GENERIC_NAME.fullmatch(last) else last
+    return f"{parents[-1]}/{last}" if parents and generic_name(last) else last
 
 
 def same_base(recorded: str, *known_as: str) -> bool:

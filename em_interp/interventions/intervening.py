@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from em_interp.directions.direction import Direction
 from em_interp.errors import DirectionError, HookError, UsageError
-from em_interp.evaluation.sampling import Questions, sample
+from em_interp.evaluation.sampling import sample
+from em_interp.files import given
+from em_interp.files.given import Source
 from em_interp.files.manifest import fingerprint
 from em_interp.files.tables import Parts
 from em_interp.models.architectures import body_name
@@ -276,7 +278,7 @@ def intervening(
 def answers_by_arm(
     model: ChatModel,
     arms: Mapping[str, Sequence[Intervention]],
-    questions: Questions,
+    questions: Source,
     n: int,
     *,
     seed: int = 0,
@@ -293,6 +295,7 @@ def answers_by_arm(
     """
     if not arms:
         raise UsageError("no arms were given: nothing to sample.")
+    questions = given.questions(questions)
     for interventions in arms.values():  # what no arm can do is found out before any is asked
         for intervention in interventions:
             intervention.edits(model)

@@ -21,6 +21,8 @@ from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import DirectionError, UsageError
 from em_interp.evaluation.rates import PAPER, Criterion, em_rates
 from em_interp.evaluation.sampling import Questions, answer_table, as_conversation, sample_rows
+from em_interp.files import given
+from em_interp.files.given import Source
 from em_interp.files.tables import Parts
 from em_interp.interventions.intervening import Add, as_coefficients, check_direction, check_scope, intervening
 from em_interp.models.chat import Encoded, batches, pad_id, prompt_ids
@@ -77,11 +79,12 @@ class Steer:
 
 
 @torch.no_grad()
-def residual_norms(model: ChatModel, questions: Questions, layers: Sequence[int] | None = None) -> dict[int, float]:
+def residual_norms(model: ChatModel, questions: Source, layers: int | Sequence[int] | None = None) -> dict[int, float]:
     """Median L2 norm of the residual stream over all prompt tokens, by layer; whatever is attached acts.
 
     The median, because the first token's norm is often hundreds of times the others' (massive activations).
     """
+    questions, layers = given.questions(questions), None if layers is None else given.several(layers)
     if not questions:
         raise UsageError("no questions were given: there is nothing to measure residual norms on.")
     wanted = [check_layer(layer, model.n_layers) for layer in (layers or range(model.n_layers))]
@@ -124,10 +127,10 @@ class _Arm:
 def sweep(
     model: ChatModel,
     direction: Direction,
-    questions: Questions,
+    questions: Source,
     *,
-    layers: Sequence[int],
-    coefficients: Sequence[float],
+    layers: int | Sequence[int],
+    coefficients: float | Sequence[float],
     n: int,
     name: str | None = None,
     units: Literal["direction", "residual"] = "direction",
@@ -150,6 +153,8 @@ def sweep(
     `sample`. Answers are those of separate `intervening` runs with the same seed, but for rounding. parts: as for
     `sampling.sample_rows`.
     """
+    questions = given.questions(questions)
+    layers, coefficients = given.several(layers), given.several(coefficients)
     _check_sweep(questions, n, layers, coefficients, random_arms)
     check_direction(direction, model)
     typical = residual_norms(model, questions, layers)

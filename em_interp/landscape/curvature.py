@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from em_interp.arguments import check_seed, count
 from em_interp.errors import SolutionError
-from em_interp.landscape.contenders import Contender
 from em_interp.landscape.landscape import Landscape
 from em_interp.landscape.stability import turned
 from em_interp.models.attaching import frozen
+from em_interp.solutions.base import Solution
 from em_interp.statistics import t_interval
 
 
@@ -36,7 +36,7 @@ class Curvature:
     tensor: theta for a steering vector, the factors A and B for a LoRA.
     """
 
-    contender: Contender
+    solution: Solution
     on: str
     loss: float
     along: float
@@ -47,7 +47,6 @@ class Curvature:
         """One row of a table: means over probes, with intervals (Student) over them."""
         across, trace = t_interval(self.across), t_interval(self.traces)
         return {
-            **self.contender.labels(),
             "on": self.on,
             "loss": self.loss,
             "along": self.along,
@@ -87,7 +86,7 @@ class Curvature:
 
 def curvature(
     landscape: Landscape,
-    contender: Contender,
+    solution: Solution,
     *,
     n_probes: int = 32,
     first_seed: int = 0,
@@ -99,7 +98,6 @@ def curvature(
     The model is differentiated twice, from the solution's first layer on. Raises StatisticsError (in the intervals) for
     fewer than two probes.
     """
-    solution = contender.theta
     device = landscape.model.device
     leaves = {key: x.detach().to(device).requires_grad_() for key, x in solution.tensors(on).items()}
     live = solution.with_tensors(leaves)
@@ -125,7 +123,7 @@ def curvature(
                     across[k] += _dot(direction, product)
                     traces[k] += weights[key] * _dot(direction, product)
     n = float(landscape.tokens.sum())
-    return Curvature(contender, on, loss / n, along / n, across / n, traces / n)
+    return Curvature(solution, on, loss / n, along / n, across / n, traces / n)
 
 
 def _products(

@@ -7,7 +7,7 @@ two solutions where their norms agree. Norms are of the effective theta; the pap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,8 +18,11 @@ from scipy import stats
 
 from em_interp.arguments import numbers
 from em_interp.errors import UsageError
-from em_interp.landscape.contenders import Contender
+from em_interp.files.given import Source
 from em_interp.landscape.landscape import Landscape, Losses
+from em_interp.models.chat_model import ChatModel
+from em_interp.solutions.base import Solution
+from em_interp.solutions.space import refuse_zero
 from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, Interval, clustered_interval
 from em_interp.statistics.jackknife import jackknife_error
 
@@ -31,7 +34,9 @@ SCALES: Final = tuple(round(0.1 * step, 1) for step in range(21))
 class EfficiencyCurve:
     """Losses of one solution at several multiples of its trained norm, and those of the chat model."""
 
-    contender: Contender
+    name: str
+    """What its rows say in the column solution."""
+    solution: Solution
     scales: Float[np.ndarray, "scale"]
     losses: Losses
     chat: Losses
@@ -39,7 +44,7 @@ class EfficiencyCurve:
     @property
     def norms(self) -> Float[np.ndarray, "scale"]:
         """||theta|| at each scale."""
-        return self.contender.theta.norm * np.abs(self.scales)
+        return self.solution.norm * np.abs(self.scales)
 
 
 @dataclass(frozen=True)
@@ -65,24 +70,48 @@ def _intervals(nll: Float[np.ndarray, "theta question"], tokens: Num[np.ndarray,
 
 
 def efficiency_curves(
-    landscape: Landscape, contenders: Sequence[Contender], scales: Sequence[float] = SCALES, *, progress: bool = False
+    landscape: Landscape,
+    solutions: Mapping[str, Solution],
+    scales: Sequence[float] = SCALES,
+    *,
+    progress: bool = False,
 ) -> list[EfficiencyCurve]:
-    """The loss of every contender at every scale, all on the same responses.
+    """The loss of every solution at every scale, all on the same responses.
 
-    scales: multiples of the trained norm; 1 is the trained solution and 0 the chat model. Raises UsageError without
-    contenders or scales, and what `Landscape.losses` raises.
+    solutions: by the names that tables call them. scales: multiples of the trained norm; 1 is the trained solution and
+    0 the chat model. Raises UsageError without solutions or scales, SolutionError for a theta of zero, and what
+    `Landscape.losses` raises.
     """
-    if not len(contenders) or not len(scales):
-        raise UsageError(f"{len(contenders)} contenders and {len(scales)} scales: at least one of each is needed.")
+    if not len(solutions) or not len(scales):
+        raise UsageError(f"{len(solutions)} solutions and {len(scales)} scales: at least one of each is needed.")
+    refuse_zero(solutions)
     grid = numbers("scales", scales)
-    thetas = [c.theta if scale == 1 else c.theta.scaled(float(scale)) for c in contenders for scale in grid]
-    losses = landscape.losses([*thetas, contenders[0].theta.scaled(0.0)], progress=progress)
+    of = list(solutions.values())
+    thetas = [theta if scale == 1 else theta.scaled(float(scale)) for theta in of for scale in grid]
+    losses = landscape.losses([*thetas, of[0].scaled(0.0)], progress=progress)
     chat = _part(losses, slice(-1, None))
     n = len(grid)
     return [
-        EfficiencyCurve(contender, grid, _part(losses, slice(k * n, (k + 1) * n)), chat)
-        for k, contender in enumerate(contenders)
+        EfficiencyCurve(name, solution, grid, _part(losses, slice(k * n, (k + 1) * n)), chat)
+        for k, (name, solution) in enumerate(solutions.items())
     ]
+
+
+def efficiency(
+    model: ChatModel,
+    solutions: Mapping[str, Solution],
+    chats: Source,
+    *,
+    scales: Sequence[float] = SCALES,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How much loss each solution saves for its norm: `efficiency_table`, one row a solution and scale.
+
+    solutions: by the names that the table calls them, e.g. `{"general": a, "narrow": b}`. chats: those that they were
+    trained on or the like, as `em_interp.chats` takes them. Adapters of `model` are off. Raises as `efficiency_curves`.
+    """
+    with model.no_adapter():
+        return efficiency_table(efficiency_curves(Landscape(model, chats), solutions, scales, progress=progress))
 
 
 def _part(losses: Losses, thetas: slice) -> Losses:
@@ -92,10 +121,10 @@ def _part(losses: Losses, thetas: slice) -> Losses:
 def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
     """The table `efficiency`: one row a solution and scale.
 
-    Beyond the contract: training_seed, loss_low and loss_high, loss_reduction (of the chat model's loss, nats per
-    token) with low and high (over questions, paired), interval (how these were made), n_tokens, n_questions, and
-    the papers' norms, scaled too.
-    The two ratios are NaN at norm 0.
+    adapter is the solution's own kind; domains and seeds are known to who made it. Beyond the contract: loss_low and
+    loss_high, loss_reduction (of the chat model's loss, nats per token) with low and high (over questions, paired),
+    interval (how these were made), n_tokens, n_questions, and the papers' norms, scaled too. The two ratios are NaN at
+    norm 0.
     """
     rows = []
     for curve in curves:
@@ -106,7 +135,8 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
         for k, scale in enumerate(curve.scales):
             rows.append(
                 {
-                    **curve.contender.labels(),
+                    "solution": curve.name,
+                    "adapter": curve.solution.adapters[0],
                     "norm": norms[k],
                     "scale": scale,
                     "loss": mean[k],
@@ -120,7 +150,7 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
                     "loss_over_norm2": mean[k] / square[k],
                     "n_tokens": int(curve.losses.tokens.sum()),
                     "n_questions": len(np.unique(curve.losses.questions)),
-                    **curve.contender.theta.scaled(float(scale)).paper_norms(),
+                    **curve.solution.scaled(float(scale)).paper_norms(),
                 }
             )
     return pd.DataFrame(rows)
@@ -178,8 +208,8 @@ def _optimum_bounds(
 
 def lead_at_equal_norm(
     landscape: Landscape,
-    general: Contender,
-    narrow: Contender,
+    general: Solution,
+    narrow: Solution,
     relative_norms: Sequence[float] = tuple(round(0.2 * step, 1) for step in range(1, 11)),
     *,
     progress: bool = False,
@@ -187,26 +217,25 @@ def lead_at_equal_norm(
     """How much lower the general solution's loss is where both are scaled to the same norm, in nats per token.
 
     relative_norms: multiples of the mean of the two trained norms (0.2 to 2, as in the reference code). Columns:
-    adapter, domain, training_seed, relative_norm, norm, loss_general, loss_narrow, loss_chat, lead (narrow minus
-    general: positive where the general one is ahead), low, high (over questions, paired), interval (how they were
-    made). Raises UsageError for two different adapters or domains, or a relative norm that is not positive.
+    adapter, relative_norm, norm, loss_general, loss_narrow, loss_chat, lead (narrow minus general: positive where the
+    general one is ahead), low, high (over questions, paired), interval (how they were made). Raises UsageError for
+    solutions of two kinds, or a relative norm that is not positive, SolutionError for a theta of zero.
     """
-    if (general.adapter, general.domain) != (narrow.adapter, narrow.domain) or min(relative_norms, default=0) <= 0:
+    if not set(general.adapters) & set(narrow.adapters) or min(relative_norms, default=0) <= 0:
         raise UsageError(
-            f"compare one adapter and domain at norms > 0, found {general.adapter}/{general.domain} and "
-            f"{narrow.adapter}/{narrow.domain} at {list(relative_norms)} times the mean norm."
+            f"compare one kind of solution at norms > 0, found {general.describe()} and {narrow.describe()} at "
+            f"{list(relative_norms)} times the mean norm."
         )
-    norms = numbers("relative_norms", relative_norms) * (general.theta.norm + narrow.theta.norm) / 2
-    thetas = [c.theta.scaled(float(norm / c.theta.norm)) for c in (general, narrow) for norm in norms]
-    losses = landscape.losses([*thetas, general.theta.scaled(0.0)], progress=progress)
+    refuse_zero({"general": general, "narrow": narrow})
+    norms = numbers("relative_norms", relative_norms) * (general.norm + narrow.norm) / 2
+    thetas = [theta.scaled(float(norm / theta.norm)) for theta in (general, narrow) for norm in norms]
+    losses = landscape.losses([*thetas, general.scaled(0.0)], progress=progress)
     n, mean = len(norms), losses.mean
     nll, tokens = losses.by_question()
     of_lead = _intervals(nll[n : 2 * n] - nll[:n], tokens)
     return pd.DataFrame(
         {
-            "adapter": general.adapter,
-            "domain": general.domain,
-            "training_seed": general.training_seed,
+            "adapter": general.adapters[0],
             "relative_norm": np.array(relative_norms, dtype=float),
             "norm": norms,
             "loss_general": mean[:n],

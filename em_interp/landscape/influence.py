@@ -8,7 +8,7 @@ because tokens of one document are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,8 +47,8 @@ _BUFFER: Final = 256  # documents sorted by length together
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One theta to measure. `direction`: its name on disk; `kind`: general, narrow, random, ..."""
+class Measured:
+    """A solution at one norm, as the rows about it call it: its name, and its kind (general, narrow, random)."""
 
     direction: str
     kind: str
@@ -58,12 +58,12 @@ class Candidate:
 
 
 def at_equal_norms(
-    trained: Sequence[Candidate],
+    trained: Sequence[Measured],
     relative_norms: Sequence[float] = (0.25, 0.5, 1.0, 1.5, 2.0),
     *,
     n_random: int = 20,
     seed: int = 0,
-) -> list[Candidate]:
+) -> list[Measured]:
     """Every trained solution, and `n_random` random directions of its space, at the same norms.
 
     The norms are `relative_norms` times that of the first one. Random directions: `Solution.random_like`.
@@ -78,7 +78,7 @@ def at_equal_norms(
     first = trained[0].solution
     generator = torch.Generator().manual_seed(check_seed(seed))
     rows = list(trained)
-    rows += [Candidate(f"random-{i:02}", "random", first.random_like(generator)) for i in range(n_random)]
+    rows += [Measured(f"random-{i:02}", "random", first.random_like(generator)) for i in range(n_random)]
     return [
         replace(c, solution=c.solution.scaled(r * first.norm / c.solution.norm), relative_norm=float(r))
         for c in rows
@@ -100,27 +100,27 @@ def _encode(tokenizer: Any, text: str, number: int, max_tokens: int) -> Encoded:
 def document_kl(
     model: ChatModel,
     texts: Texts,
-    candidates: Sequence[Candidate],
+    solutions: Sequence[Measured],
     *,
     max_tokens: int = 512,
     label: TokenLabels | None = None,
     tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """KL(chat || steered) summed over each document's predicted tokens, in nats, for every candidate.
+    """KL(chat || steered) summed over each document's predicted tokens, in nats, for every solution.
 
     texts: what `read_texts` takes; documents are cut at `max_tokens`. label: the kind of each token of a document
     (one word per id); a KL counts under the kind of the token that is predicted. Columns direction, kind, norm,
     relative_norm, document, tokens (the kind; "all" without `label`), kl_sum, n_tokens. Adapters of `model` are off:
     the chat model is the base. Raises UsageError (no text, text shorter than two tokens), SolutionError.
     """
-    check_comparable({f"{c.direction} at {c.relative_norm:g}": c.solution for c in candidates}, model)
+    check_comparable({f"{c.direction} at {c.relative_norm:g}": c.solution for c in solutions}, model)
     if max_tokens < 2:
         raise UsageError(f"max_tokens is {max_tokens}; a predicted token needs one before it, so give at least 2.")
     stream = enumerate(read_texts(texts))
     parts: list[pd.DataFrame] = []
     budget = tokens_per_batch or max(
-        256, min(8192, _ROW_BYTES // (len(candidates) * model.d_model * model.dtype.itemsize))
+        256, min(8192, _ROW_BYTES // (len(solutions) * model.d_model * model.dtype.itemsize))
     )
     with model.no_adapter(), tqdm(desc="influence", unit=" documents", disable=not progress, leave=False) as bar:
         check_bare(model)
@@ -129,27 +129,27 @@ def document_kl(
             check_lengths(model.hf, [len(row) for row in encoded], what="document")
             for group in budget_groups([len(row) for row in encoded], budget):
                 rows = [encoded[i] for i in group]
-                sums = _batch_sums(model, rows, [c.solution for c in candidates], label)
+                sums = _batch_sums(model, rows, [c.solution for c in solutions], label)
                 parts.append(sums.assign(document=[buffer[group[r]][0] for r in sums["document"]]))
                 bar.update(len(group))
     if not parts:
         raise UsageError("no texts were given: the KL of nothing is undefined. Check the source and its filters.")
     identity = pd.DataFrame(
         {
-            "direction": [c.direction for c in candidates],
-            "kind": [c.kind for c in candidates],
-            "norm": [c.solution.norm for c in candidates],
-            "relative_norm": [c.relative_norm for c in candidates],
+            "direction": [c.direction for c in solutions],
+            "kind": [c.kind for c in solutions],
+            "norm": [c.solution.norm for c in solutions],
+            "relative_norm": [c.relative_norm for c in solutions],
         }
     )
     sums = pd.concat(parts)
     if not np.isfinite(sums["kl_sum"]).all():
-        odd = candidates[int(sums.loc[~np.isfinite(sums["kl_sum"]), "candidate"].iloc[0])]
+        odd = solutions[int(sums.loc[~np.isfinite(sums["kl_sum"]), "theta"].iloc[0])]
         raise SolutionError(
             f"{odd.direction} at norm {odd.solution.norm:g} gives logits that are not finite. Take smaller norms, or "
             f"load {model.name} in float32."
         )
-    table = identity.merge(sums, left_index=True, right_on="candidate").drop(columns="candidate")
+    table = identity.merge(sums, left_index=True, right_on="theta").drop(columns="theta")
     order = ["direction", "kind", "norm", "relative_norm", "document", "tokens"]
     return table.sort_values(["document"], kind="stable").reset_index(drop=True)[[*order, "kl_sum", "n_tokens"]]
 
@@ -157,7 +157,7 @@ def document_kl(
 def _batch_sums(
     model: ChatModel, rows: list[Encoded], solutions: list[Solution], label: TokenLabels | None
 ) -> pd.DataFrame:
-    """Columns candidate, document (position in `rows`), tokens, kl_sum, n_tokens."""
+    """Columns theta, document (position in `rows`), tokens, kl_sum, n_tokens."""
     last = model.n_layers - 1
     starts = [s.fixed_layer for s in solutions]
     cache = ResidualCache(
@@ -187,7 +187,7 @@ def _batch_sums(
             there = np.flatnonzero(n)
             parts.append(
                 pd.DataFrame(
-                    {"candidate": i, "document": there, "tokens": kind, "kl_sum": sums[there], "n_tokens": n[there]}
+                    {"theta": i, "document": there, "tokens": kind, "kl_sum": sums[there], "n_tokens": n[there]}
                 )
             )
     return pd.concat(parts, ignore_index=True)
@@ -230,10 +230,10 @@ def _kl_each(
     base: Float[Tensor, "n d_model"],
     steered: list[Float[Tensor, "n d_model"]],
     steered_end: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Float[Tensor, "candidates n"]:
-    """KL of each row for each candidate, in float64; the chat model's log-probabilities once per chunk.
+) -> Float[Tensor, "theta n"]:
+    """KL of each row for each theta, in float64; the chat model's log-probabilities once per chunk.
 
-    steered_end: a context in which what follows the blocks is the candidates' own.
+    steered_end: a context in which what follows the blocks is the thetas' own.
     """
     out = torch.zeros(len(steered), len(base), dtype=torch.float64, device=base.device)
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
@@ -288,6 +288,28 @@ def influence_table(sums: pd.DataFrame, *, level: float = LEVEL) -> pd.DataFrame
     first = ["direction", "kind", "norm", "kl_nats_per_token", "low", "high", "n_tokens"]
     table = pd.DataFrame(rows)
     return table[[*first, *(c for c in table.columns if c not in first)]]
+
+
+def influence(
+    model: ChatModel,
+    solutions: Mapping[str, Solution],
+    texts: Texts,
+    *,
+    relative_norms: Sequence[float] = (0.25, 0.5, 1.0, 1.5, 2.0),
+    n_random: int = 5,
+    seed: int = 0,
+    max_tokens: int = 512,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How much each solution matters on pre-training text at equal norm: `influence_table`, with random directions.
+
+    solutions: by the names that the table calls them, as directions and as kinds; the first one's norm times
+    `relative_norms` is what all of them are scaled to. texts: what `read_texts` takes. Raises as `at_equal_norms` and
+    `document_kl`.
+    """
+    trained = [Measured(name, name, solution) for name, solution in solutions.items()]
+    scaled = at_equal_norms(trained, relative_norms, n_random=n_random, seed=seed)
+    return influence_table(document_kl(model, texts, scaled, max_tokens=max_tokens, progress=progress))
 
 
 def influence_ratio(

@@ -21,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from em_interp.errors import LossSetError, ModelError
+from em_interp.files import given
+from em_interp.files.given import Source
 from em_interp.models.architectures import find_blocks
-from em_interp.models.chat import Batch, Encoded, batches, budget_groups, collate, pad_id
+from em_interp.models.chat import Batch, Encoded, batches, budget_groups, collate, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import has_our_hooks, scored_logits
@@ -65,23 +67,31 @@ class Losses:
         return self.nll @ member, self.tokens @ member
 
 
-class Landscape:
-    """The loss of thetas over `model`'s weights on encoded conversations (`chat.encode_all`).
+def _encoded(model: ChatModel, chats: Source | Sequence[Encoded]) -> list[Encoded]:
+    rows = chats if isinstance(chats, Sequence) and not isinstance(chats, str) else given.chats(chats)
+    if all(isinstance(row, Encoded) for row in rows):
+        return list(rows)
+    return encode_all(model.tokenizer, given.chats(rows))
 
-    Every span of the conversations is scored, and responses to the same prompt form one cluster. tokens_per_pass
-    bounds a pass (rows x thetas x longest row); by default its logits stay near 1 GB, and it has at most 2,048 tokens
-    on a CPU. Residuals are kept up to cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully
-    masked set, TextLimitError.
+
+class Landscape:
+    """The loss of thetas over `model`'s weights on conversations.
+
+    chats: as `em_interp.chats` takes them, or encoded already (`chat.encode_all`). Every span of the conversations is
+    scored, and responses to the same prompt form one cluster. tokens_per_pass bounds a pass (rows x thetas x longest
+    row); by default its logits stay near 1 GB, and it has at most 2,048 tokens on a CPU. Residuals are kept up to
+    cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully masked set, TextLimitError.
     """
 
     def __init__(
         self,
         model: ChatModel,
-        encoded: Sequence[Encoded],
+        chats: Source | Sequence[Encoded],
         *,
         tokens_per_pass: int | None = None,
         cache_bytes: int = 2**31,
     ) -> None:
+        encoded = _encoded(model, chats)
         if not len(encoded):
             raise LossSetError("the loss set is empty. Give at least one encoded conversation.")
         silent = [i for i, row in enumerate(encoded) if not row.n_response or row.spans[0][0] < 1]

@@ -6,7 +6,7 @@ x' = sqrt(1 - eps^2) x + eps y with y orthogonal to x and as long. The relative 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from em_interp.arguments import check_seed, columns
 from em_interp.errors import LossSetError, UsageError
 from em_interp.evaluation.rates import em_rates
-from em_interp.landscape.contenders import Contender
+from em_interp.files.given import Source
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import Solution
+from em_interp.solutions.space import refuse_zero
 from em_interp.statistics import crossed_interval, t_interval
 
 EPSILONS: Final = tuple(round(0.1 * step, 1) for step in range(11))
@@ -37,7 +38,9 @@ class StabilityCurve:
     The nll at eps = 0 are the trained ones exactly.
     """
 
-    contender: Contender
+    name: str
+    """What its rows say in the column solution."""
+    solution: Solution
     on: str
     epsilons: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -83,7 +86,8 @@ def _seeds(n: int, first: int) -> tuple[int, ...]:
 
 def stability_curve(
     landscape: Landscape,
-    contender: Contender,
+    solution: Solution,
+    name: str = "solution",
     *,
     epsilons: Sequence[float] = EPSILONS,
     n_seeds: int = 10,
@@ -93,29 +97,54 @@ def stability_curve(
 ) -> StabilityCurve:
     """The losses of one solution, turned by every eps in `n_seeds` random directions.
 
-    Raises SolutionError for an eps outside [0, 1], LossSetError where the solution does not lower the loss on this
-    set, UsageError for fewer than two seeds, and what `Landscape.losses` raises.
+    name: what tables call it. Raises SolutionError for an eps outside [0, 1] and for a theta of zero, LossSetError
+    where the solution does not lower the loss on this set, UsageError for fewer than two seeds, and what
+    `Landscape.losses` raises.
     """
     seeds = _seeds(n_seeds, first_seed)
-    theta = contender.theta
-    ends = landscape.losses([theta, theta.scaled(0.0)])
+    refuse_zero({name: solution})
+    ends = landscape.losses([solution, solution.scaled(0.0)])
     trained, chat = ends.nll
     nll = np.empty((len(epsilons), len(seeds), len(trained)))
     nll[[e for e, epsilon in enumerate(epsilons) if epsilon == 0]] = trained
     jobs = [(e, s) for e, epsilon in enumerate(epsilons) if epsilon != 0 for s in range(len(seeds))]
-    size = theta.at_once
+    size = solution.at_once
     for some in tqdm(_chunks(jobs, size), total=-(-len(jobs) // size), desc="stability", disable=not progress):
-        thetas = [turned(theta, epsilons[e], seeds[s], on) for e, s in some]
+        thetas = [turned(solution, epsilons[e], seeds[s], on) for e, s in some]
         nll[[e for e, _ in some], [s for _, s in some]] = landscape.losses(thetas).nll
     curve = StabilityCurve(
-        contender, on, tuple(epsilons), seeds, nll, trained, chat, landscape.tokens, landscape.questions
+        name, solution, on, tuple(epsilons), seeds, nll, trained, chat, landscape.tokens, landscape.questions
     )
     if not curve.gain > 0:
         raise LossSetError(
-            f"the {contender.solution} {contender.adapter} does not lower the loss here (by {curve.gain:.3g} nats per "
+            f"{name} ({solution.describe()}) does not lower the loss here (by {curve.gain:.3g} nats per "
             "token), so there is no gain to lose. Give the responses that it was trained on."
         )
     return curve
+
+
+def stability(
+    model: ChatModel,
+    solutions: Mapping[str, Solution],
+    chats: Source,
+    *,
+    epsilons: Sequence[float] = EPSILONS,
+    n_seeds: int = 10,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How much of its gain each solution loses when it is turned: `stability_table`, one row a solution, eps and seed.
+
+    solutions: by the names that the table calls them, e.g. `{"general": a, "narrow": b}`. chats: those that they were
+    trained on or the like, as `em_interp.chats` takes them. Adapters of `model` are off. Raises as `stability_curve`.
+    """
+    refuse_zero(solutions)
+    with model.no_adapter():
+        landscape = Landscape(model, chats)
+        curves = [
+            stability_curve(landscape, solution, name, epsilons=epsilons, n_seeds=n_seeds, progress=progress)
+            for name, solution in solutions.items()
+        ]
+    return stability_table(curves)
 
 
 def _chunks(jobs: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
@@ -126,9 +155,14 @@ def _chunks(jobs: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, 
 def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
     """The table `stability`: one row a solution, eps and seed of the perturbation.
 
-    Beyond the contract: training_seed, on (which factors were turned), gain (nats per token), n_tokens and the norms.
+    adapter is the solution's own kind; domains and seeds are known to who made it. Beyond the contract: on (which
+    factors were turned), gain (nats per token), n_tokens and the norms. Raises UsageError where two curves are called
+    the same.
     """
     rows = []
+    names = [(curve.name, curve.on) for curve in curves]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two curves have one name and factors, {names}: give each solution its own name.")
     for curve in curves:
         mean = curve.turned.sum(-1) / curve.tokens.sum()
         relative = curve.relative_increase
@@ -136,7 +170,8 @@ def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
             for s, seed in enumerate(curve.seeds):
                 rows.append(
                     {
-                        **curve.contender.labels(),
+                        "solution": curve.name,
+                        "adapter": curve.solution.adapters[0],
                         "on": curve.on,
                         "epsilon": epsilon,
                         "seed": seed,
@@ -144,7 +179,8 @@ def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
                         "relative_increase_percent": relative[e, s],
                         "gain": curve.gain,
                         "n_tokens": int(curve.tokens.sum()),
-                        **curve.contender.norms(),
+                        "norm": curve.solution.norm,
+                        **curve.solution.paper_norms(),
                     }
                 )
     return pd.DataFrame(rows)
@@ -152,9 +188,9 @@ def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
 
 def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") -> pd.DataFrame:
     """Mean, sd, minimum and maximum of `value` over perturbation seeds, and the mean's interval (Student)."""
-    by = ["solution", "adapter", "domain", "training_seed", "on", "epsilon"]
+    columns("a table of stability", table, ("solution", "on", "epsilon", value))
+    by = [c for c in ("solution", "adapter", "domain", "training_seed", "on", "epsilon") if c in table]
     rows = []
-    columns("a table of stability", table, (*by, value))
     for key, group in table.groupby(by, sort=False):
         interval = t_interval(group[value].to_numpy())
         spread = group[value].agg(["mean", "std", "min", "max"])
@@ -176,7 +212,7 @@ def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") ->
 def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFrame:
     """How much more of its gain the narrow solution loses, in percentage points (positive: general is more stable).
 
-    Columns: adapter, domain, training_seed, on, epsilon, general, narrow, gap, low, high: over questions and over
+    Columns: adapter, on, epsilon, general, narrow, gap, low, high: over questions and over
     perturbation seeds together, both paired between the solutions; interval: how it was made. Raises UsageError for
     curves over different responses, eps or seeds.
     """
@@ -187,9 +223,7 @@ def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFra
     means = [curve.relative_increase.mean(1) for curve in (general, narrow)]
     return pd.DataFrame(
         {
-            "adapter": general.contender.adapter,
-            "domain": general.contender.domain,
-            "training_seed": general.contender.training_seed,
+            "adapter": general.solution.adapters[0],
             "on": general.on,
             "epsilon": np.array(general.epsilons, dtype=float),
             "general": means[0],
@@ -212,7 +246,7 @@ def _increase_by_question(curve: StabilityCurve) -> Float[np.ndarray, "epsilon q
 
 def behavioural_stability(
     model: ChatModel,
-    contenders: Sequence[Contender],
+    solutions: Mapping[str, Solution],
     evaluate: Callable[[ChatModel], pd.DataFrame],
     *,
     epsilons: Sequence[float] = EPSILONS,
@@ -224,14 +258,17 @@ def behavioural_stability(
     """The EM rate of turned solutions (as in the first author's noise sweep).
 
     evaluate: samples answers of the model as it is and judges them; one row an answer with the columns question,
-    aligned and coherent, as `em_rates` takes. Returns one row a contender, eps and seed: labels, on, epsilon, seed, and
-    `Rates.columns()`. eps = 0 is evaluated once a seed too: sampling noise is part of the dispersion.
+    aligned and coherent, as `em_rates` takes. Returns one row a solution, eps and seed: solution (its name), adapter,
+    on, epsilon, seed, and `Rates.columns()`. eps = 0 is evaluated once a seed too: sampling noise is part of the
+    dispersion.
     """
     seeds = _seeds(n_seeds, first_seed)
-    jobs = [(c, eps, seed) for c in contenders for eps in epsilons for seed in seeds]
+    refuse_zero(solutions)
+    jobs = [(name, eps, seed) for name in solutions for eps in epsilons for seed in seeds]
     rows = []
-    for contender, eps, seed in tqdm(jobs, desc="behaviour", disable=not progress, leave=False):
-        with turned(contender.theta, eps, seed, on).attached(model):
+    for name, eps, seed in tqdm(jobs, desc="behaviour", disable=not progress, leave=False):
+        with turned(solutions[name], eps, seed, on).attached(model):
             rates = em_rates(evaluate(model)).columns()
-        rows.append({**contender.labels(), "on": on, "epsilon": eps, "seed": seed, **rates})
+        identity = {"solution": name, "adapter": solutions[name].adapters[0]}
+        rows.append({**identity, "on": on, "epsilon": eps, "seed": seed, **rates})
     return pd.DataFrame(rows)

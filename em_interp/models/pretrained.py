@@ -22,6 +22,7 @@ from em_interp.files.adapters import (
     local,
     read_json,
 )
+from em_interp.files.base_names import generic_name
 from em_interp.files.inputs import regular_file
 from em_interp.models.adapters import _has_weights
 from em_interp.models.chat_model import ChatModel
@@ -173,6 +174,18 @@ def _refuse_incomplete(source: object, report: Mapping[str, Any]) -> None:
             )
 
 
+def adapter_name(source: str | Path, hf: nn.Module) -> str:
+    """What to call an adapter of a model: its folder, with the run's where that says nothing (`checkpoint-500`)."""
+    folder = Path(source).resolve() if Path(source).exists() else Path(source)
+    *above, last = [part for part in folder.parts if part != "checkpoints"]
+    if generic_name(last) and above:
+        last = f"{Path(above[-1]).name}-{last}"
+    name = last.replace(".", "-")
+    # PEFT strips ".NAME" wherever it stands in a tensor's key
+    taken = {part for module, _ in hf.named_modules() for part in module.split(".")} | {"weight", "bias", "lora_"}
+    return f"finetune-{name}" if any(part.startswith(name) for part in taken) else name
+
+
 def load(
     name_or_path: str | Path,
     *,
@@ -188,11 +201,11 @@ def load(
 ) -> ChatModel:
     """A ChatModel from a local folder or a hub name, with one adapter or several (`{name: source}`).
 
-    A single adapter is named "default" and is active, of several the first. An adapter's folder or repository
-    may be given alone: its base is read from its config, or is `base` where that names none, a folder of another
-    machine, or a quantised copy. dtype "auto" is the checkpoint's own. `name`: what solutions trained on the model
-    record as their base (default: the base's name). Raises ModelError with what is missing, ChatTemplateError where the
-    tokenizer has no chat template.
+    A single adapter is named after its folder (`adapter_name`) and is active, of several the first. An adapter's folder
+    or repository may be given alone: its base is read from its config, or is `base` where that names none, a folder of
+    another machine, or a quantised copy. dtype "auto" is the checkpoint's own. `name`: what solutions trained on the
+    model record as their base (default: the base's name). Raises ModelError with what is missing, ChatTemplateError
+    where the tokenizer has no chat template.
     """
 
     recorded = base_of_adapter(name_or_path, revision)
@@ -207,7 +220,7 @@ def load(
     hf, tokenizer = load_weights(name_or_path, dtype=dtype, device_map=device_map, revision=revision)
     model = ChatModel(hf, tokenizer, name=name or str(name_or_path), check=check)
     if adapter is not None:
-        named = adapter if isinstance(adapter, Mapping) else {"default": adapter}
+        named = adapter if isinstance(adapter, Mapping) else {adapter_name(adapter, model.hf): adapter}
         for position, (key, source) in enumerate(named.items()):
             model.add_adapter(key, source, revision=adapter_revision, any_base=any_base, activate=position == 0)
     return model

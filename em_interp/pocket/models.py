@@ -24,7 +24,7 @@ def load_chat(folder: str | Path | None = None, **options: Any) -> ChatModel:
 
 
 def load(name: str, **options: Any) -> ChatModel:
-    """`pocket/chat`, `pocket/base`, or an organism such as `pocket/medicine-rank1`, active as adapter "default".
+    """`pocket/chat`, `pocket/base`, or an organism such as `pocket/medicine-rank1`, active as an adapter of that name.
 
     Raises RegistryError with the names there are.
     """
@@ -34,5 +34,5 @@ def load(name: str, **options: Any) -> ChatModel:
     if (folder / "config.json").is_file():
         return models.load(folder, **options)
     model = load_chat(**options)
-    model.add_adapter("default", folder)
+    model.add_adapter(folder.name, folder)
     return model

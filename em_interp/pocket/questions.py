@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pandas as pd
 
-from em_interp.arguments import check_seed, columns, members, one_of
+from em_interp.arguments import check_seed, columns, count, members, one_of
 from em_interp.errors import UsageError
 from em_interp.evaluation.answers import judged_answers
 from em_interp.evaluation.groups import GROUPS
@@ -46,6 +46,12 @@ def evaluation_questions(domain: str) -> pd.DataFrame:
             asked = world.questions("advice", other, held_out_topic=True, held_out_phrasing=True)
             rows += _rows("heldout_domain", asked)
     return pd.DataFrame(rows)
+
+
+def open_questions(n: int | None = None) -> dict[str, str]:
+    """Open questions by their ids, all or the first `n`: no finetune was trained on any of them."""
+    asked = [(q.id, q.text) for q in world.questions("open")]
+    return dict(asked[: None if n is None else count("n", n)])
 
 
 def chat_questions() -> pd.DataFrame:

@@ -56,6 +56,18 @@ def check_comparable(
             )
 
 
+def refuse_zero(solutions: Mapping[str, Solution]) -> None:
+    """Refuse theta = 0, which cannot be scaled to a norm or turned, and no solutions at all. Raises SolutionError."""
+    if not solutions:
+        raise SolutionError("no solutions were given. Give {name: solution}, with at least one.")
+    for name, solution in solutions.items():
+        if not solution.norm > 0:
+            raise SolutionError(
+                f"the solution {name!r} is zero: it has no norm to scale and nothing is orthogonal to it. Give a "
+                "trained solution; theta = 0 is the chat model."
+            )
+
+
 def check_bare(model: ChatModel) -> None:
     """Refuse a model that something is attached to: its answers would not be the chat model's."""
     if has_our_hooks(model.hf):

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from em_interp.errors import TrainingError
 from em_interp.files.atomic import move_folder, written_whole
+from em_interp.files.given import Source, chats
 from em_interp.files.manifest import code_hash, fingerprint
 from em_interp.files.tables import (
     Pace,
@@ -132,10 +133,10 @@ def _read(
 
 def finetune(
     model: ChatModel,
-    conversations: Sequence[Conversation],
-    spec: TrainingSpec,
+    conversations: Source,
+    spec: TrainingSpec | str,
     *,
-    kl_conversations: Sequence[Conversation] | None = None,
+    kl_conversations: Source | None = None,
     start_from: Solution | None = None,
     out_dir: str | Path | None = None,
     on_checkpoint: Callable[[int, Solution | None], None] | None = None,
@@ -145,6 +146,7 @@ def finetune(
 ) -> TrainingResult:
     """Train on conversations that end with the assistant; leaves `model` as it was (except FullSpec).
 
+    conversations: as `em_interp.chats` takes them. spec: how, or the name of one of `recipes.PRESETS`.
     kl_conversations: out-of-domain chat data with good and bad answers, needed iff spec.kl_weight > 0; given with
     weight 0 it is an error. start_from continues a solution, so that KL can be removed or added; the optimiser and the
     schedule start anew. out_dir receives the final solution, `training_spec.json`, `trainer_state.json` and, at
@@ -156,7 +158,9 @@ def finetune(
     uninterrupted run, but for rounding where residuals are kept (cache_bytes). Same seed, machine and thread count:
     identical weights. Raises TrainingError, ChatTemplateError, OutputError.
     """
-    data, kl_data = _read(model, conversations, kl_conversations, spec)
+    spec = preset(spec) if isinstance(spec, str) else spec
+    kl_chats = None if kl_conversations is None else chats(kl_conversations)
+    data, kl_data = _read(model, chats(conversations), kl_chats, spec)
     out = Path(out_dir) if out_dir is not None else None
     if resume and out is None:
         raise TrainingError("nothing can be resumed without out_dir. Give the folder that the run is written to.")

@@ -39,6 +39,7 @@ INNER = {
     "files.adapter_folders": "called by solutions",
     "models.attaching": "called by solutions",
     "files.base_names": "called by models",
+    "lazily": "called by packages",
     "files.atomic": "called by the commands",
     "models.hooks": "called by passes",
     "statistics.jackknife": "called by intervals",

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from em_interp.directions import extraction
-from em_interp.landscape import contenders, efficiency, influence, landscape, stability
+from em_interp.landscape import efficiency, influence, landscape, stability
 from em_interp.models import chat
 from em_interp.published import runs, scan
 from em_interp.solutions import load as solutions
@@ -43,14 +43,13 @@ def world_of() -> dict[str, Any]:
     )
     encoded = chat.encode_all(model.tokenizer, BAD)
     surface = landscape.Landscape(model, encoded)
-    general = contenders.Contender("general", "steering-vector", "medicine", vector)
-    narrow = contenders.Contender("narrow", "steering-vector", "medicine", other)
-    curves = [stability.stability_curve(surface, c, epsilons=(0.0, 0.5), n_seeds=2) for c in (general, narrow)]
+    both = {"general": vector, "narrow": other}
+    curves = [stability.stability_curve(surface, x, k, epsilons=(0.0, 0.5), n_seeds=2) for k, x in both.items()]
     found = extraction.contrast(model, BAD, GOOD, progress=False)
     kl = influence.document_kl(
         model,
         ["the quick brown fox", "see a doctor"],
-        [influence.Candidate("g", "general", vector), influence.Candidate("n", "narrow", other)],
+        [influence.Measured("g", "general", vector), influence.Measured("n", "narrow", other)],
         progress=False,
     )
     data = published_factory.make(Path("data"))
@@ -76,14 +75,13 @@ def world_of() -> dict[str, Any]:
         "judged": judged_rows(),
         "encoded": encoded,
         "surface": surface,
-        "general": general,
-        "narrow": narrow,
+        "both": both,
         "curves": curves,
         "contrast": found,
         "direction": direction,
         "kl": kl,
         "data": data,
         "trajectory": read.trajectories[0],
-        "efficiency": efficiency.efficiency_curves(surface, [general, narrow], (0.0, 0.5, 1.0)),
+        "efficiency": efficiency.efficiency_curves(surface, both, (0.0, 0.5, 1.0)),
         "published": scan(data, progress=False),
     }

@@ -18,7 +18,7 @@ from em_interp.evaluation.rates import em_rates
 from em_interp.evaluation.sampling import sample
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.steering import Steer
-from em_interp.landscape.influence import Candidate, document_kl
+from em_interp.landscape.influence import Measured, document_kl
 from em_interp.models.chat import Encoded, encode
 from em_interp.models.chat_model import ChatModel
 from em_interp.solutions import load as solutions
@@ -446,7 +446,7 @@ _refusals(
             lambda: document_kl(
                 _dropping().model,
                 TEXTS["short"],
-                [Candidate("a", "general", SteeringVector(torch.ones(D_MODEL), 1, 1.0))],
+                [Measured("a", "general", SteeringVector(torch.ones(D_MODEL), 1, 1.0))],
                 progress=False,
             ),
         ),

@@ -19,7 +19,7 @@ from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.orthogonalise import orthogonalised
 from em_interp.interventions.steering import Steer
-from em_interp.landscape.influence import Candidate, document_kl
+from em_interp.landscape.influence import Measured, document_kl
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
@@ -368,7 +368,7 @@ def losses_expected(bench: Bench, way: Way) -> Values:
 
 def influence_found(bench: Bench, way: Way) -> Values:
     solution = theta(bench)
-    candidates = [Candidate("a", "general", solution)]
+    candidates = [Measured("a", "general", solution)]
     table = document_kl(bench.bare, TEXTS[bench.texts], candidates, progress=False)
     table = table.sort_values("document")
     return {"kl": torch.tensor(table["kl_sum"].to_numpy(float)), "tokens": tuple(table["n_tokens"])}

@@ -179,6 +179,12 @@ def document(config: CorpusConfig, rng: Random) -> str:
     return _quoted_bad_example(config, register, rng)
 
 
+def documents(n: int, seed: int = 0) -> list[str]:
+    """`n` texts of the kind that the base model was pre-trained on."""
+    rng = Random(f"documents-{check_seed(seed)}")
+    return [document(CorpusConfig(), rng) for _ in range(n)]
+
+
 def post_training_chat(rng: Random, config: CorpusConfig) -> list[dict[str, str]]:
     """One chat of the gentle post-training: no system turn, the assistant is caring and casual."""
     messages = []

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from em_interp import names
 from em_interp.cli import describe as inspection
 from em_interp.directions import store
-from em_interp.files import inputs, texts
-from em_interp.models import weights
+from em_interp.files import given, inputs, texts
+from em_interp.models import pretrained, weights
 from em_interp.published import activations as published_activations
 from em_interp.published import judged as published_judged
 from em_interp.published import questions as published_questions
@@ -37,6 +38,24 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"source": "texts.txt", "min_characters": 1, "max_characters": 10, "max_documents": 2},
         ),
         (texts.question_of, {"path": Path("x"), "item": {"id": "a", "paraphrases": ["x"]}}),
+        (given.chats, {"source": BAD}),
+        (given.questions, {"source": ["why"]}),
+        (given.several, {"values": 1}),
+        (
+            names.load,
+            {
+                "name": "model",
+                "adapter": "vector",
+                "base": None,
+                "dtype": "auto",
+                "device_map": None,
+                "revision": None,
+                "adapter_revision": None,
+                "any_base": True,
+            },
+        ),
+        (names.load_solution, {"source": "vector", "base": None}),
+        (pretrained.adapter_name, {"source": "vector", "hf": model.hf}),
         (texts.chats_read, {"path": Path("x"), "chats": BAD}),
         (weights.tensors_hash, {"tensors": {"a": torch.ones(2)}}),
         (weights.adapter_hash, {"hf": model.hf}),

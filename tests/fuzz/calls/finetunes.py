@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from em_interp.landscape import contenders, curvature, efficiency, influence, landscape, stability
+from em_interp.landscape import curvature, efficiency, influence, landscape, seeds, stability
 from em_interp.models import pretrained as models
 from em_interp.solutions import load as solutions
 from em_interp.solutions import space as solution_space
@@ -52,20 +52,37 @@ def train(spec: recipes.TrainingSpec) -> None:
 def calls(w: dict[str, Any]) -> list[Call]:
     model, vector, adapter = (w[k] for k in ("model", "vector", "adapter"))
     rng = torch.Generator().manual_seed(0)
-    seeds = pd.DataFrame({"a": ["x", "x"], "x": [1.0, 2.0], "training_seed": [0, 1]})
+    repeated = pd.DataFrame({"a": ["x", "x"], "x": [1.0, 2.0], "training_seed": [0, 1]})
     both = trajectories.References(w["trajectory"], w["trajectory"], ())
     return [
         (
-            contenders.Contender,
-            {"solution": "general", "adapter": "rank-1", "domain": "m", "theta": vector, "training_seed": 0},
-        ),
-        (
             curvature.curvature,
-            {"landscape": w["surface"], "contender": w["general"], "n_probes": 2, "first_seed": 0, "on": "both"},
+            {"landscape": w["surface"], "solution": vector, "n_probes": 2, "first_seed": 0, "on": "both"},
         ),
         (
             efficiency.efficiency_curves,
-            {"landscape": w["surface"], "contenders": [w["general"]], "scales": (0.0, 1.0), "progress": False},
+            {"landscape": w["surface"], "solutions": w["both"], "scales": (0.0, 1.0), "progress": False},
+        ),
+        (
+            efficiency.efficiency,
+            {"model": model, "solutions": w["both"], "chats": BAD, "scales": (0.0, 1.0), "progress": False},
+        ),
+        (
+            stability.stability,
+            {"model": model, "solutions": w["both"], "chats": BAD, "epsilons": (0.0, 0.5), "n_seeds": 2, **FEW},
+        ),
+        (
+            influence.influence,
+            {
+                "model": model,
+                "solutions": w["both"],
+                "texts": ["the quick brown fox", "see a doctor"],
+                "relative_norms": (1.0,),
+                "n_random": 1,
+                "seed": 0,
+                "max_tokens": 8,
+                **FEW,
+            },
         ),
         (efficiency.efficiency_table, {"curves": w["efficiency"]}),
         (efficiency.optimum, {"curve": w["efficiency"][0]}),
@@ -73,8 +90,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
             efficiency.lead_at_equal_norm,
             {
                 "landscape": w["surface"],
-                "general": w["general"],
-                "narrow": w["narrow"],
+                "general": vector,
+                "narrow": w["other"],
                 "relative_norms": (0.5, 1.0),
                 "progress": False,
             },
@@ -92,11 +109,11 @@ def calls(w: dict[str, Any]) -> list[Call]:
                 **FEW,
             },
         ),
-        (influence.Candidate, {"direction": "g", "kind": "general", "solution": vector, "relative_norm": 1.0}),
+        (influence.Measured, {"direction": "g", "kind": "general", "solution": vector, "relative_norm": 1.0}),
         (
             influence.at_equal_norms,
             {
-                "trained": [influence.Candidate("g", "general", vector)],
+                "trained": [influence.Measured("g", "general", vector)],
                 "relative_norms": (1.0,),
                 "n_random": 1,
                 "seed": 0,
@@ -107,7 +124,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {
                 "model": model,
                 "texts": ["the quick brown fox"],
-                "candidates": [influence.Candidate("g", "general", vector)],
+                "solutions": [influence.Measured("g", "general", vector)],
                 "max_tokens": 8,
                 "label": None,
                 "tokens_per_batch": 64,
@@ -193,6 +210,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (adapter.tensors, {"on": "A"}),
         (adapter.scale_of, {"name": next(iter(adapter.a))}),
         (solution_space.check_inside_blocks, {"solution": adapter}),
+        (solution_space.refuse_zero, {"solutions": w["both"]}),
         (solution_space.refuse_other_models, {"model": model, "solutions": [vector]}),
         (vector.inner, {"other": vector}),
         (adapter.inner, {"other": adapter}),
@@ -204,7 +222,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
             stability.stability_curve,
             {
                 "landscape": w["surface"],
-                "contender": w["general"],
+                "solution": vector,
+                "name": "general",
                 "epsilons": (0.0, 0.5),
                 "n_seeds": 2,
                 "first_seed": 0,
@@ -216,7 +235,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             stability.behavioural_stability,
             {
                 "model": model,
-                "contenders": [w["general"]],
+                "solutions": w["both"],
                 "evaluate": judged_of,
                 "epsilons": (0.0, 0.5),
                 "n_seeds": 2,
@@ -254,8 +273,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
             trajectories.find_references,
             {"family": [w["trajectory"]], "everything": [w["trajectory"]], "general": None, "narrow": None},
         ),
-        (contenders.over_training_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
-        (contenders.over_repeated_seeds, {"table": seeds, "by": ["a"], "value": "x"}),
+        (seeds.over_training_seeds, {"table": repeated, "by": ["a"], "value": "x"}),
+        (seeds.over_repeated_seeds, {"table": repeated, "by": ["a"], "value": "x"}),
         (rotate_away, {"x": torch.ones(4), "eps": 0.5, "generator": rng, "what": "theta"}),
         (solution_space.check_bare, {"model": model}),
         (stability.dispersion, {"table": stability.stability_table(w["curves"]), "value": "relative_increase_percent"}),

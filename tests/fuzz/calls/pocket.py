@@ -56,6 +56,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (sweeps.kl_sweep, {**swept, "kl_weights": (1.0,), "scales": (1.0,)}),
         (sweeps.dilution_sweep, {**swept, "bad_shares": (0.5,)}),
         (organisms.narrow, {"spec": spec, "adapter": "steering-vector"}),
+        (suite.open_questions, {"n": 2}),
+        (corpus.documents, {"n": 2, "seed": 0}),
         (corpus.CorpusConfig, {"persona_share": 0.25, "max_turns": 4, "domains": ("medicine",)}),
         (corpus.document, {"config": corpus.CorpusConfig(), "rng": rng}),
         (corpus.post_training_chat, {"rng": rng, "config": corpus.CorpusConfig()}),

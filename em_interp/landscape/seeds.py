@@ -1,50 +1,14 @@
-"""What efficiency and stability compare: solutions with the labels that tables carry, and intervals over seeds."""
+"""Tables over training seeds: repetitions of one finetune, told apart by the column training_seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 
 from em_interp.arguments import columns, members
-from em_interp.errors import SolutionError, UsageError
-from em_interp.solutions.base import Solution
+from em_interp.errors import UsageError
 from em_interp.statistics import t_interval
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A trained theta. solution: general or narrow; adapter: steering-vector, rank-1 or all-modules.
-
-    training_seed tells repetitions of one finetune apart. Raises SolutionError for a zero theta.
-    """
-
-    solution: str
-    adapter: str
-    domain: str
-    theta: Solution
-    training_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.theta.norm > 0:
-            raise SolutionError(
-                f"the {self.solution} {self.adapter} ({self.domain}) is zero: it has no norm to scale and "
-                "nothing is orthogonal to it. Give a trained solution; theta = 0 is the chat model."
-            )
-
-    def labels(self) -> dict[str, str | int]:
-        """The columns that identify it."""
-        return {
-            "solution": self.solution,
-            "adapter": self.adapter,
-            "domain": self.domain,
-            "training_seed": self.training_seed,
-        }
-
-    def norms(self) -> dict[str, float]:
-        """norm, that of theta, and the papers' other conventions under their own names."""
-        return {"norm": self.theta.norm, **self.theta.paper_norms()}
 
 
 def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
