@@ -303,7 +303,9 @@ def _asked(model: ChatModel, scopes: Sequence[str], layers: Sequence[int] | None
     unknown = [scope for scope in scopes if scope not in TOKEN_SCOPES]
     if unknown or not scopes:
         raise ActivationError(f"token scopes {unknown or 'none'}: choose from {', '.join(TOKEN_SCOPES)}.")
-    wanted = {check_layer(layer, model.n_layers) for layer in (range(model.n_layers) if layers is None else layers)}
+    wanted = {
+        int(check_layer(layer, model.n_layers)) for layer in (range(model.n_layers) if layers is None else layers)
+    }
     if not wanted:
         raise ActivationError("no layers were asked for. Leave `layers` out to get all of them.")
     return list(dict.fromkeys(scopes)), sorted(wanted)

@@ -68,8 +68,9 @@ INNER = {
 COMMANDS = {
     "arguments",
     "cli",
+    "lazily",
 }
-"""Typer checks their arguments; and the checks themselves."""
+"""Typer checks their arguments; and the checks themselves, with what is imported before them."""
 PARTS = {
     "made by the package and given to users, who read it": (
         *(

@@ -142,7 +142,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
                 "level": 0.95,
             },
         ),
-        (landscape.Landscape, {"model": model, "encoded": w["encoded"], "tokens_per_pass": 512, "cache_bytes": 10**8}),
+        (landscape.Landscape, {"model": model, "chats": w["encoded"], "tokens_per_pass": 512, "cache_bytes": 10**8}),
         (w["surface"].losses, {"solutions": [vector], "progress": False}),
         (w["surface"].plain_losses, {"solutions": [vector]}),
         (then(recipes.VectorSpec, train_adapter), {"layer": 1, "alpha": 256.0}),
