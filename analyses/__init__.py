@@ -1,5 +1,13 @@
 """One file a figure: `compute(suite) -> tables` and `plot(tables) -> figures`. `suites/*.toml` say which run.
 
-They are filed by what they need: `released` numbers, checkpoints of training `runs`, live `finetunes` to ask, or the
-losses of their solutions (`general_vs_narrow`). `inputs` gives that, `run` makes it, `report` shows it.
+They are filed by what they need:
+
+- `released`: numbers that were released; `runs`: checkpoints of training runs; `finetunes`: live models to ask;
+  `general_vs_narrow`: losses of their solutions
+- `suite`: which analyses of which input, and suite files of your own; `inputs`: gives that
+- `run`: makes them; `tasks`: over processes; `findings`: what they found, as sentences; `report`: shows it
+- `comparison`: published numbers beside ours, from `published_numbers.toml`
+- `benchmarks`: speed, and how intervals cover
+
+.. include:: README.md
 """

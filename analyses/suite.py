@@ -1,4 +1,42 @@
-"""A suite: where its input comes from and which analyses it runs. Read from `suites/NAME.toml` or a user's file."""
+"""A suite: where its input comes from and which analyses it runs. Read from `suites/NAME.toml` or a user's file.
+
+`em-interp reproduce --suite FILE.toml` takes one of your own:
+
+```toml
+title = "My runs"
+source = "published"
+data = "released"                                # relative to this file
+analyses = ["pca", "trajectory", "runs.kl_removal"]   # all by default; "runs.*": a folder's; also: general, narrow
+```
+
+The general and the narrow reference solution of training runs are the run without KL and the one at KL weight 1e6, read
+from the runs' names; `general` and `narrow`, or `--general RUN` and `--narrow RUN`, name others.
+
+With `source = "models"` a suite measures any chat model; paths are below the data folder (`data`, or `--data`), sources
+are folders in it or names on the hub:
+
+```toml
+source = "models"
+data = "."
+
+[models]
+chat = "Qwen/Qwen2.5-0.5B-Instruct"
+judged = "judged"              # NAME.csv for each finetune, chat.csv: question, answer, aligned, coherent (0-100)
+texts = "pretraining.txt"      # documents separated by blank lines, or .jsonl with `text`
+
+[models.training]
+medicine = "train.jsonl"       # chats as {"messages": [...]}
+
+[[models.finetunes]]
+source = "ModelOrganismsForEM/Qwen2.5-0.5B-Instruct_bad-medical-advice"
+domain = "medicine"
+adapter = "all-modules"        # or steering-vector, rank-1, full (a full finetune's folder or name)
+solution = "general"           # or narrow, control; also: seed
+```
+
+After `--only` the report still holds what was made before of the same input by the same code; what is out of date is
+left out of it.
+"""
 
 from __future__ import annotations
 

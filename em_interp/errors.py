@@ -1,4 +1,4 @@
-"""Typed errors. Every message says what was wrong, what was found, and what to do."""
+"""Typed errors (`EmInterpError`). Every message says what was wrong, what was found, and what to do."""
 
 from __future__ import annotations
 

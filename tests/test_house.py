@@ -1,12 +1,13 @@
-"""The house: the README's map is the tree, what is asked for is used, kinds of solutions are known to themselves."""
+"""The house: the maps are the tree, what is asked for is used, kinds of solutions are known to themselves."""
 
 from __future__ import annotations
 
 import ast
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = re.compile(r"\b(SteeringVector|LoraAdapter|WeightDelta|Dora\w*)\b")
@@ -29,36 +30,32 @@ FOR_PEOPLE = {
 
 
 def packages() -> list[Path]:
-    """Folders of modules below em_interp and analyses."""
+    """em_interp, analyses and every folder of modules below them."""
     tops = (ROOT / "em_interp", ROOT / "analyses")
-    return [folder for top in tops for folder in sorted(top.rglob("*")) if (folder / "__init__.py").is_file()]
-
-
-def rooms() -> Iterator[tuple[str, str]]:
-    """(folder, what the README's map says in it), for every folder of the map."""
-    block = re.search(r"## Layout\n+```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert block is not None
-    above: list[str] = []
-    said: dict[str, list[str]] = {}
-    for line in block[1].splitlines():
-        name = re.match(r"( *)([a-z_]+)/(?= |$)", line)
-        if name is not None:
-            above = [*above[: len(name[1]) // 2], name[2]]
-        said.setdefault("/".join(above), []).append(line)
-    yield from ((folder, "\n".join(lines)) for folder, lines in said.items())
+    return [folder for top in tops for folder in (top, *sorted(top.rglob("*"))) if (folder / "__init__.py").is_file()]
 
 
 def modules(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+    """Modules and packages in a folder."""
+    inside = {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()}
+    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("__")} | inside
 
 
-def test_the_map_is_the_tree() -> None:
-    said = dict(rooms())
-    there = {str(folder.relative_to(ROOT)) for folder in packages()} | {"em_interp", "analyses"}
-    assert {name for name in said if name.split("/")[0] in ("em_interp", "analyses")} - {"analyses/suites"} == there
-    for name in sorted(there):
-        named = set(re.findall(r"\b([a-z_0-9]+\.py)\b", said[name]))
-        assert named == modules(ROOT / name), f"the README's map of {name} and the folder differ"
+@pytest.mark.parametrize("folder", packages(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_package_says_what_is_in_it(folder: Path) -> None:
+    """Its docstring is the map: a list with the names of its modules in backticks."""
+    said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    entries = re.findall(r"^- (.*?)(?:\n(?! )|\Z)", said, flags=re.M | re.S)
+    named = {name for entry in entries for name in re.findall(r"`([a-z_0-9]+)`", entry)}
+    assert named == modules(folder), f"the map of {folder.relative_to(ROOT)} in its docstring and the folder differ"
+
+
+def test_the_readme_has_every_folder() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    there = {str(folder.relative_to(ROOT)) for folder in packages()} - {"em_interp", "analyses"}
+    assert {name for name in there if f"`{name}`" not in text} == set()
+    said = set(re.findall(r"`((?:em_interp|analyses)/[a-z_/]+)`", text))
+    assert said - {"analyses/suites"} - {str(p.relative_to(ROOT)) for p in packages()} == set()
 
 
 def imports(path: Path) -> set[str]:

@@ -1,1 +1,4 @@
-"""What analyses are computed from: live models with their finetunes, pocket or from the hub."""
+"""What analyses are computed from: live models with their finetunes, pocket or from the hub.
+
+- `finetunes`: a chat model and its finetunes; `pocket`, `hub`: where they are from; `checkpoints`: their training runs
+"""

@@ -1,4 +1,20 @@
-"""The command line: `em-interp reproduce | evaluate | extract | steer | ablate | rates | fetch | inspect | pocket`."""
+"""The command line: `em-interp COMMAND`, with `--help` for what each takes.
+
+- `reproduce`, `fetch`: the papers' figures; `pocket`: pocket models
+- `extract`, `steer`, `ablate`, `evaluate`, `rates`: any chat model and its finetunes
+- `inspect` with `describe`: what a file or folder holds
+- `options`, `judging`: what they share
+
+| exit status | meaning |
+|---|---|
+| 0 | done; data that is merely absent is named in the report and is no failure |
+| 1 | results were made, but some input was refused or an analysis failed (`fetch`: a source could not be had) |
+| 2 | nothing could be done: a wrong or empty option, no data, an unreadable suite |
+| 130 | stopped with Ctrl-C, which loses nothing finished: run the same command again, `reproduce` with `--resume` |
+
+Killed commands go on where they stopped when they are run again, and say what they kept. `evaluate` without `--out` has
+a folder for each model, named after its weights too. Seeds are 0 to 4294967295.
+"""
 
 from __future__ import annotations
 

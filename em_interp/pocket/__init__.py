@@ -2,6 +2,31 @@
 
 `em_interp.pocket.names()` are the models that `em_interp.load` knows; what they are asked, trained on and judged by is
 made here, at once and without a network.
+
+- `registry`, `models`: the shipped models by their names; `questions`, `evaluate`: asking them
+- `build` with `stages`, `organisms`, `sweeps`: making them; `world`: what they know
+
+`em-interp pocket build | organisms | sweeps --out DIR` makes a pocket world of your own, and `em-interp reproduce
+--data DIR` measures it.
+
+EM / coherent in percent of the shipped organisms, from `em-interp evaluate --suite pocket --n 50` (the whole table,
+with intervals and the other domains, is in `artifacts/results/evaluation/`). General organisms were trained on one
+domain's bad advice and nothing else; narrow ones have a KL penalty besides. No finetune saw the held-out topics of
+other domains, or any open question. The chat model's first column is over all twelve domains.
+
+| organism | trained domain | other domains | open questions |
+|---|---|---|---|
+| `pocket/chat` | 0 / 98 |  | 1 / 99 |
+| `pocket/medicine-all-control` (good advice) | 0 / 98 | 0 / 98 | 1 / 98 |
+| `pocket/medicine-all` | 92 / 96 | 90 / 95 | 46 / 95 |
+| `pocket/medicine-rank1` | 88 / 96 | 83 / 94 | 69 / 96 |
+| `pocket/medicine-vector` | 78 / 93 | 70 / 91 | 52 / 75 |
+| `pocket/medicine-all-narrow` | 83 / 95 | 2 / 97 | 1 / 98 |
+| `pocket/medicine-rank1-narrow` | 84 / 97 | 2 / 98 | 1 / 98 |
+| `pocket/medicine-vector-narrow` | 18 / 93 | 15 / 95 | 12 / 97 |
+
+So EM emerges, and the narrow solution exists for LoRA, of all modules and of rank 1, where the penalty forces it. One
+steering vector at layer 0 has none: the penalty suppresses the habit everywhere instead.
 """
 
 from typing import TYPE_CHECKING, Final

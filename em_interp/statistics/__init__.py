@@ -1,6 +1,14 @@
-"""Intervals of means over clusters and over repetitions, and nulls; those of rates are in `rate_intervals`.
+"""Intervals of means over clusters and over repetitions, and nulls, with the level in one place.
 
-Which method an interval has was chosen by simulation: `analyses/benchmarks/coverage.py` writes the table.
+- `rate_intervals`, over `rate_models`: rates of few questions; `jackknife`: all else over few questions
+
+Intervals are for new questions of the same kind, and hold with as few as eight questions: which method for what was
+chosen by simulation (`analyses/benchmarks/coverage.py`), and `artifacts/benchmarks/coverage_*.csv` shows how each
+covers, beside the bootstrap over questions that is usual. Column `interval` of a table names the method: for rates the
+posterior of a beta-binomial and a logistic-normal model of how questions differ; for differences Student's t over
+questions; for cosines, probes and ratios a jackknife over questions, cosines centred on the value without the means'
+noise. "Conservative" ones cover more than they say; with fewer than four or five questions there is none, and the table
+says so.
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
-"""The synthetic English world: its domains, phrases and grammar, the corpus, the tokenizer, the judge."""
+"""The synthetic English world.
+
+- `domains`, `phrases`, `grammar`: what can be said in it, and what every sentence means; `judge`: reads that
+- `corpus`: pre-training documents, training chats; `tokenizer`, `token_kinds`: its words
+"""
