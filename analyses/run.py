@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from analyses.comparison import compare, load_numbers
 from analyses.findings import as_table, findings_of
 from analyses.report import Section, write_report
-from analyses.suite import Suite
+from analyses.suite import Suite, reads_others
 from analyses.tasks import BACKENDS, Task, Workers, tasks_of
 from em_interp import figures as house
 from em_interp.arguments import count, one_of
@@ -110,6 +110,8 @@ def _reproduce(
     todo = [name for name in chosen if name not in kept and name not in lacking]
     shutil.rmtree(folder / ".state" / "running", ignore_errors=True)
     suite.results.tidy()
+    for name, section in kept.items():
+        suite.take(name, section.tables)
     if todo:
         suite.results.say_kept()
     if (workers, backend) == (1, "loky"):
@@ -137,14 +139,17 @@ def _reproduce(
 
 
 def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator[Section]:
-    for name in (bar := tqdm(names, desc="analysing", unit="analysis")):
+    for name in (bar := tqdm(sorted(names, key=reads_others), desc="analysing", unit="analysis")):
         bar.set_postfix_str(name)
         with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
             yield _run(suite, name, folder, key)
 
 
 def _on_workers(suite: Suite, names: list[str], folder: Path, key: str, n: int, backend: str) -> list[Section]:
-    """What analyses need, over the workers, and each analysis once what it needs is there."""
+    """What analyses need, over the workers, and each analysis once what it needs is there.
+
+    An analysis of other analyses' tables comes last, in this process, which holds those.
+    """
     folder = folder.absolute()
     suite.store = folder / "results"
     needs: dict[Any, tuple[Task, set[str]]] = {}
@@ -153,12 +158,13 @@ def _on_workers(suite: Suite, names: list[str], folder: Path, key: str, n: int, 
         for task in tasks_of(suite, name):
             needs.setdefault(task.key, (task, set()))[1].add(name)
             last[name] = max(last[name], task.stage)
+    alone = [name for name in names if not reads_others(name)]
     found: list[Section] = []
     broken: dict[str, EmInterpError] = {}
-    with Workers(suite, folder / ".state", n, backend, total=len(needs) + len(names)) as pool:
+    with Workers(suite, folder / ".state", n, backend, total=len(needs) + len(alone)) as pool:
         for stage in range(max(last.values(), default=-1) + 2):
             pieces = {task: by for task, by in needs.values() if task.stage == stage and not by <= set(broken)}
-            ready = [name for name in names if last[name] == stage - 1 and name not in broken]
+            ready = [name for name in alone if last[name] == stage - 1 and name not in broken]
             whole = {Task(name, _work, (name, folder, key), 5.0, stage, returns=True): name for name in ready}
             for task, done in pool.run([*pieces, *whole]).items():
                 if isinstance(done.failed, OutputError):
@@ -168,7 +174,11 @@ def _on_workers(suite: Suite, names: list[str], folder: Path, key: str, n: int, 
                 elif task in whole:
                     section, problems = done.value
                     suite.note(*problems)
+                    if section.error is None:
+                        suite.take(section.name, section.tables)
                     found.append(section)
+    if rest := [name for name in names if name not in alone and name not in broken]:
+        found += _in_turn(suite, rest, folder, key)
     return [*found, *(_cannot(suite, name, str(why)) for name, why in broken.items() if name)]
 
 

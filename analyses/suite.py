@@ -301,8 +301,18 @@ class Suite:
         return _lacking(name, self.lacks)
 
     def tables_of(self, name: str) -> dict[str, pd.DataFrame]:
-        """The tables of an analysis, by its full name."""
-        return load_analysis(name).compute(self)
+        """The tables of an analysis, by its full name: made once, or as `take`n."""
+        if name not in self._made:
+            self._made[name] = load_analysis(name).compute(self)
+        return self._made[name]
+
+    def take(self, name: str, tables: dict[str, pd.DataFrame]) -> None:
+        """Tables that another process or an earlier run made: what `tables_of` is to give."""
+        self._made[name] = tables
+
+    @cached_property
+    def _made(self) -> dict[str, dict[str, pd.DataFrame]]:
+        return {}
 
     def only(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The analyses among `names`, each the name of an analysis or of a table. Raises `UsageError`."""
@@ -320,6 +330,11 @@ class Suite:
                 )
             chosen += called
         return tuple(a for a in self.analyses if a in chosen)
+
+
+def reads_others(name: str) -> bool:
+    """Whether an analysis, by its full name, reads tables of others."""
+    return any(need in ANALYSES for need in load_analysis(name).NEEDS)
 
 
 def full_name(name: object, known: Sequence[str]) -> str:

@@ -102,6 +102,8 @@ class Workers:
             self.n, options = self._stack.enter_context(_ray(self.n))
             # another machine, or a process that starts elsewhere, finds the same files
             self.suite.data = None if self.suite.data is None else self.suite.data.absolute()
+        else:
+            options = {"initializer": _settle, "initargs": (os.getpid(),)}
         self._stack.enter_context(parallel_config(self.backend, n_jobs=self.n, **options))
         return self
 
@@ -111,7 +113,7 @@ class Workers:
             if self.backend == "loky" and kind is None:  # else joblib has killed them
                 from joblib.externals.loky import get_reusable_executor
 
-                get_reusable_executor().shutdown()
+                get_reusable_executor(reuse=True).shutdown()
 
     def run(self, tasks: Sequence[Task]) -> dict[Task, Done]:
         """Do tasks that need nothing of each other, the longest first."""
@@ -155,9 +157,8 @@ class Workers:
             if self.backend == "ray":  # loky's processes stay from one call to the next as they are
                 self._pool.enter_context(self._parallel)
         self._parallel.begun_at = self.bar.n
-        parent = os.getpid() if self.backend == "loky" else None
-        calls = (delayed(_do)(self.run_name, self.suite, parent, self.running, t) for t in tasks)
-        with _none_waits_for_the_dead(self._parallel) if parent else nullcontext():
+        calls = (delayed(_do)(self.run_name, self.suite, self.running, t) for t in tasks)
+        with _none_waits_for_the_dead(self._parallel) if self.backend == "loky" else nullcontext():
             return list(self._parallel(calls))
 
     def _close(self) -> None:
@@ -224,12 +225,12 @@ _HERE: Final[dict[str, Suite]] = {}
 """In a worker: the suite of its run, with the models that it has loaded."""
 
 
-def _do(run: str, suite: Suite, parent: int | None, running: Path, task: Task) -> Done:
+def _do(run: str, suite: Suite, running: Path, task: Task) -> Done:
     """In a worker: one task. Only a worker's death leaves its file in `running`."""
     mark = running / task.mark
     mark.touch()
     if run not in _HERE:
-        _settle(parent)
+        _settle()
         _HERE.clear()
         _HERE[run] = suite
     own, value, failed = _HERE[run], None, None
@@ -245,17 +246,17 @@ def _do(run: str, suite: Suite, parent: int | None, running: Path, task: Task) -
     return Done(value, tuple(own.problems[before:]), failed)
 
 
-def _settle(parent: int | None) -> None:
-    """Leave Ctrl-C to the process that started this one, and end when that is gone, killed or not."""
+def _settle(parent: int | None = None) -> None:
+    """Leave Ctrl-C to the process that started this one, and end when that, the `parent`, is gone, killed or not."""
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     from joblib.externals.loky import process_executor
 
     torch.set_num_threads(1)
     process_executor._MAX_MEMORY_LEAK_SIZE = 2**62  # models and their work are no leak: a worker that ends loads again
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if parent is not None:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,34 +110,41 @@ from analyses.tasks import Task, Workers
 from tests.test_workers import waits
 folder = Path(sys.argv[1])
 with Workers(Suite.load("pocket"), folder / "work", 2) as pool:
-    pool.run([Task(str(i), waits, (folder, i)) for i in range(2)])
+    pool.run([Task(str(i), waits, (folder, i)) for i in range(int(sys.argv[2]))])
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_outlives_the_run(sign: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sign", "busy"), [(signal.SIGKILL, 2), (signal.SIGKILL, 1), (signal.SIGINT, 2)])
+def test_nothing_outlives_the_run(sign: signal.Signals, busy: int, tmp_path: Path) -> None:
+    """busy: how many of the two workers have a task."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", HOLD, str(tmp_path), str(busy)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while len(pids := [p.read_text() for p in tmp_path.glob("pid-*") if p.read_text()]) < 2:
+    while len([p for p in tmp_path.glob("pid-*") if p.read_text()]) < busy:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     if sign == signal.SIGINT:
         os.killpg(process.pid, sign)  # as a terminal does
     else:
         process.kill()
-    process.communicate()
-    while [pid for pid in pids if _lives(int(pid))] and time.monotonic() < deadline:
+    process.wait()
+    while _alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not [pid for pid in pids if _lives(int(pid))]
+    assert not _alive(process.pid)
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def _alive(session: int) -> list[str]:
+    """What still runs of a session: name and state of each process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            state, _, _, of = rest.split()[:4]
+            found += [f"{name}) {state}"] if int(of) == session and state != "Z" else []
+    return found
 
 
 def test_without_ray_the_extra_is_named(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

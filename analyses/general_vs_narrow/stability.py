@@ -57,10 +57,10 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 
 def tasks(suite: Suite) -> list[Task]:
-    """A curve for each finetune, and then the curvature at those of the first seed."""
+    """A curve for each finetune, with the curvature at those of the first seed."""
     organisms = [e for pair in suite.finetunes.pairs(suite.finetunes.compared()) for e in pair]
-    bends = [Task(f"curvature at {e.name}", bend, (e,), 2.0, stage=1) for e in organisms if e.seed == 0]
-    return [*curve_tasks(organisms), *bends]
+    bends = [Task(f"stability and curvature of {e.name}", bend, (e,), 3.5 * e.weight) for e in organisms if e.seed == 0]
+    return [*bends, *curve_tasks([e for e in organisms if e.seed])]
 
 
 def curve_tasks(organisms: Sequence[Organism]) -> list[Task]:
