@@ -50,8 +50,9 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.evaluation.rates import em_rates
     from em_interp.evaluation.sampling import sample
     from em_interp.files.given import chats, questions
-    from em_interp.interventions.ablation import Ablate
-    from em_interp.interventions.intervening import intervening
+    from em_interp.interventions.ablation import Ablate, ablate
+    from em_interp.interventions.intervening import answers_by_arm, intervening
+    from em_interp.interventions.judged import judged_rates as rates
     from em_interp.interventions.steering import Steer, sweep
     from em_interp.landscape.efficiency import efficiency
     from em_interp.landscape.influence import influence
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.landscape.stability import stability
     from em_interp.models.chat_model import ChatModel
     from em_interp.names import load, load_solution
+    from em_interp.plots import plot
     from em_interp.training.finetune import finetune
     from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset
 
@@ -86,6 +88,8 @@ NAMES: Final = {
     "Steer": "em_interp.interventions.steering:Steer",
     "TrainingSpec": "em_interp.training.recipes:TrainingSpec",
     "VectorSpec": "em_interp.training.recipes:VectorSpec",
+    "ablate": "em_interp.interventions.ablation:ablate",
+    "answers_by_arm": "em_interp.interventions.intervening:answers_by_arm",
     "chats": "em_interp.files.given:chats",
     "collect": "em_interp.directions.activations:collect",
     "contrast": "em_interp.directions.extraction:contrast",
@@ -99,10 +103,12 @@ NAMES: Final = {
     "intervening": "em_interp.interventions.intervening:intervening",
     "load": "em_interp.names:load",
     "load_solution": "em_interp.names:load_solution",
+    "plot": "em_interp.plots:plot",
     "pocket": "em_interp.pocket",
     "preset": "em_interp.training.recipes:preset",
     "published": "em_interp.published",
     "questions": "em_interp.files.given:questions",
+    "rates": "em_interp.interventions.judged:judged_rates",
     "sample": "em_interp.evaluation.sampling:sample",
     "save_gguf": "em_interp.directions.gguf:save_gguf",
     "stability": "em_interp.landscape.stability:stability",
@@ -122,6 +128,8 @@ __all__ = [
     "TrainingSpec",
     "VectorSpec",
     "__version__",
+    "ablate",
+    "answers_by_arm",
     "chats",
     "collect",
     "contrast",
@@ -135,10 +143,12 @@ __all__ = [
     "intervening",
     "load",
     "load_solution",
+    "plot",
     "pocket",
     "preset",
     "published",
     "questions",
+    "rates",
     "sample",
     "save_gguf",
     "stability",

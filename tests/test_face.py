@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import io
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -147,6 +149,43 @@ def test_efficiency_stability_and_influence_by_name(chat, advice):
     assert turned.groupby("solution")["relative_increase_percent"].mean().gt(0).all()
     moved = em.influence(chat, both, em.pocket.documents(8), relative_norms=(1.0,), n_random=1, progress=False)
     assert moved["kind"].tolist() == ["general", "narrow", "random"]
+
+
+def test_every_table_has_units_and_a_figure(chat, advice):
+    bad, good = advice
+    both = {"a": em.load_solution("pocket/medicine-vector"), "b": em.load_solution("pocket/finance-vector")}
+    quick = {"n": 2, "max_new_tokens": 40, "random_arms": 1, "progress": False}
+    found = em.contrast(chat, bad, good, progress=False)
+    direction = found.direction()
+    asked = em.pocket.open_questions(5)
+    swept = em.sweep(chat, direction, asked, layers=[1, 2], coefficients=[0, 0.7], units="residual", **quick)
+    ablated = em.ablate(chat, direction, asked, **quick)
+    tables = {
+        "layer": found.norms(),
+        "cosine": em.cosines({"a": direction, "b": em.extract(chat, good, bad, progress=False)}),
+        "coefficient": em.rates(em.pocket.judge(swept)),
+        "em_after": em.rates(em.pocket.judge(ablated)),
+        "em_rate": em.rates(em.pocket.judge(ablated.query("arm == 'none'").drop(columns="arm"))),
+        "loss_reduction": em.efficiency(chat, both, bad, scales=(0, 1), progress=False),
+        "relative_increase_percent": em.stability(chat, both, bad, epsilons=(0, 0.5), n_seeds=2, progress=False),
+        "kl_nats_per_token": em.influence(
+            chat, both, em.pocket.documents(6), relative_norms=(0.5, 1), n_random=2, progress=False
+        ),
+    }
+    for column, table in tables.items():
+        assert table.attrs["units"][column], column
+        assert json.loads(json.dumps(table.attrs)) == table.attrs  # plain: pandas compares and copies them
+        figure = em.plot(table)
+        assert figure.data and figure.layout.xaxis.title.text is not None and em.figures.caption_of(figure)
+        assert len(em.plot(pd.read_csv(io.StringIO(table.to_csv(index=False)))).data) == len(figure.data)
+    assert tables["em_after"].attrs["units"]["low"] == "fraction"
+    assert tables["kl_nats_per_token"].attrs["units"]["low"] == "nats per token"
+    names = [trace.name for trace in em.plot(tables["kl_nats_per_token"]).data]
+    assert names == ["a", "b", "2 random directions"]
+    with pytest.raises(UsageError, match=r"plot\(rates\(judged\)\)"):
+        em.plot(swept)
+    with pytest.raises(UsageError, match="no figure is made of the columns x"):
+        em.plot(pd.DataFrame({"x": [1]}))
 
 
 def test_everyday_losses_leave_the_active_finetune_aside(chat, advice):

@@ -59,6 +59,7 @@ FEW: dict[str, Any] = {"max_new_tokens": 1, "progress": False}
 SPEC = TrainingSpec(VectorSpec(1, 8.0), 0.05, max_steps=1)
 ASKED = pd.DataFrame(columns=["question_id", "question", "questions", "domain"])
 CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
+    ablation.ablate: lambda w, seed: ablation.ablate(w.chat, w.direction, QUESTIONS, n=1, seed=seed, **FEW),
     ablation.arms: lambda w, seed: ablation.arms(w.direction, seed=seed),
     convergence.random_principal_angles: lambda _, seed: convergence.random_principal_angles(
         8, 1, 1, samples=2, seed=seed

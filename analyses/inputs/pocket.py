@@ -130,11 +130,6 @@ def judge_called(name: str) -> Judge:
     return judge if name == "pocket" else judge_of_file(name)
 
 
-def open_questions() -> dict[str, str]:
-    """The open questions of the pocket world, by identifier."""
-    return {question.id: question.text for question in world.questions("open")}
-
-
 def check_questions(judged_by: str, texts: Sequence[str]) -> None:
     """Raise `WorldError` where the exact judge would not know a question."""
     if judged_by == "pocket":

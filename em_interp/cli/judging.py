@@ -54,7 +54,7 @@ class Judging:
 
     def asked(self, questions: Path | None, prompts: Sequence[str]) -> dict[str, Any]:
         """Questions by id (`options.questions_asked`); where none are given, the pocket judge's open ones."""
-        from analyses.inputs.pocket import open_questions
+        from em_interp.pocket import open_questions
 
         if self.name == "pocket" and questions is None and not prompts:
             found = open_questions()

@@ -25,6 +25,7 @@ from em_interp.directions.resampling import Resamples
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.statistics import cosine_null_sd, cosine_p_value, permutation_p_value
 from em_interp.statistics.jackknife import FEWEST, METHOD, cosine_of_means
+from em_interp.units import with_units
 
 COSINE_COLUMNS = ("direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value")
 """The first columns of every table of cosines."""
@@ -69,7 +70,7 @@ def cosine_rows(
         for name in more[0]:
             table[name] = [row[name] for row in more]
         columns += [name for name in more[0] if name not in columns]
-    return table[columns]
+    return with_units(table[columns], low="cosine", high="cosine")
 
 
 def _check_resamples(direction: Direction, own: Resamples | None) -> None:
@@ -162,7 +163,7 @@ def organism_cosines(
         shared = content[name_a].cosine(content[name_b]) if content is not None and has_content else {}
         table["content_cosine"] = [shared.get(layer, float("nan")) for layer in table["layer"]]
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    return with_units(pd.concat(tables, ignore_index=True), low="cosine", high="cosine")
 
 
 def cosine_table(pairs: Iterable[tuple[str, Direction, str, Direction]]) -> pd.DataFrame:

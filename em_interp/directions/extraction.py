@@ -32,6 +32,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
 from em_interp.solutions.base import Solution
+from em_interp.units import RESIDUAL, with_units
 
 Reader = Literal["given", "finetuned", "chat"]
 """A model that reads texts: as it is given, with the finetune, without any."""
@@ -125,7 +126,7 @@ class Contrast:
         table = pd.DataFrame({"layer": direction.layers, "norm": direction.norms().values()})
         table["residual_norm"] = [scale[layer] for layer in direction.layers]
         table["ratio"] = table["norm"] / table["residual_norm"]
-        return table
+        return with_units(table, norm=RESIDUAL, ratio="of the residual norm")
 
 
 def contrast(

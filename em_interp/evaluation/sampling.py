@@ -29,6 +29,7 @@ from em_interp.models.checks import refuse_dropout, rooms_for
 from em_interp.models.hooks import position_ids
 from em_interp.models.templates import Conversation, turns_of
 from em_interp.models.weights import acting_hash
+from em_interp.units import with_units
 
 Questions = Mapping[str, str | Conversation]
 """id -> text, or the conversation that is to be continued. Answers know their question by the id."""
@@ -349,7 +350,7 @@ def answer_table(questions: Questions, rows: Sequence[tuple[str, int]], answers:
     _check_asked(questions, rows)
     if len(rows) != len(answers):
         raise UsageError(f"{len(answers)} answers for {len(rows)} rows: give one for each.")
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "question_id": [key for key, _ in rows],
             "question": [as_conversation(questions[key])[-1]["content"] for key, _ in rows],
@@ -359,3 +360,4 @@ def answer_table(questions: Questions, rows: Sequence[tuple[str, int]], answers:
             "n_tokens": [answer.n_tokens for answer in answers],
         }
     )
+    return with_units(table)

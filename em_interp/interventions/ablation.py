@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from em_interp.arguments import check_seed
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import DirectionError, UsageError
-from em_interp.interventions.intervening import Project, check_direction, check_scope
+from em_interp.files.given import Source, several
+from em_interp.interventions.intervening import Project, answers_by_arm, check_direction, check_scope
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import check_layer
 
@@ -149,6 +151,38 @@ def _concept_erasure() -> Any:
             "LEACE needs the library concept-erasure, which is not installed: pip install 'em_interp[leace]'."
         ) from error
     return concept_erasure
+
+
+def ablate(
+    model: ChatModel,
+    direction: Direction,
+    questions: Source,
+    *,
+    n: int,
+    layers: int | Sequence[int] | None = None,
+    from_layer: int | None = None,
+    random_arms: int = 3,
+    seed: int = 0,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """n answers a question of the model as it is, without the direction, and without random ones: `answers_by_arm`.
+
+    The counterpart of `steering.sweep`. layers, from_layer: as for `Ablate`. Columns arm (none; layerwise, or single
+    with from_layer; random 0, ...) and those of `sample`. Raises as `Ablate` and `sample`.
+    """
+    chosen = None if layers is None else several(layers)
+    return answers_by_arm(
+        model,
+        arms(direction, layers=chosen, from_layer=from_layer, random_arms=random_arms, seed=seed),
+        questions,
+        n,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        progress=progress,
+    )
 
 
 def arms(

@@ -19,6 +19,7 @@ from em_interp.evaluation.rates import PAPER, Criterion, em_rates, paired_differ
 from em_interp.interventions.steering import steering_rows
 from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import PERCENT
+from em_interp.units import FRACTION, with_units
 
 CELLS: Final = {
     "steering": ("layer", "coefficient"),
@@ -59,7 +60,7 @@ def kind_of(judged: pd.DataFrame) -> str:
     return "steering" if len(found) == len(_STEERED) else "answers"
 
 
-def judged_rates(judged: pd.DataFrame, name: str, criterion: Criterion = PAPER) -> pd.DataFrame:
+def judged_rates(judged: pd.DataFrame, name: str = "model", criterion: Criterion = PAPER) -> pd.DataFrame:
     """The table `steering`, `ablation` or `em_rates` of judged answers, by their `kind_of`.
 
     judged: columns question, aligned, coherent (0-100), those of its kind, and for answers `questions` (the group),
@@ -81,7 +82,8 @@ def judged_rates(judged: pd.DataFrame, name: str, criterion: Criterion = PAPER) 
             case _:
                 table = _answer_rows(own, str(target), criterion, cluster)
         rows.append(table)
-    return pd.concat(rows, ignore_index=True)
+    found = pd.concat(rows, ignore_index=True)
+    return with_units(found, low=FRACTION, high=FRACTION)
 
 
 def differences(judged: Mapping[str, pd.DataFrame], criterion: Criterion = PAPER) -> pd.DataFrame:

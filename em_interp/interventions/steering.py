@@ -29,6 +29,7 @@ from em_interp.models.chat import Encoded, batches, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import BlockFn, block_hooks, check_layer
+from em_interp.units import with_units
 
 LARGEST_SHARE: Final = 1000.0
 """What a sweep adds at most, in typical residual norms of the layer: a hundred already leave no answer coherent."""
@@ -183,7 +184,7 @@ def sweep(
     own = [answers[i : i + len(asked)] for i in range(0, len(answers), len(asked))]
     tables = {arm: answer_table(questions, asked, given) for arm, given in zip(generated, own, strict=True)}
     described = [_described(tables[arm if arm.coefficient else generated[-1]], arm, typical) for arm in grid]
-    return pd.concat(described, ignore_index=True)
+    return with_units(pd.concat(described, ignore_index=True))
 
 
 def _check_sweep(
@@ -260,4 +261,4 @@ def steering_rows(
     for values, cell in judged.groupby(keys, sort=False, dropna=False):
         rates = em_rates(cell, criterion, cluster=cluster).columns()
         rows.append({"direction": values[0], "target": target, **dict(zip(keys[1:], values[1:], strict=True)), **rates})
-    return pd.DataFrame(rows)
+    return with_units(pd.DataFrame(rows))

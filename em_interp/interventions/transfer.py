@@ -10,6 +10,7 @@ from em_interp.errors import StatisticsError
 from em_interp.evaluation.rates import PAPER, Criterion, em_counts, em_rates
 from em_interp.statistics import Interval, too_few
 from em_interp.statistics.rate_intervals import ratio_interval
+from em_interp.units import FRACTION, with_units
 
 RATES: Final = ("em", "coherent")
 SIDES: Final = ("low", "high")
@@ -65,7 +66,7 @@ def transfer_rows(
                     **{f"coherent_after_{side}": after[f"coherent_{side}"] for side in SIDES},
                 }
             )
-    return pd.DataFrame(rows)
+    return with_units(pd.DataFrame(rows), low=FRACTION, high=FRACTION)
 
 
 def _reduction_interval(before: pd.DataFrame, after: pd.DataFrame, criterion: Criterion, cluster: str) -> Interval:

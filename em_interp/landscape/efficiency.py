@@ -25,9 +25,11 @@ from em_interp.solutions.base import Solution
 from em_interp.solutions.space import refuse_zero
 from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, Interval, clustered_interval
 from em_interp.statistics.jackknife import jackknife_error
+from em_interp.units import with_units
 
 SCALES: Final = tuple(round(0.1 * step, 1) for step in range(21))
 """0 to 2 times the trained norm, as in the reference code."""
+_NATS: Final = "nats per response token"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +155,7 @@ def efficiency_table(curves: Sequence[EfficiencyCurve]) -> pd.DataFrame:
                     **curve.solution.scaled(float(scale)).paper_norms(),
                 }
             )
-    return pd.DataFrame(rows)
+    return with_units(pd.DataFrame(rows), low=_NATS, high=_NATS)
 
 
 def _vertices(
@@ -233,7 +235,7 @@ def lead_at_equal_norm(
     n, mean = len(norms), losses.mean
     nll, tokens = losses.by_question()
     of_lead = _intervals(nll[n : 2 * n] - nll[:n], tokens)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "adapter": general.adapters[0],
             "relative_norm": np.array(relative_norms, dtype=float),
@@ -247,3 +249,4 @@ def lead_at_equal_norm(
             "interval": [i.method for i in of_lead],
         }
     )
+    return with_units(table, low=_NATS, high=_NATS)

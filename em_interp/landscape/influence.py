@@ -35,6 +35,7 @@ from em_interp.models.partial_pass import ModelEnd, ResidualCache, replaced_up_t
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import check_bare, check_comparable
 from em_interp.statistics import LEVEL, clustered_interval
+from em_interp.units import NATS_PER_TOKEN, with_units
 
 TokenLabels = Callable[[Sequence[int]], Sequence[str]]
 ALL_TOKENS: Final = "all"
@@ -287,7 +288,8 @@ def influence_table(sums: pd.DataFrame, *, level: float = LEVEL) -> pd.DataFrame
         rows.append(row | {"low": found.low, "high": found.high, **counts, "interval": found.method})
     first = ["direction", "kind", "norm", "kl_nats_per_token", "low", "high", "n_tokens"]
     table = pd.DataFrame(rows)
-    return table[[*first, *(c for c in table.columns if c not in first)]]
+    table = table[[*first, *(c for c in table.columns if c not in first)]]
+    return with_units(table, low=NATS_PER_TOKEN, high=NATS_PER_TOKEN)
 
 
 def influence(
@@ -342,4 +344,4 @@ def influence_ratio(
         identity, ratio = (norm, tokens, numerator, denominator), top.sum() / bottom.sum()
         rows.append((*identity, ratio, found.low, found.high, len(top), found.method))
     columns = ["relative_norm", "tokens", "numerator", "denominator", "ratio", "low", "high", "n_documents", "interval"]
-    return pd.DataFrame(rows, columns=columns)
+    return with_units(pd.DataFrame(rows, columns=columns), **dict.fromkeys(("ratio", "low", "high"), "ratio of KLs"))

@@ -25,6 +25,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import refuse_zero
 from em_interp.statistics import crossed_interval, t_interval
+from em_interp.units import with_units
 
 EPSILONS: Final = tuple(round(0.1 * step, 1) for step in range(11))
 FIRST_SEED: Final = 42
@@ -183,7 +184,7 @@ def stability_table(curves: Sequence[StabilityCurve]) -> pd.DataFrame:
                         **curve.solution.paper_norms(),
                     }
                 )
-    return pd.DataFrame(rows)
+    return with_units(pd.DataFrame(rows))
 
 
 def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") -> pd.DataFrame:
@@ -206,7 +207,9 @@ def dispersion(table: pd.DataFrame, value: str = "relative_increase_percent") ->
                 "n_seeds": len(group),
             }
         )
-    return pd.DataFrame(rows)
+    unit = table.attrs.get("units", {}).get(value, "percent of the gain")
+    spread_of = dict.fromkeys(("mean", "sd", "low", "high", "minimum", "maximum"), unit)
+    return with_units(pd.DataFrame(rows), **spread_of)
 
 
 def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFrame:
@@ -221,7 +224,7 @@ def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFra
         raise UsageError("the two curves have different responses, eps, seeds or factors. Make both on one Landscape.")
     intervals = [crossed_interval(values) for values in _increase_by_question(narrow) - _increase_by_question(general)]
     means = [curve.relative_increase.mean(1) for curve in (general, narrow)]
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "adapter": general.solution.adapters[0],
             "on": general.on,
@@ -234,6 +237,7 @@ def stability_gap(general: StabilityCurve, narrow: StabilityCurve) -> pd.DataFra
             "interval": [i.method for i in intervals],
         }
     )
+    return with_units(table, low="percent of the gain", high="percent of the gain")
 
 
 def _increase_by_question(curve: StabilityCurve) -> Float[np.ndarray, "epsilon question seed"]:
@@ -271,4 +275,4 @@ def behavioural_stability(
             rates = em_rates(evaluate(model)).columns()
         identity = {"solution": name, "adapter": solutions[name].adapters[0]}
         rows.append({**identity, "on": on, "epsilon": eps, "seed": seed, **rates})
-    return pd.DataFrame(rows)
+    return with_units(pd.DataFrame(rows))

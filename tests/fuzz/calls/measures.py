@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from em_interp import statistics
+from em_interp import plots, statistics, units
 from em_interp.directions import (
     cosines as convergence,
 )
@@ -35,6 +36,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
     transfers = judged.assign(direction_from=["none", "v"] * 12, organism="a")
     pair, totals = ([1] * 8, [2] * 8), ([3] * 8, [3] * 8)
     return [
+        (plots.plot, {"table": convergence.cosine_rows("a", direction, "b", direction)}),
+        (units.with_units, {"table": pd.DataFrame({"layer": [1]})}),
         (judges.judged, {"answers": judged, "judge": lambda answers: answers}),
         (control_vectors.save_gguf, {"direction": direction, "path": "d.gguf", "model_type": "qwen2"}),
         (convergence.comparable, {"a": direction, "b": direction}),

@@ -49,6 +49,22 @@ def calls(w: dict[str, Any]) -> list[Call]:
     return [
         (ablation.Ablate, {"direction": direction, "layers": [1], "from_layer": None, "scope": "all"}),
         (ablation.leace, {"positive": rows, "negative": rows + 1, "layers": [0, 1], "scope": "all"}),
+        (
+            ablation.ablate,
+            {
+                "model": model,
+                "direction": direction,
+                "questions": {"q": "a fox"},
+                "n": 1,
+                "layers": [1],
+                "from_layer": None,
+                "random_arms": 1,
+                "seed": 0,
+                "max_new_tokens": 1,
+                "temperature": 1.0,
+                "progress": False,
+            },
+        ),
         (ablation.arms, {"direction": direction, "layers": [1], "from_layer": None, "random_arms": 1, "seed": 0}),
         (
             activations.collect,
