@@ -20,12 +20,14 @@ The direction, what it does, who else learned it, and why the general solution w
 Where everything is; each package tells of its modules and of its conventions. Arrows point one way: what stands below
 imports what stands above it, never the other way round.
 
-- `errors`, `arguments`: typed errors and checked arguments; `lazily`: names imported as they are asked for
+- `errors`, `arguments`: typed errors and checked arguments; `lazily`: names imported as they are asked for; `units`:
+  what the numbers of tables are in
 - `statistics`: intervals and nulls; `files`: what goes to disk and comes from it; `figures`: tables to figures
 - `models`: chat models, layers and hooks; `solutions`: theta, what a finetune trained
 - `directions`: extraction, cosines, nulls; `evaluation`: answers, judges, rates
 - `interventions`: steering and ablation; `training`: finetunes; `landscape`: losses around solutions
-- `published`: what the papers' authors released; `pocket`: models of this project's own; `names`: any name to a model
+- `published`: what the papers' authors released; `pocket`: models of this project's own; `names`: any name to a model;
+  `plots`: any table to its figure
 - `cli`: the commands
 
 `analyses` makes the papers' tables and figures of all this, and the report.
