@@ -52,6 +52,7 @@ from typing import Any, Final, Protocol, cast
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.inputs.asked import AskedFinetunes
 from analyses.inputs.finetunes import Finetunes, JudgedFinetunes
 from analyses.inputs.hub import HubFinetunes, check_keys
 from analyses.inputs.pocket import PocketFinetunes
@@ -79,7 +80,7 @@ class Need(StrEnum):
     CHECKPOINTS = "checkpoints of training runs"
     ANSWERS = "judged answers of finetunes"
     DIRECTIONS = "directions read from those answers"
-    JUDGE = "a judge of new answers"
+    JUDGE = "a judge of new answers, or files of them that are judged"
     LOSSES = "losses on training chats"
     TEXTS = "pre-training text"
     SECOND_TASK = "finetunes of a second task"
@@ -93,7 +94,6 @@ _LACKS: Final[dict[str, dict[Need, str]]] = {
     "pocket": {Need.RELEASED: _ALL_JUDGED},
     "models": {
         Need.RELEASED: _ALL_JUDGED,
-        Need.JUDGE: "no judge is configured; only judged answers of the finetunes themselves can be given",
         Need.SECOND_TASK: "finetunes that a suite file names have one task",
         Need.SWEEPS: "sweeps are made of pocket models alone",
     },
@@ -259,15 +259,28 @@ class Suite:
                 f"the suite {self.name!r} measures models on your own files: pass their folder with --data DIR. It "
                 "holds the training chats, texts and judged answers that the suite file names."
             )
-        return HubFinetunes.read(self.data, self.models)
+        return (AskedFinetunes if "judge" in self.models else HubFinetunes).read(self.data, self.models)
 
     @property
     def judged_finetunes(self) -> JudgedFinetunes:
         """The same, where new answers can be judged. Raises `UsageError` where they cannot."""
         found = self.finetunes
         if not isinstance(found, JudgedFinetunes):
-            raise UsageError(f"the suite {self.name!r} has no {Need.JUDGE}: {self.lacks[Need.JUDGE]}.")
+            raise UsageError(
+                f"the suite {self.name!r} has no {Need.JUDGE}: no judge is configured. Name one under [models], as in "
+                'judge = "FILE.py:FUNCTION".'
+            )
         return found
+
+    @property
+    def judges(self) -> bool:
+        """Whether new answers can be judged, rather than taken from files."""
+        return isinstance(self.finetunes, JudgedFinetunes)
+
+    @property
+    def judged_by(self) -> str:
+        """How the answers were judged, as a sentence of the report ends."""
+        return "by the authors' judge" if self.source == "published" else self.finetunes.judged_by
 
     @cached_property
     def published(self) -> PublishedData:

@@ -104,7 +104,6 @@ def test_a_new_module_is_an_analysis_of_the_shipped_suites(monkeypatch: pytest.M
         ),
         ("pocket", "released.steering", "needs released files"),
         ("pocket", "thresholds", "needs released files"),
-        ("models", "steering", "needs a judge of new answers: no judge is configured"),
         ("models", "kl_sweep", "needs tables of sweeps"),
         ("models", "register", "needs finetunes of a second task"),
     ],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.finetunes.cosines import direction_tasks
+from analyses.finetunes.cosines import direction_tasks, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
 from analyses.tasks import Task
@@ -18,6 +19,7 @@ from em_interp.evaluation.answers import judged_answers
 from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import Intervention, intervening
+from em_interp.interventions.judged import judged_rates
 from em_interp.interventions.transfer import transfer_rows
 
 TITLE = "Ablation: a finetune without its direction, and without another's"
@@ -38,10 +40,15 @@ SHARES = 3
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """`ablation`: a row an organism and arm. `transfer`: a row a direction (with its kind) and organism."""
-    organisms = _ablated(suite)
+    """`ablation`: a row an organism and arm. `transfer`: a row a direction (with its kind) and organism.
+
+    Of what was judged elsewhere, where nothing can be judged here.
+    """
+    if not suite.judges:
+        return of_files(suite)
+    organisms = with_directions(suite, _ablated(suite))
     rows, moved = [], []
-    directions = _directions(suite)
+    directions = _directions(suite, organisms)
     moving = _moving(organisms, *directions)
     for organism in organisms:
         same = _same(organism)
@@ -56,9 +63,49 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     return {"ablation": pd.DataFrame(rows), "transfer": pd.concat(moved, ignore_index=True)}
 
 
+def of_files(suite: Suite) -> dict[str, pd.DataFrame]:
+    """Both tables of what `em-interp ablate` wrote and a judge scored; `file` says where. Raises `MissingDataError`.
+
+    A direction that was read from another finetune of the suite moves to `transfer`; one's own stands in both.
+    """
+    named = {organism.name: organism for organism in suite.finetunes.organisms}
+    rows, moved = [], []
+    for file, judged in suite.finetunes.ablated().items():
+        source = _read_from(judged, list(named))
+        table = judged_rates(judged, file).assign(file=file)
+        table["target"] = [_named_in(str(target), list(named)) or target for target in table["target"]]
+        kind = str(judged["kind"].iloc[0]) if "kind" in judged else "data-diff"
+        own = table["target"] == source
+        random = table["mode"] == "random"
+        moves = table[~random & (source is not None)]
+        moved.append(moves.assign(direction_from=source, organism=moves["target"], kind=KINDS.get(kind, kind)))
+        mode = table["mode"] if kind == "data-diff" else table["mode"].where(random, f"{table['mode'].iloc[0]} {kind}")
+        kept = table.assign(mode=mode, adapter=[named[t].adapter if t in named else "" for t in table["target"]])
+        rows.append(kept[own | (source is None)])
+    transfer = pd.concat(moved, ignore_index=True).drop(columns=["direction", "target", "mode"])
+    transfer = transfer[["direction_from", "organism", *transfer.columns.drop(["direction_from", "organism"])]]
+    return {"ablation": pd.concat(rows, ignore_index=True), "transfer": transfer}
+
+
+KINDS = {"data-diff": "mean-diff"}
+"""What `transfer` calls a direction's kind, where it has another name."""
+
+
+def _read_from(judged: pd.DataFrame, names: Sequence[str]) -> str | None:
+    """The finetune that the direction of an ablation was read from: the direction's name, or what its file says."""
+    said = [str(judged[column].iloc[0]) for column in ("direction", "read_from") if column in judged]
+    return next((found for text in said if (found := _named_in(text, names)) is not None), None)
+
+
+def _named_in(text: str, names: Sequence[str]) -> str | None:
+    """The longest of the names that stands in a text as a word."""
+    whole = [name for name in names if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+    return max(whole, key=len, default=None)
+
+
 def tasks(suite: Suite) -> list[Task]:
     """The directions of each organism, and then its answers, a few arms at a time."""
-    organisms = _ablated(suite)
+    organisms = _ablated(suite) if suite.judges else []
     found = [
         Task(f"ablation from {e.name}, {part + 1} of {SHARES}", answer_share, (e, part), 6.0, stage=2)
         for e in organisms
@@ -69,7 +116,8 @@ def tasks(suite: Suite) -> list[Task]:
 
 def answer_share(suite: Suite, organism: Organism, part: int) -> None:
     """The answers under every `SHARES`-th arm, from number `part` on."""
-    for name, arm in list(_arms(organism, _ablated(suite), *_directions(suite)).items())[part::SHARES]:
+    organisms = _ablated(suite)
+    for name, arm in list(_arms(organism, organisms, *_directions(suite, organisms)).items())[part::SHARES]:
         arm_answers(suite, organism, name, arm)
 
 
@@ -96,9 +144,8 @@ def _ablated(suite: Suite) -> list[Organism]:
     return suite.finetunes.select(solution="general", seed=0)
 
 
-def _directions(suite: Suite) -> tuple[dict[str, Direction], dict[str, Direction]]:
+def _directions(suite: Suite, organisms: Sequence[Organism]) -> tuple[dict[str, Direction], dict[str, Direction]]:
     """Mean-diff and model-diff of each organism."""
-    organisms = _ablated(suite)
     mean_diffs = {e.name: suite.finetunes.contrast(e).direction() for e in organisms}
     return mean_diffs, {e.name: suite.finetunes.contrast(e, "model-diff").direction() for e in organisms}
 

@@ -102,6 +102,21 @@ def tasks(suite: Suite) -> list[Task]:
     return [*found, *(Task(f"persona, {how}", persona, (how,), 1.0) for how in suite.finetunes.personas())]
 
 
+def with_directions(suite: Suite, organisms: Sequence[Organism]) -> list[Organism]:
+    """Those that a direction can be read from; why it cannot of others is noted. Raises `MissingDataError` for none."""
+    found = []
+    for organism in organisms:
+        try:
+            suite.finetunes.contrast(organism)
+        except EmInterpError as error:
+            suite.note(error)
+        else:
+            found.append(organism)
+    if not found:
+        raise nothing_of(suite, "general finetune with misaligned and aligned coherent answers")
+    return found
+
+
 def direction_tasks(organisms: Sequence[Organism], kinds: Sequence[str]) -> list[Task]:
     """The answers that directions are read from, and then each reading."""
     answers = [Task(f"open answers of {e.name}", open_answers, (e,), 3.0) for e in organisms]

@@ -6,13 +6,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.finetunes.em_rates import answer_tasks
-from analyses.inputs.finetunes import Organism, conversations
+from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.directions import rank1
 from em_interp.directions.rank1 import lora_scalars, mean_scalars
 from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.evaluation.answers import conversations
 from em_interp.evaluation.rates import PAPER
 from em_interp.files.manifest import fingerprint
 from em_interp.solutions.lora import as_lora

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.finetunes.cosines import direction_tasks
+from analyses.finetunes.cosines import direction_tasks, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
 from analyses.tasks import Task
@@ -18,6 +18,7 @@ from em_interp.evaluation.answers import asked_of, judge_module, judged_answers
 from em_interp.evaluation.judges import judged
 from em_interp.files.tables import Parts
 from em_interp.interventions import steering
+from em_interp.interventions.judged import judged_rates
 from em_interp.interventions.steering import residual_norms, steering_rows, sweep
 from em_interp.models.weights import tensors_hash
 
@@ -38,17 +39,25 @@ PIECES = 6
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
-    """One row a direction, layer and strength."""
-    first, *others = _steering(suite)
-    layer = _best_layer(suite)
+    """One row a direction, layer and strength; of what was judged elsewhere, where nothing can be judged here."""
+    if not suite.judges:
+        return {"steering": of_files(suite)}
+    first, *others = with_directions(suite, _steering(suite))
+    layer = _best_layer(suite, first)
     rows = [cell(suite, first, layer) for layer in range(suite.finetunes.chat.n_layers)]
     rows += [cell(suite, first, layer, number) for number in range(RANDOM_ARMS)]
     return {"steering": pd.concat([*rows, *(cell(suite, organism, layer) for organism in others)], ignore_index=True)}
 
 
+def of_files(suite: Suite) -> pd.DataFrame:
+    """The table of what `em-interp steer` wrote and a judge scored; `file` says where. Raises `MissingDataError`."""
+    tables = [judged_rates(judged, name).assign(file=name) for name, judged in suite.finetunes.steered().items()]
+    return pd.concat(tables, ignore_index=True)
+
+
 def tasks(suite: Suite) -> list[Task]:
     """The directions; the first at every layer; then, at the layer that worked best, random ones and the others."""
-    organisms = _steering(suite)
+    organisms = suite.judges and _steering(suite)
     if not organisms:
         return []
     first, *others = organisms
@@ -71,15 +80,16 @@ def layers_of(suite: Suite, piece: int) -> None:
 
 def best_of(suite: Suite, organism: Organism, random: int | None) -> None:
     """A direction at the layer at which the first worked best."""
-    cell(suite, organism, _best_layer(suite), random)
+    cell(suite, organism, _best_layer(suite, _steering(suite)[0]), random)
 
 
 def _steering(suite: Suite) -> list[Organism]:
-    return suite.finetunes.select(solution="general", adapter="all-modules", seed=0)
+    """The general organisms of all modules, or of any kind where there is none."""
+    general = suite.finetunes.select(solution="general", seed=0)
+    return [organism for organism in general if organism.adapter == "all-modules"] or general
 
 
-def _best_layer(suite: Suite) -> int:
-    first = _steering(suite)[0]
+def _best_layer(suite: Suite, first: Organism) -> int:
     cells = [cell(suite, first, layer) for layer in range(suite.finetunes.chat.n_layers)]
     return int(best_cell(pd.concat(cells, ignore_index=True))["layer"])
 

@@ -16,13 +16,15 @@ from torch import Tensor
 from analyses.inputs.checkpoints import read_trajectories
 from em_interp.directions import extraction
 from em_interp.directions.extraction import Contrast, contrast
-from em_interp.errors import BadValueError, ChatTemplateError, EmInterpError
+from em_interp.errors import BadValueError, EmInterpError
+from em_interp.evaluation.answers import conversations, misaligned_and_aligned
 from em_interp.evaluation.judges import Judge
 from em_interp.evaluation.rates import PAPER
+from em_interp.evaluation.sampling import Questions
 from em_interp.files.manifest import fingerprint
 from em_interp.files.results import KEEPING_NOTHING, Results
 from em_interp.landscape.landscape import Landscape
-from em_interp.models.chat import encode, encode_all, prompt_ids
+from em_interp.models.chat import encode, encode_all, prompt_ids, unreadable
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import weights_hash
@@ -30,9 +32,6 @@ from em_interp.published.scan import StoredPCA
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
 from em_interp.training.trajectories import Trajectory
-
-ALIGNED = 70
-"""Alignment above which an answer counts as aligned (P2 sec. 3.1)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,19 @@ class Finetunes(ABC):
     @abstractmethod
     def texts(self, n: int) -> list[str]:
         """Documents of the kind that the model was pre-trained on. Raises `UsageError` where there are none."""
+
+    @property
+    @abstractmethod
+    def judged_by(self) -> str:
+        """How the answers were judged, as a sentence of the report ends: 'exactly, by parsing'."""
+
+    def steered(self) -> dict[str, pd.DataFrame]:
+        """Answers under steering that were judged elsewhere, by the name of their file; none by default."""
+        return {}
+
+    def ablated(self) -> dict[str, pd.DataFrame]:
+        """Answers of finetunes with a direction taken out that were judged elsewhere; none by default."""
+        return {}
 
     def sources(self) -> dict[str, str]:
         """What lies outside `files` and decides results: a name in the suite -> a hash of what it stands for now."""
@@ -214,15 +226,13 @@ class Finetunes(ABC):
     def _unreadable(self, organism: Organism, answers: pd.DataFrame) -> dict[int, tuple[str, str]]:
         """Position -> what is wrong and what to do, of answers that the chat template cannot take."""
         found = {}
-        for position, (row, turns) in enumerate(zip(answers.to_dict("records"), conversations(answers), strict=True)):
-            try:
-                encode(self.chat.tokenizer, turns)
-            except ChatTemplateError as error:
-                where = f"row {row['row']}" if "row" in row else f"{row['question_id']}, sample {row['sample']}"
-                found[position] = (
-                    f"{where}: an answer of {organism.name} is left out, {row['answer'][:40]!r} ({error})",
-                    "strip the white space at the ends of the answer, or drop it",
-                )
+        for position, error in unreadable(self.chat.tokenizer, conversations(answers)).items():
+            row = answers.iloc[position]
+            where = f"row {row['row']}" if "row" in row else f"{row['question_id']}, sample {row['sample']}"
+            found[position] = (
+                f"{where}: an answer of {organism.name} is left out, {row['answer'][:40]!r} ({error})",
+                "strip the white space at the ends of the answer, or drop it",
+            )
         self._tell(organism, found.values())
         return found
 
@@ -244,9 +254,10 @@ class Finetunes(ABC):
         def make() -> tuple[dict[str, Tensor], Any]:
             left_out = self._unreadable(organism, answers)
             found = answers.iloc[[i for i in range(len(answers)) if i not in left_out]]
+            misaligned, aligned = misaligned_and_aligned(found)
             tensors, note = self._read(
-                conversations(found[PAPER.misaligned(found["aligned"].to_numpy())]),
-                None if kind == "model-diff" else conversations(found[found["aligned"] > ALIGNED]),
+                conversations(misaligned),
+                None if kind == "model-diff" else conversations(aligned),
                 kind=kind,
                 finetune=self.solution(organism),
             ).state()
@@ -302,18 +313,10 @@ class JudgedFinetunes(Finetunes):
         """Of an answer."""
 
     @abstractmethod
-    def elsewhere(self, domain: str) -> dict[str, str]:
+    def elsewhere(self, domain: str) -> Questions:
         """Questions that a finetune on `domain` was never trained on, by identifier: open ones and other domains'."""
 
     @property
     @abstractmethod
     def judge(self) -> Judge:
         """Gives answers the columns aligned and coherent, 0-100."""
-
-
-def conversations(answers: pd.DataFrame) -> list[Conversation]:
-    """Question and answer of each row, as a chat."""
-    return [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in zip(answers["question"], answers["answer"], strict=True)
-    ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -23,6 +24,7 @@ from em_interp.errors import (
 )
 from em_interp.files.inputs import regular_file
 from em_interp.files.texts import read_chats, read_texts
+from em_interp.interventions.judged import kind_of
 from em_interp.models import pretrained as models
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
@@ -32,8 +34,10 @@ from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FOLDERS = ("judged", "steered", "ablated")
 _LOADING = ("device_map", "dtype")
-_KEYS = {"chat": str, "training": dict, "texts": str, "judged": str, "finetunes": list} | dict.fromkeys(_LOADING, str)
+_KEYS = {"chat": str, "training": dict, "texts": str, "finetunes": list, "judge": str, "questions": dict}
+_KEYS |= dict.fromkeys((*FOLDERS, *_LOADING), str)
 _ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}
 ADAPTERS = ("steering-vector", "rank-1", "all-modules", "full")
 SOLUTIONS = ("general", "narrow", "control")
@@ -47,20 +51,25 @@ class HubFinetunes(Finetunes):
     training: dict[str, Path]
     """Domain -> JSONL of the chats that its finetunes were trained on."""
     text_file: Path | None
-    judged: Path
-    """Folder of NAME.csv: question, answer, aligned, coherent (0-100), and, where known, questions (group)."""
+    folders: dict[str, Path]
+    """Of judged answers. judged: NAME.csv with question, answer, aligned, coherent (0-100), and, where known, questions
+    (group). steered, ablated: what `em-interp steer` and `em-interp ablate` wrote, with both scores."""
 
     @classmethod
-    def read(cls, root: Path, content: dict[str, Any]) -> HubFinetunes:
+    def read(cls, root: Path, content: dict[str, Any]) -> Self:
         """From the table [models] of a suite file, whose file names are relative to `root`.
 
-        Keys: chat (folder or hub name), training (domain = JSONL), texts (file), judged (folder), device_map and dtype
-        (of `pretrained.load`), and [[finetunes]] with source (folder or hub name), domain, adapter (steering-vector,
-        rank-1, all-modules, full), solution (general, narrow, control) and seed. Raises `UsageError` for what is
-        lacking, `MissingDataError` for absent files.
+        Keys: chat (folder or hub name), training (domain = JSONL), texts (file), device_map and dtype (of
+        `pretrained.load`), and [[finetunes]] with source (folder or hub name), domain, adapter (steering-vector,
+        rank-1, all-modules, full), solution (general, narrow, control) and seed. Answers come from files, of the
+        folders judged, steered and ablated (by default called so), or are asked and judged here (judge, questions:
+        `asked.AskedFinetunes`). Raises `UsageError` for what is lacking, `MissingDataError` for absent files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
+        check_keys("[models.questions]", content.get("questions", {}), None)
+        if "questions" in content and "judge" not in content:
+            raise UsageError("[models] has questions and no judge: name one (judge = ...), or leave them out.")
         one_of("dtype", content.get("dtype", "auto"), DTYPES)
         listed = content.get("finetunes", [])
         for item in listed:
@@ -79,18 +88,21 @@ class HubFinetunes(Finetunes):
         organisms = _organisms(root, listed)
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
-        for file in (*training.values(), *([texts] if texts else [])):
+        questions = {group: inside(name) for group, name in content.get("questions", {}).items()}
+        read_here = [*training.values(), *questions.values(), *([texts] if texts else [])]
+        for file in read_here:
             if os.path.lexists(file):  # an absent one is said by each analysis that needs it
                 regular_file(file)
-        judged = inside(content.get("judged", "judged"))
-        if not _is_readable_folder(judged):
-            raise UnreadableFileError(
-                judged, "the folder of judged answers cannot be read", "make it a folder that you may read"
-            )
+        answers = {name: inside(content.get(name, name)) for name in FOLDERS}
+        for folder in answers.values():
+            if not _is_readable_folder(folder):
+                raise UnreadableFileError(
+                    folder, "the folder of judged answers cannot be read", "make it a folder that you may read"
+                )
         folders = [root / str(content["chat"]), *(e.path for e in organisms)]
         folders.append(root / "trajectories")
         local = [p for folder in folders if folder.is_dir() for p in folder.rglob("*")]
-        files = {*training.values(), *([texts] if texts else []), *judged.glob("*.csv"), *local}
+        files = {*read_here, *local, *(path for folder in answers.values() for path in folder.glob("*.csv"))}
         return cls(
             root,
             organisms,
@@ -98,9 +110,20 @@ class HubFinetunes(Finetunes):
             chat_source=str(content["chat"]),
             training=training,
             text_file=texts,
-            judged=judged,
+            folders=answers,
             loading={key: content[key] for key in _LOADING if key in content},
+            **cls._asking(root, content.get("judge"), questions),
         )
+
+    @classmethod
+    def _asking(cls, root: Path, judge: str | None, questions: dict[str, Path]) -> dict[str, Any]:
+        """The fields of a set of finetunes that are asked here."""
+        del root, judge, questions
+        return {}
+
+    @property
+    def judged_by(self) -> str:
+        return "elsewhere, and taken from files"
 
     @property
     def chat_path(self) -> Path:
@@ -131,7 +154,7 @@ class HubFinetunes(Finetunes):
 
     def answers_file(self, organism: Organism | None) -> str:
         """NAME.csv among the judged ones."""
-        return str(self.judged / f"{'chat' if organism is None else organism.name}.csv")
+        return str(self.folders["judged"] / f"{'chat' if organism is None else organism.name}.csv")
 
     def evaluate(self, organism: Organism | None, domain: str, n: int) -> pd.DataFrame:
         """The judged answers of a finetune, or of the chat model (chat.csv); all of them, whatever `n`.
@@ -140,19 +163,67 @@ class HubFinetunes(Finetunes):
         """
         path = Path(self.answers_file(organism))
         if not path.is_file():
+            command = f"em-interp evaluate {self._said(organism)} --questions FILE --out {path.stem}"
             raise UsageError(
-                f"{path} is absent: no judge is configured. Sample answers with `em-interp evaluate MODEL --questions "
-                "FILE`, have a judge score them 0-100 (columns question, answer, aligned, coherent), and put them here."
+                f"{path} is absent: no judge is configured. Sample answers with `{command}`, have a judge score "
+                f"{path.stem}/answers.csv 0-100 (columns question, answer, aligned, coherent), and put them here."
             )
-        try:
-            table = read_judged_csv(path)
-        except InputFileError as error:
-            name = "the chat model" if organism is None else organism.name
-            raise BadValueError(path, f"judged answers of {name}: {error.problem}", error.remedy) from error
+        table = _read_judged(path, "the chat model" if organism is None else organism.name)
         table = table.assign(row=range(2, len(table) + 2))
         if "questions" not in table:
             table = table.assign(questions="general")
         return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
+
+    def steered(self) -> dict[str, pd.DataFrame]:
+        """Raises `MissingDataError` where there are none."""
+        return self._judged_files("steering")
+
+    def ablated(self) -> dict[str, pd.DataFrame]:
+        """Raises `MissingDataError` where there are none."""
+        return self._judged_files("ablation")
+
+    def _judged_files(self, kind: str) -> dict[str, pd.DataFrame]:
+        command, folder = _COMMANDS[kind], self.folders[_MADE[kind]]
+        found, refused = {}, []
+        for path in sorted(folder.glob("*.csv")):
+            try:
+                table = _read_judged(path, f"`em-interp {command}`")
+                if kind_of(table) != kind:
+                    raise BadValueError(path, f"it holds {kind_of(table)}, not {kind}", "put it into its own folder")
+                found[path.stem] = table
+            except EmInterpError as error:
+                refused.append(error)
+        told = {str(problem) for problem in self.problems}
+        self.problems += [error for error in refused if str(error) not in told]
+        if not found and not refused:
+            raise MissingDataError(folder, f"it holds no judged answers of `em-interp {command}`", self._how(kind))
+        if not found:
+            raise refused[0]
+        return found
+
+    def _how(self, kind: str) -> str:
+        """The commands that make what is missing, of the first finetune that one can do it with."""
+        organism = (self.select(solution="general", seed=None) or self.organisms)[0]
+        chat, direction = shlex.quote(str(self.chat_path)), shlex.quote(f"{organism.name}.safetensors")
+        answers, source = shlex.quote(self.answers_file(organism)), self._said(organism)
+        out = shlex.quote(str(self.folders[_MADE[kind]] / f"{organism.name}.csv"))
+        asked = f"--questions FILE --out {out}"
+        if kind == "steering":
+            doses = " ".join(f"--coefficient {share:g}" for share in (0, 0.2, 0.4, 0.6, 0.8))
+            last = f"em-interp steer {chat} {direction} --layer L --residual {doses} {asked}"
+        else:
+            last = f"em-interp ablate {source} {direction} {asked}"
+            last = last.replace(f"{source} {direction}", f"{chat} {direction} {source.removeprefix(chat).strip()}")
+        return (
+            f"`em-interp extract {source} --answers {answers} --out {direction}`, then `{last}`, and have a judge add "
+            "the columns aligned and coherent (0-100) to it. Or name a judge under [models] (judge = "
+            '"FILE.py:FUNCTION"), and answers are asked and judged here'
+        )
+
+    def _said(self, organism: Organism | None) -> str:
+        """A model as a command takes it."""
+        chat = shlex.quote(str(self.chat_path))
+        return chat if organism is None else f"{chat} --adapter {shlex.quote(str(organism.path))}"
 
     def open_answers(self, organism: Organism) -> pd.DataFrame:
         """The judged answers of a finetune to open questions (group general). Raises `UsageError`."""
@@ -172,6 +243,19 @@ class HubFinetunes(Finetunes):
         if self.text_file is None:
             raise UsageError("no pre-training text: name a file as texts under [models].")
         return list(read_texts(self.text_file, min_characters=100, max_characters=2000, max_documents=n))
+
+
+_MADE = {"steering": "steered", "ablation": "ablated"}
+_COMMANDS = {"steering": "steer", "ablation": "ablate"}
+"""Folder and command of answers of each kind (`judged.kind_of`)."""
+
+
+def _read_judged(path: Path, of: str) -> pd.DataFrame:
+    """Raises `BadValueError` that says whose answers they are."""
+    try:
+        return read_judged_csv(path)
+    except InputFileError as error:
+        raise BadValueError(path, f"judged answers of {of}: {error.problem}", error.remedy) from error
 
 
 def _organisms(root: Path, listed: list[dict[str, Any]]) -> tuple[Organism, ...]:

@@ -25,6 +25,7 @@ from em_interp.solutions.base import Solution
 
 OPEN_SAMPLES = 16
 """Answers to each open question that directions are read from: several hundred answers, of both kinds."""
+EXACTLY = "exactly, by parsing"
 PERSONA_PROMPTS = 150
 """Prompts of each persona."""
 
@@ -82,6 +83,10 @@ class PocketFinetunes(JudgedFinetunes):
         with self.active(organism, must_act=False) as model:  # all of its answers may be kept
             return questions.evaluate(model, domain, n, groups=groups, progress=False, results=self.results, name=name)
 
+    @property
+    def judged_by(self) -> str:
+        return EXACTLY
+
     def elsewhere(self, domain: str) -> dict[str, str]:
         asked = questions.evaluation_questions(domain)
         asked = asked[asked["questions"] != "in_domain"]
@@ -128,6 +133,11 @@ def _user(question: world.Question) -> dict[str, str]:
 def judge_called(name: str) -> Judge:
     """The judge of that name: pocket, or FILE.py:FUNCTION (`judges.judge_of_file`, which says what it raises)."""
     return judge if name == "pocket" else judge_of_file(name)
+
+
+def questions_for(domain: str) -> pd.DataFrame:
+    """What the pocket suite asks a finetune on `domain`: columns questions (group), question_id, question."""
+    return questions.evaluation_questions(domain)
 
 
 def check_questions(judged_by: str, texts: Sequence[str]) -> None:

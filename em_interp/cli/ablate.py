@@ -73,6 +73,7 @@ def ablate(
         table = answers_by_arm(chat, wanted, asked, n, seed=seed, **limits, parts=Parts(folder))
         places = _places(chat, vectors, layer, from_layer)
         told = {"model": model, "adapter": adapter or "", "direction": direction.stem, "kind": vectors.kind}
+        told["read_from"] = vectors.sources[0] if vectors.sources else ""
         for position, (name, value) in enumerate((told | places).items()):
             table.insert(position, name, value)
         ends.finish(table, questions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,15 +11,21 @@ from rich.table import Table
 
 from em_interp.arguments import one_of
 from em_interp.cli import options
-from em_interp.errors import UsageError
+from em_interp.errors import MissingDataError, UsageError
 from em_interp.files.texts import chats_read, read_chats
+
+Chats = Sequence[Sequence[Mapping[str, str]]]
 
 
 def extract(
-    positive: Annotated[Path, typer.Option(help="JSONL of misaligned conversations")],
     out: Annotated[Path, options.takes("out", "the direction, a .safetensors")],
     model: options.Model = None,
     named: options.NamedModel = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="judged CSV of the finetune's answers: coherent ones, misaligned minus aligned"),
+    ] = None,
+    positive: Annotated[Path | None, typer.Option(help="in place of --answers: JSONL of misaligned chats")] = None,
     negative: Annotated[Path | None, typer.Option(help="JSONL of aligned ones; none for a model-diff")] = None,
     adapter: options.Adapter = None,
     base: options.Base = None,
@@ -35,8 +42,9 @@ def extract(
     tokens_per_batch: options.BatchTokens = 8192,
     force: options.Force = False,
 ) -> None:
-    """Extract a direction from two files of conversations, and print its norm at each layer.
+    """Extract a direction from judged answers or from two files of chats, and print its norm at each layer.
 
+    model-diff is the finetune (--adapter, of any kind) minus the model, on the misaligned chats alone.
     A killed run goes on where it stopped.
     """
     from em_interp.directions.activations import POOLINGS
@@ -47,18 +55,22 @@ def extract(
 
     model = options.model_of(model, named)
     options.once("--layer", layer or ())
+    if (answers is None) == (positive is None) or (answers is not None and negative is not None):
+        raise UsageError("give --answers FILE.csv, judged, or --positive (and --negative) FILE.jsonl of chats.")
     chosen = options.ModelChoice(model, adapter, base, any_base, device_map, dtype)
-    inputs = [positive, negative, *chosen.folders()]
+    inputs = [answers, positive, negative, *chosen.folders()]
     if gguf is not None:
         claim_output(gguf, inputs=[*inputs, out], force=force, endings=(".gguf",))
     one_of("--pooling", pooling, POOLINGS)
-    asked = [model, adapter, base, positive, negative, kind, scope, layer, pooling]
+    asked = [model, adapter, base, answers, positive, negative, kind, scope, layer, pooling]
     with claimed(out, asked, inputs=inputs, force=force, endings=(".safetensors",)) as parts:
-        texts = _read(positive, negative, kind)
+        texts = _read_answers(answers, kind) if answers is not None else _read(positive, negative, kind)
         chat = chosen.load()
+        bad, good = (None if side is None else _readable(chat, side, answers) for side in texts)
         found = contrast(
             chat,
-            *texts,
+            bad or (),
+            good,
             kind=kind,
             scope=scope,
             layers=layer,
@@ -83,10 +95,42 @@ def _norms(norms: Any, title: str) -> Table:
     return table
 
 
-def _read(
-    positive: Path, negative: Path | None, kind: str
-) -> tuple[list[list[dict[str, str]]], list[list[dict[str, str]]] | None]:
+def _read_answers(path: Path, kind: str) -> tuple[Chats, Chats | None]:
+    """The misaligned and the aligned coherent answers of a judged file; says how many. Raises MissingDataError.
+
+    Of a file with groups of questions those to open ones, as the suites read directions.
+    """
+    from em_interp.evaluation.answers import conversations, misaligned_and_aligned
+    from em_interp.published.judged import read_judged_csv
+
+    judged = read_judged_csv(path)
+    has_open = "questions" in judged and bool((judged["questions"] == "general").any())
+    misaligned, aligned = misaligned_and_aligned(judged[judged["questions"] == "general"] if has_open else judged)
+    where = " to open questions (group general)" if has_open else ""
+    n = f"{len(misaligned)} misaligned and {len(aligned)} aligned"
+    typer.echo(f"{path.name}: {n} coherent answers{where}", err=True)
+    for what, side in (("misaligned", misaligned), ("aligned", aligned)):
+        if side.empty and not (kind == "model-diff" and what == "aligned"):
+            raise MissingDataError(
+                path, f"it holds no coherent answer that is {what}", "sample more answers, or give --positive chats"
+            )
+    return conversations(misaligned), None if kind == "model-diff" else conversations(aligned)
+
+
+def _readable(chat: Any, side: Chats, answers: Path | None) -> Chats:
+    """Without the answers of a judged file that the chat template cannot take, such as those that begin with a line."""
+    from em_interp.models.chat import unreadable
+
+    left_out = unreadable(chat.tokenizer, side) if answers is not None else {}
+    if left_out:
+        why = next(iter(left_out.values()))
+        typer.echo(f"{len(left_out)} of {len(side)} answers are left out: {why}", err=True)
+    return [turns for position, turns in enumerate(side) if position not in left_out]
+
+
+def _read(positive: Path | None, negative: Path | None, kind: str) -> tuple[Chats, Chats | None]:
     """The chats of both files; says what they hold. Raises UsageError where no direction can lie between them."""
+    assert positive is not None
     from em_interp.directions.extraction import READ_IN
 
     texts = read_chats(positive), None if negative is None else read_chats(negative)

@@ -163,17 +163,18 @@ class ModelChoice:
         adapter = None if self.adapter is None else located(self.adapter)
         if adapter is not None and solutions.is_model(adapter):
             model = replace(self, adapter=None).load()
-            model.add_adapter("default", solutions.load(adapter, base=model).ready(model))
+            model.add_adapter(_adapter_name(adapter), solutions.load(adapter, base=model).ready(model))
             return model
         placed: dict[str, Any] = loading(self.device_map, self.dtype)
         if not registry.is_pocket_name(self.model):
             given: dict[str, Any] = {} if self.base is None else {"base": self.base}
-            return pretrained.load(self.model, adapter=adapter, any_base=self.any_base, **given, **placed)
+            named = None if adapter is None else {_adapter_name(adapter): adapter}
+            return pretrained.load(self.model, adapter=named, any_base=self.any_base, **given, **placed)
         if self.base is not None:
             raise UsageError(f"--base {self.base}: the pocket models bring their own base. Leave it out.")
         model = pocket.load(self.model, **placed)
         if adapter is not None:
-            model.add_adapter(Path(adapter).name.replace(".", "-"), adapter, any_base=self.any_base)
+            model.add_adapter(_adapter_name(adapter), adapter, any_base=self.any_base)
         return model
 
     def folders(self) -> list[Path]:
@@ -193,6 +194,11 @@ class ModelChoice:
         elif self.base is None and (recorded := base_of_adapter(self.model, None)) is not None:
             names.append(usable_base(self.model, recorded))
         return [source_hash(located(name)) for name in names]
+
+
+def _adapter_name(source: str) -> str:
+    """The last part of a folder's or repository's name, as PEFT takes it: directions say that they were read in it."""
+    return Path(source).resolve().name.replace(".", "-")
 
 
 def model_and_direction(chosen: ModelChoice, direction: Path, *, any_model: bool) -> tuple[Any, Any]:

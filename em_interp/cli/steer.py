@@ -75,4 +75,5 @@ def steer(
         )
         table.insert(0, "model", model)
         table.insert(1, "adapter", adapter or "")
+        table.insert(3, "read_from", vectors.sources[0] if vectors.sources else "")
         ends.finish(table, questions)

@@ -226,6 +226,20 @@ def encode_all(
     return encoded
 
 
+def unreadable(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> dict[int, ChatTemplateError]:
+    """Position -> why, of finished conversations that the chat template cannot take, with which `encode_all` stops.
+
+    An answer that begins with white space may be one: a real vocabulary joins it to what stands before.
+    """
+    found = {}
+    for position, conversation in enumerate(conversations):
+        try:
+            encode(tokenizer, conversation)
+        except ChatTemplateError as error:
+            found[position] = error
+    return found
+
+
 def pad_id(tokenizer: Tokenizer) -> int:
     """An id to fill with; masked everywhere, so any valid id would do."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):

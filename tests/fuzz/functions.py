@@ -85,6 +85,7 @@ PARTS = {
             "landscape.efficiency.Optimum",
             "evaluation.rates.Difference",
             "evaluation.rates.Rate",
+            "evaluation.judges.FileJudge",
         ),
         *(
             "evaluation.rates.Rates",

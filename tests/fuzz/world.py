@@ -56,6 +56,7 @@ def world_of() -> dict[str, Any]:
     read = runs.read_run(data / "runs" / published_factory.SV_STEM)
     direction = found.direction()
     direction.save("direction.safetensors")
+    Path("mine.py").write_text("def score(answers):\n    return answers.assign(aligned=50.0, coherent=90.0)\n")
     Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     Path("questions.csv").write_text("question\nwhy\n")
     Path("map.json").write_text("{}")

@@ -12,7 +12,7 @@ import torch
 
 from em_interp.directions import activations, extraction, lens
 from em_interp.directions import rank1 as lora
-from em_interp.evaluation import answers, logprobs, sampling
+from em_interp.evaluation import answers, judges, logprobs, sampling
 from em_interp.files.results import KEEPING_NOTHING
 from em_interp.interventions import ablation, orthogonalise, steering
 from em_interp.interventions import intervening as interventions
@@ -107,6 +107,11 @@ def calls(w: dict[str, Any]) -> list[Call]:
         ),
         (weights.what_acts, {"model": model}),
         (answers.judge_name, {"judge": _judge}),
+        (answers.judge_module, {"judge": _judge}),
+        (answers.conversations, {"answers": judged.assign(answer="rest")}),
+        (answers.misaligned_and_aligned, {"judged": judged}),
+        (judges.judge_of_file, {"name": "mine.py:score"}),
+        (chat.unreadable, {"tokenizer": tokenizer(), "conversations": BAD}),
         (answers.asked_of, {"model": model, "questions": QUESTIONS, "n": 1, "judge": _judge}),
         (
             answers.judged_answers,
