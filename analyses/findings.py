@@ -61,8 +61,12 @@ class Finding:
     @property
     def sentence(self) -> str:
         """What was found; every number in the digits that the table of claims shows."""
-        published = "" if self.published is None else said(self.published, self.unit)
-        return self.text.format(estimate=self.estimate_said, published=published, n=f"{self.n:,}") + "."
+        return self.text.format(estimate=self.estimate_said, published=self.published_said, n=f"{self.n:,}") + "."
+
+    @property
+    def number_said(self) -> str:
+        """The estimate to the digits that its interval allows, with a percent sign, without another unit."""
+        return said(self.estimate, "%" if self.unit == "%" else "", *self._scale)
 
     @property
     def estimate_said(self) -> str:
@@ -75,6 +79,11 @@ class Finding:
         if not self.has_interval:
             return ""
         return f"{said(self.low, '', *self._scale)} to {said(self.high, '', *self._scale)}"
+
+    @property
+    def published_said(self) -> str:
+        """The published value with its unit, as printed; nothing where there is none."""
+        return "" if self.published is None else f"{self.published:g}" + _suffix(self.unit)
 
     @property
     def n_said(self) -> str:
@@ -102,7 +111,11 @@ def said(value: float, unit: str = "", *beside: float) -> str:
     else:
         decimals = 2 if largest == 0 else min(4, max(0, 2 - math.floor(math.log10(largest))))
         shown = f"{round(value, decimals) + 0.0:,.{decimals}f}"
-    return shown + (unit if unit in ("", "%") else f" {unit}")
+    return shown + _suffix(unit)
+
+
+def _suffix(unit: str) -> str:
+    return unit if unit in ("", "%") else f" {unit}"
 
 
 def decided(low: float, high: float, null: float = 0.0) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -249,13 +249,16 @@ def _reuse(suite: Suite, folder: Path, name: str, key: str) -> Section | None:
         if state["key"] != key or any(sha256(path) != state["tables"][t] for t, path in paths.items()):
             return None
         analysis = suite.analysis(name)
-        tables = {t: pd.read_csv(path, keep_default_na=False, na_values=[""]) for t, path in paths.items()}
+        tables = {t: pd.read_csv(path, **_AS_WRITTEN) for t, path in paths.items()}
         figures, found = analysis.plot(tables), findings_of(name, tables)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     for figure_name, figure in figures.items():
         house.save_html(figure, folder / "figures" / f"{figure_name}.html")
     return Section(name, analysis.TITLE, analysis.TEXT, tables, figures, found, notes=state["notes"], reused=True)
+
+
+_AS_WRITTEN: Final[Any] = {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}
 
 
 def _state_file(folder: Path, name: str) -> Path:

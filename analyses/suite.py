@@ -136,10 +136,15 @@ def load_analysis(name: str) -> Analysis:
 
 
 class Input(Protocol):
-    """What every source gives: its root folder, its files, the problems met on the way, and training runs."""
+    """What every source gives: its folder, what that holds in words, its files, problems met, and training runs."""
 
     @property
     def root(self) -> Path: ...
+    @property
+    def described(self) -> str:
+        """What is measured and how its answers were judged, in words, for the head of the report."""
+        ...
+
     @property
     def files(self) -> list[Path]: ...
     @property
@@ -225,6 +230,14 @@ class Suite:
             models=content.get("models"),
             samples=samples,
         )
+
+    @property
+    def command(self) -> str:
+        """The command that makes the report again, from the folder that holds the data."""
+        given = {"suite": self.name if (SUITES / f"{self.name}.toml").is_file() else f"{self.name}.toml"}
+        given |= {"data": self.data.name} if self.data is not None else {}
+        given |= {role: run for role, run in (("general", self.general), ("narrow", self.narrow)) if run is not None}
+        return " ".join(["em-interp reproduce", *(f"--{option} {value}" for option, value in given.items())])
 
     @property
     def input(self) -> Input:

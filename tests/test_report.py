@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import math
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.findings import COLUMNS, Finding, as_table, decided, said
+from analyses.findings import COLUMNS, Finding, as_table, decided, findings_of, said
 from analyses.general_vs_narrow import claims
+from analyses.report import Section, write_report
+from analyses.report.figures import drawn
+from analyses.report.tables import shown, view
+from analyses.suite import Suite
+from em_interp import figures
 from em_interp.errors import UsageError
 
 
@@ -67,3 +80,173 @@ def test_findings_of_the_claims_are_their_rows() -> None:
         assert finding.first == (row["task"] == "persona")
         assert finding.sentence.rstrip(".") in row["sentence"]
         assert finding.evidence in row["sentence"]
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of texts, scripts by their id, and ids and words of the page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.scripts: dict[str, str] = {}
+        self.ids: list[str] = []
+        self.words = ""
+        self._open: list[str] = []
+        self._script = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self._open = [*self._open, tag]
+        if dict(attributes).get("id"):
+            self.ids.append(str(dict(attributes)["id"]))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "script":
+            self._script = str(dict(attributes).get("id", "main"))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._open:
+            self._open = self._open[: len(self._open) - 1 - self._open[::-1].index(tag)]
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "script":
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+        elif self._open and self._open[-1] != "style":
+            self.words += data
+            if {"td", "th"} & set(self._open):
+                self.tables[-1][-1][-1] += data
+
+    def table(self, number: int) -> list[list[str]]:
+        return [[" ".join(cell.split()) for cell in row] for row in self.tables[number]]
+
+    def unpacked(self, name: str) -> str:
+        return gzip.decompress(base64.b64decode(self.scripts[name])).decode()
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """A report of the claims, made of values of three seeds."""
+    values = {"efficiency": [0.04, 0.05, 0.044], "stability": [-3.0, 4.0, 5.5], "influence": [1.0, 1.1, 1.4]}
+    rows = [
+        claims._row(task, name, adapter, np.array(found))
+        for task in ("persona", "register")
+        for name, found in values.items()
+        for adapter in ("rank-1", "all-modules")
+    ]
+    tables = {"claims": pd.DataFrame(rows)}
+    (tmp_path / "tables").mkdir()
+    for name, table in tables.items():
+        table.to_csv(tmp_path / "tables" / f"{name}.csv", index=False)
+    name = "general_vs_narrow.claims"
+    made = Section(name, claims.TITLE, claims.TEXT, tables, claims.plot(tables), findings_of(name, tables))
+    absent = Section("runs.pca", "PCA", "How", error="DIR: it holds no runs. Get them.", missing=True)
+    broken = Section("finetunes.steering", "Steering", "How", error="Traceback\n  line\nKeyError: 1")
+    said = ("a.csv: it is empty. Write it again.",)
+    return write_report(tmp_path / "report.html", Suite.load("pocket"), [made, absent, broken], said, ["No Chrome."])
+
+
+def test_the_report_opens_with_claims_that_are_the_tables(report: Path) -> None:
+    page = Page(report)
+    table = pd.read_csv(report.parent / "tables" / "claims.csv")
+    head, *rows = page.table(0)
+    assert head == ["Finding", "Estimate", "Interval", "n", "Published", "Verdict"]
+    first = table[table["task"] == "persona"].to_dict("records")
+    for cells, row in zip(rows, first, strict=True):
+        sentence, estimate, interval, n, published, verdict = cells
+        assert row["claim"] in sentence and row["adapter"] in sentence
+        assert estimate.split()[0] in sentence
+        assert float(estimate.split()[0]) == pytest.approx(row["estimate"], rel=0.06)
+        low, _, high = interval.partition(" to ")
+        assert (float(low), float(high)) == pytest.approx((row["low"], row["high"]), rel=0.06)
+        assert (n, published) == (f"{row['n_seeds']} seeds", "")
+        assert verdict.endswith(row["verdict"])
+        assert row["sentence"].startswith(sentence.rstrip("."))
+
+
+def test_every_sentence_of_a_section_is_in_its_table(report: Path) -> None:
+    words = " ".join(Page(report).words.split())
+    for row in pd.read_csv(report.parent / "tables" / "claims.csv").to_dict("records"):
+        before, _, after = row["sentence"].rstrip(".").rpartition(": ")
+        sentence, _, evidence = before.rpartition(" (")
+        assert f"{sentence}. ({evidence}" in words
+        assert after == row["verdict"]
+
+
+def test_what_is_missing_comes_last_with_its_remedy(report: Path) -> None:
+    page = Page(report)
+    assert page.ids.index("findings") < page.ids.index("general_vs_narrow.claims") < page.ids.index("missing")
+    assert page.ids.index("missing") < page.ids.index("runs.pca") < page.ids.index("finetunes.steering")
+    last = page.words[page.words.index("What is missing", page.words.index("How to read it")) :]
+    for reason in ("Get them.", "KeyError: 1", "Write it again.", "No Chrome."):
+        assert reason in last and page.words.count(reason) == 1
+
+
+def test_the_page_hands_out_the_files_themselves(report: Path) -> None:
+    payload = json.loads(Page(report).unpacked("payload"))
+    assert payload["tables"]["claims"] == (report.parent / "tables" / "claims.csv").read_text()
+    assert set(payload["figures"]) == {"claims_efficiency", "claims_stability", "claims_influence"}
+    assert all("template" not in f["layout"] for f in payload["figures"].values())
+    assert "Plotly" in Page(report).unpacked("plotly")[:20000]
+    assert report.stat().st_size < 8e6
+
+
+def test_a_table_is_shown_in_part_with_units_and_without_what_is_the_same() -> None:
+    table = pd.DataFrame(
+        {
+            "organism": [f"o{i}" for i in range(30)],
+            "em_rate": np.linspace(0, 1, 30),
+            "n": [60] * 30,
+            "n_unscored": range(30),
+            "low": [np.nan] * 30,
+        }
+    )
+    found = view("em_rates", table)
+    assert [(c.name, c.unit, c.is_number, c.place) for c in found.columns] == [
+        ("organism", "", False, 0),
+        ("em_rate", "fraction", True, 1),
+        ("n_unscored", "", True, 3),
+    ]
+    assert found.same == [("n", "60")] and found.empty == ["low"]
+    assert len(found.rows) < found.n_rows == 30
+    assert found.rows[1] == ["o1", "0.03448", "1"]
+    assert view("pca_stored", table.head(0)).n_rows == 0
+    assert [shown(v) for v in (None, math.nan, 0.123456, 123456.7, 3.0, True)] == [
+        "",
+        "",
+        "0.1235",
+        "123457",
+        "3",
+        "True",
+    ]
+
+
+def test_panels_stand_below_each_other_on_a_narrow_page() -> None:
+    panels = figures.panels(["a", "b", "c"])
+    for place in range(3):
+        figures.line(panels, [0, 1], [0.123456789, 1], "x", 0, row=place // 2 + 1, col=place % 2 + 1)
+    figures.style(panels, "step", "loss")
+    found = drawn(panels)
+    domains = [found["narrow"][f"yaxis{n}"]["domain"] for n in ("", 2, 3)]
+    assert all(above[0] > below[1] for above, below in pairwise(domains))
+    assert all(found["narrow"][f"xaxis{n}"]["domain"] == [0, 1] for n in ("", 2, 3))
+    assert [title["y"] for title in found["narrow"]["annotations"]] == [domain[1] for domain in domains]
+    assert found["data"][0]["y"][0] == 0.123457
+    single = figures.style(figures.panels(["a"], columns=1), "step", "loss")
+    assert drawn(single)["narrow"] == {}
+
+
+def test_a_browser_draws_every_figure_without_a_network(report: Path, tmp_path: Path) -> None:
+    chrome = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chrome is None:
+        pytest.skip("no Chromium is here to open the report")
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    given = [*options.split(), f"--user-data-dir={tmp_path / 'chrome'}", "--virtual-time-budget=30000", "--dump-dom"]
+    done = subprocess.run([chrome, *given, report.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert 'data-drawn="yes"' in done.stdout
+    assert (
+        done.stdout.count("plotly-graph-div js-plotly-plot") == done.stdout.count("data-figure=") == 4
+    )  # one tells the story

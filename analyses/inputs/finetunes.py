@@ -86,6 +86,11 @@ class Finetunes(ABC):
 
     @property
     @abstractmethod
+    def described(self) -> str:
+        """What is measured and how its answers were judged, in words."""
+
+    @property
+    @abstractmethod
     def chat_path(self) -> Path:
         """Folder or hub name of the model that all of them were trained from."""
 

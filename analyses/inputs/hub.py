@@ -126,6 +126,12 @@ class HubFinetunes(Finetunes):
         return "elsewhere, and taken from files"
 
     @property
+    def described(self) -> str:
+        n = len(self.organisms)
+        of_it = f"{n} finetune{'s' if n > 1 else ''} of it"
+        return f"{self.chat_source} and {of_it}, with the judged answers in {self.judged.name}"
+
+    @property
     def chat_path(self) -> Path:
         here = self.root / self.chat_source
         return here if here.is_dir() else Path(self.chat_source)

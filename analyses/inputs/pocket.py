@@ -57,6 +57,12 @@ class PocketFinetunes(JudgedFinetunes):
         return cls(root, found, sorted([*files, *(root / "sweeps").glob("*.csv")]))
 
     @property
+    def described(self) -> str:
+        return (
+            f"the pocket chat model and {len(self.organisms)} finetunes of it, judged exactly, by parsing their answers"
+        )
+
+    @property
     def max_new_tokens(self) -> int:
         return questions.MAX_NEW_TOKENS
 

@@ -97,6 +97,16 @@ class PublishedData:
     files: list[Path] = field(default_factory=list)
     """Every file that was looked at, for the manifest."""
 
+    @property
+    def described(self) -> str:
+        """What is here, counted, in words."""
+        counts = {
+            "sets of mean activations": len(self.splits),
+            "training runs": len(self.trajectories),
+            "files of judged answers": len(self.judged),
+        }
+        return "released files: " + (", ".join(f"{n} {what}" for what, n in counts.items() if n) or "none that is used")
+
     def name_questions(self) -> None:
         """Give every judged answer its base question and wording (plain, json, template), from the question files.
 

@@ -1,0 +1,158 @@
+"""The page: findings first, then section by section what was found, its figures, how to read them, and the tables."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from analyses.findings import VERDICTS, Finding
+from analyses.report import figures
+from analyses.report.section import Section
+from analyses.report.tables import TableView, shown, view
+from analyses.suite import Suite, load_analysis
+from em_interp import __version__
+from em_interp.figures import caption_of
+from em_interp.files.atomic import write_text
+from em_interp.files.inputs import read_text
+from em_interp.statistics import PERCENT
+
+_HERE: Final = Path(__file__).parent
+_STORIES: Final = 3
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the claims that the page opens with."""
+
+    finding: Finding
+    section: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A place of the page where the script draws a figure."""
+
+    name: str
+    says: str
+    """What it shows, in words, for those who do not see it."""
+    caption: str
+    section: str
+    height: int
+
+
+def write_report(
+    path: Path, suite: Suite, sections: Sequence[Section], problems: Sequence[str], notes: Sequence[str]
+) -> Path:
+    """Write one HTML file that needs no network and no other file. Atomic.
+
+    The tables that it hands out are the files in `tables` beside it, which must be there.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = shown
+    made = [section for section in sections if section.error is None]
+    html = environment.get_template("page.html.j2").render(
+        suite=suite,
+        version=__version__,
+        measured=suite.input.described,
+        command=suite.command,
+        made_on=f"{datetime.now(UTC):%-d %B %Y}",
+        percent=PERCENT,
+        claims=[Claim(finding, s.name) for s in made for finding in s.findings if finding.first],
+        story=_story(made),
+        sections=[_view(section) for section in made],
+        unmade=[section for section in sections if section.error is not None],
+        problems=problems,
+        notes=notes,
+        agreement=_agreement(made),
+        marks=dict(zip(VERDICTS, "✓✗?✓✗ ", strict=True)),
+        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((_HERE / "script.js").read_text(encoding="utf-8")),
+        plotlyjs=_plotlyjs(),
+        payload=_packed(json.dumps(_payload(made, path.parent / "tables"), separators=(",", ":"), allow_nan=False)),
+    )
+    return write_text(path, html)
+
+
+def _packed(text: str) -> str:
+    """Gzip in base64, which the page's script undoes: a third of the size."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+@cache
+def _plotlyjs() -> str:
+    return _packed(get_plotlyjs())
+
+
+def _payload(sections: Sequence[Section], tables: Path) -> dict[str, Any]:
+    """What the page's script reads: figures, the whole tables, and how the dark page changes colours."""
+    return {
+        "template": figures.template(),
+        "dark": figures.DARK,
+        "figures": {name: figures.drawn(f) for s in sections for name, f in s.figures.items()},
+        "tables": {name: read_text(tables / f"{name}.csv") for s in sections for name in s.tables},
+    }
+
+
+def _story(sections: Sequence[Section]) -> list[Drawing]:
+    """The figures that tell the story, in its order: of those that claim one place, the first."""
+    places: dict[int, Drawing] = {}
+    for section in sections:
+        place, name = getattr(load_analysis(section.name), "STORY", (0, ""))
+        if name in section.figures:
+            places.setdefault(place, _drawing(section, name))
+    return [places[place] for place in sorted(places)][:_STORIES]
+
+
+def _drawing(section: Section, name: str) -> Drawing:
+    figure = section.figures[name]
+    caption = caption_of(figure)
+    says = section.findings[0].sentence if section.findings else section.title
+    return Drawing(name, f"{says} {caption}".strip(), caption, section.name, int(figure.layout.height or 450))
+
+
+def _agreement(sections: Sequence[Section]) -> dict[str, int]:
+    """How many published numbers agree, differ, or have no counterpart; empty where none were compared."""
+    compared = [s.comparison for s in sections if s.comparison is not None and len(s.comparison)]
+    agrees = [value for table in compared for value in table["agrees"]]
+    if not agrees:
+        return {}
+    absent = sum(bool(pd.isna(value)) for value in agrees)
+    agree = sum(value is True or value == 1 for value in agrees)
+    return {"agree": agree, "differ": len(agrees) - agree - absent, "absent": absent}
+
+
+def _view(section: Section) -> dict[str, Any]:
+    comparison = [] if section.comparison is None else section.comparison.astype(object).to_dict("records")
+    for row in comparison:
+        row["agrees"] = None if pd.isna(row["agrees"]) else bool(row["agrees"])
+    tables: list[TableView] = [view(name, table) for name, table in section.tables.items()]
+    return {
+        "name": section.name,
+        "title": section.title,
+        "text": section.text,
+        "findings": section.findings,
+        "needs": "; ".join(load_analysis(section.name).NEEDS),
+        "figures": [_drawing(section, name) for name in section.figures],
+        "tables": [table for table in tables if table.n_rows],
+        "empty_tables": [table.name for table in tables if not table.n_rows],
+        "comparison": [row for row in comparison if row["agrees"] is not None],
+        "n_absent": sum(row["agrees"] is None for row in comparison),
+    }
