@@ -142,7 +142,7 @@ class Input(Protocol):
     def root(self) -> Path: ...
     @property
     def described(self) -> str:
-        """What is measured and how its answers were judged, in words, for the head of the report."""
+        """What is measured, in words, for the head of the report."""
         ...
 
     @property

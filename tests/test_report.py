@@ -208,9 +208,9 @@ def test_a_table_is_shown_in_part_with_units_and_without_what_is_the_same() -> N
     assert [(c.name, c.unit, c.is_number, c.place) for c in found.columns] == [
         ("organism", "", False, 0),
         ("em_rate", "fraction", True, 1),
-        ("n_unscored", "", True, 3),
+        ("n_unscored", "answers", True, 3),
     ]
-    assert found.same == [("n", "60")] and found.empty == ["low"]
+    assert found.same == [("n", "60 (answers)")] and found.empty == ["low"]
     assert len(found.rows) < found.n_rows == 30
     assert found.rows[1] == ["o1", "0.03448", "1"]
     assert view("pca_stored", table.head(0)).n_rows == 0

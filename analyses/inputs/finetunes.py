@@ -87,7 +87,7 @@ class Finetunes(ABC):
     @property
     @abstractmethod
     def described(self) -> str:
-        """What is measured and how its answers were judged, in words."""
+        """What is measured, in words."""
 
     @property
     @abstractmethod

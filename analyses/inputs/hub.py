@@ -128,8 +128,7 @@ class HubFinetunes(Finetunes):
     @property
     def described(self) -> str:
         n = len(self.organisms)
-        of_it = f"{n} finetune{'s' if n > 1 else ''} of it"
-        return f"{self.chat_source} and {of_it}, with the judged answers in {self.judged.name}"
+        return f"{self.chat_source} and {n} finetune{'s' if n > 1 else ''} of it"
 
     @property
     def chat_path(self) -> Path:

@@ -58,9 +58,7 @@ class PocketFinetunes(JudgedFinetunes):
 
     @property
     def described(self) -> str:
-        return (
-            f"the pocket chat model and {len(self.organisms)} finetunes of it, judged exactly, by parsing their answers"
-        )
+        return f"the pocket chat model and {len(self.organisms)} finetunes of it"
 
     @property
     def max_new_tokens(self) -> int:

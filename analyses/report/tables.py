@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from analyses.report.units import unit_of
+from analyses.report.units import units_of
 
 ROWS: Final = 8
 """Rows that stand in the page; the script sorts all and shows as many."""
@@ -41,16 +41,17 @@ class TableView:
 
 def view(name: str, table: pd.DataFrame) -> TableView:
     """The first rows, and apart from them what is the same in all."""
+    units = units_of(name, table)
     empty = [str(c) for c in table.columns if len(table) and table[c].isna().all()]
     alike = [str(c) for c in table.columns if len(table) > 1 and c not in empty and len(table[c].unique()) == 1]
     columns = [
-        Column(str(c), unit_of(name, str(c)), _is_number(table[c]), place)
+        Column(str(c), units.get(str(c), ""), _is_number(table[c]), place)
         for place, c in enumerate(table.columns)
         if c not in empty and c not in alike
     ]
     first = table.head(ROWS)
     rows = [[shown(value) for value in row] for row in first[[c.name for c in columns]].astype(object).to_numpy()]
-    same = [(c, _with_unit(shown(table[c].iloc[0]), unit_of(name, c))) for c in alike]
+    same = [(c, _with_unit(shown(table[c].iloc[0]), units.get(c, ""))) for c in alike]
     return TableView(name, len(table), columns, rows, same, empty)
 
 
