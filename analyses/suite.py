@@ -419,4 +419,5 @@ def nothing_of(suite: Suite, what: str, where: str = "") -> MissingDataError:
         "pocket": f"make it with `em-interp pocket organisms --out {suite.input.root}`",
         "models": f"name it in {suite.name}.toml, with its training chats and judged answers",
     }
-    return MissingDataError(suite.input.root, f"it holds no {what}", remedy[suite.source])
+    root = suite.input.root
+    return MissingDataError(root if root.name else root.resolve().name, f"it holds no {what}", remedy[suite.source])

@@ -47,6 +47,8 @@ class Organism:
     path: Path
     task: str = "persona"
     """What was taught: persona (bad advice), or a second task that a set of finetunes may have."""
+    any_base: bool = False
+    """Whether the base that it records is the chat model under another name."""
 
     def labels(self) -> dict[str, Any]:
         """What its solution is, in the columns of tables about solutions."""

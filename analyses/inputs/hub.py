@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,7 +38,7 @@ FOLDERS = ("judged", "steered", "ablated")
 _LOADING = ("device_map", "dtype")
 _KEYS = {"chat": str, "training": dict, "texts": str, "finetunes": list, "judge": str, "questions": dict}
 _KEYS |= dict.fromkeys((*FOLDERS, *_LOADING), str)
-_ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int}
+_ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int, "any_base": bool}
 ADAPTERS = ("steering-vector", "rank-1", "all-modules", "full")
 SOLUTIONS = ("general", "narrow", "control")
 
@@ -61,9 +61,10 @@ class HubFinetunes(Finetunes):
 
         Keys: chat (folder or hub name), training (domain = JSONL), texts (file), device_map and dtype (of
         `pretrained.load`), and [[finetunes]] with source (folder or hub name), domain, adapter (steering-vector,
-        rank-1, all-modules, full), solution (general, narrow, control) and seed. Answers come from files, of the
-        folders judged, steered and ablated (by default called so), or are asked and judged here (judge, questions:
-        `asked.AskedFinetunes`). Raises `UsageError` for what is lacking, `MissingDataError` for absent files.
+        rank-1, all-modules, full), solution (general, narrow, control), seed and any_base (the base that it records
+        is the chat model under another name). Answers come from files, of the folders judged, steered and ablated (by
+        default called so), or are asked and judged here (judge, questions: `asked.AskedFinetunes`). Raises `UsageError`
+        for what is lacking, `MissingDataError` for absent files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
@@ -81,7 +82,7 @@ class HubFinetunes(Finetunes):
 
         def inside(name: str) -> Path:
             path = root / name
-            if not path.resolve().is_relative_to(root.resolve()):
+            if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):  # noqa: PTH100  (links stay)
                 raise UsageError(f"{name} lies outside the data folder {root}. Put it, or a link to it, inside.")
             return path
 
@@ -155,7 +156,8 @@ class HubFinetunes(Finetunes):
         folder = solutions.folder_of(organism.path)
         found = solutions.load(folder, self.chat)
         _check_label(organism, found.adapters)
-        return found
+        named: Any = found  # kinds are dataclasses, which their protocol does not say
+        return replace(named, base=self.chat.name) if organism.any_base else found
 
     def answers_file(self, organism: Organism | None) -> str:
         """NAME.csv among the judged ones."""
@@ -279,6 +281,7 @@ def _organisms(root: Path, listed: list[dict[str, Any]]) -> tuple[Organism, ...]
                 one_of(f"solution of {name}", item["solution"], SOLUTIONS),
                 count(f"seed of {name}", item.get("seed", 0), at_least=0),
                 root / name if (root / name).is_dir() else Path(name),
+                any_base=item.get("any_base", False),
             )
         )
     for organism in organisms:
@@ -297,11 +300,11 @@ def check_keys(where: str, content: object, known: Mapping[str, type] | None) ->
         if known is not None and key not in known:
             raise UsageError(f"{where} has no key {key}. It takes {', '.join(known)}.{did_you_mean(key, known)}")
         kind = str if known is None else known[key]
-        if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or value == "":
             raise UsageError(f"{where}: {key} is {value!r:.60}; write {_WRITTEN[kind]}.")
 
 
-_WRITTEN = {str: "text in quotes", int: "a whole number", list: "a list", dict: "a table"}
+_WRITTEN = {bool: "true or false", str: "text in quotes", int: "a whole number", list: "a list", dict: "a table"}
 
 
 def _is_readable_folder(folder: Path) -> bool:

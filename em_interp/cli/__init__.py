@@ -3,7 +3,7 @@
 - `reproduce`, `fetch`: the papers' figures; `pocket`: pocket models
 - `extract`, `steer`, `ablate`, `evaluate`, `rates`: any chat model and its finetunes
 - `inspect` with `describe`: what a file or folder holds
-- `options`, `judging`: what they share
+- `options`, `judging`: what they share; `remedies`: messages of the package in their words
 
 | exit status | meaning |
 |---|---|
@@ -33,6 +33,7 @@ from em_interp.cli.fetch import fetch
 from em_interp.cli.inspect import inspect
 from em_interp.cli.pocket import app as pocket_app
 from em_interp.cli.rates import rates
+from em_interp.cli.remedies import in_options
 from em_interp.cli.reproduce import reproduce
 from em_interp.cli.steer import steer
 from em_interp.errors import EmInterpError, UsageError
@@ -70,5 +71,5 @@ def main() -> None:
                 raise UsageError(f"an argument is empty: {word!r}. Is a variable of the shell not set?")
         app(standalone_mode=True)
     except EmInterpError as error:
-        options.err.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}")
+        options.err.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(in_options(str(error)))}")
         raise SystemExit(options.NOTHING_DONE) from None

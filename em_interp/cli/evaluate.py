@@ -42,19 +42,19 @@ def evaluate(
 
     With --judge, OUT/judged.csv has the scores, and OUT/judged-rates.csv and .html what they say; else have the file
     judged, and give it to `em-interp rates`. A killed run goes on where it stopped, and a finished one is not repeated.
-    --max-new-tokens, --judge and the options of models belong to MODEL.
+    --questions, --max-new-tokens, --judge, --adapter and --base belong to MODEL.
     """
     if n < 1:
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
     if (model is None and named is None) == (suite is None):
         raise UsageError("give either a MODEL with --questions FILE, or --suite pocket.")
     if suite is not None:
-        if suite != "pocket" or questions is not None or judge is not None:
+        if suite != "pocket" or any((questions, judge, adapter, base, any_base)):
             raise UsageError(
-                f"--suite {suite}: only the pocket suite has a judge and questions of its own, and takes no others. "
+                f"--suite {suite}: only the pocket suite has an exact judge, and it brings models and questions of its own. "
                 "Evaluate another model with `em-interp evaluate MODEL --questions FILE`."
             )
-        _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force)
+        _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force, options.loading(device_map, dtype))
         return
     if questions is None or only:
         raise UsageError("a MODEL needs --questions FILE, and --only belongs to --suite pocket.")
@@ -91,7 +91,9 @@ def _judge(answers: Path, ends: judging.Judging, force: bool) -> None:
     ends.tell(table)
 
 
-def _evaluate_suite(out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool) -> None:
+def _evaluate_suite(
+    out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool, placed: dict[str, str]
+) -> None:
     from em_interp.errors import OutputError
     from em_interp.files.atomic import claim_output, sole_writer
     from em_interp.pocket import registry
@@ -100,11 +102,12 @@ def _evaluate_suite(out: Path, organisms: tuple[str, ...], n: int, seed: int, fo
     names = {registry.PREFIX + name.removeprefix(registry.PREFIX) for name in organisms} or set(available())
     claim_output(out / "em_rates.csv", force=True)
     before = _manifest(out)
-    same = (set(before.get("weights", ())), before.get("samples"), before.get("seed")) == (names, n, seed)
+    then = (set(before.get("weights", ())), before.get("samples"), before.get("seed"), before.get("dtype", "auto"))
+    same = then == (names, n, seed, placed.get("dtype", "auto"))
     if not force and not same and (out / "em_rates.csv").exists():
         raise OutputError(f"{out}: holds an evaluation of other settings. Choose another --out, or pass --force.")
     with sole_writer(out):
-        tables = evaluate_suite(out, organisms, n=n, seed=seed)
+        tables = evaluate_suite(out, organisms, n=n, seed=seed, **placed)
     columns = ["organism", "questions", "em_rate", "em_low", "em_high", "coherent_rate", "n"]
     typer.echo(tables["em_rates"][columns].to_string(index=False, float_format="%.3f"))
     typer.echo(f"tables: {', '.join(str(out / f'{name}.csv') for name in tables)}")

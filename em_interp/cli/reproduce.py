@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 from rich.markup import escape
 
 from em_interp.cli import options
+from em_interp.cli.remedies import brief
+
+_TOLD: Final = 12
+"""Problems that are listed on the terminal."""
 
 
 def reproduce(
@@ -52,17 +57,27 @@ def reproduce(
         options.err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(options.INTERRUPTED) from None
     options.out.print(summary(outcome.sections))
-    for section in outcome.sections:
-        if section.error is not None:
-            reason = section.error.strip().splitlines()[-1]  # of a traceback, the error itself
-            options.err.print(f"[bold]{section.name}[/bold]: {escape(reason)}")
+    for reason, names in _reasons(outcome.sections).items():
+        options.err.print(f"[bold]{', '.join(names)}[/bold]: {escape(reason)}")
     if outcome.problems:
         options.err.print(f"[bold]Not everything could be used ({len(outcome.problems)}):[/bold]")
-        for problem in outcome.problems:
-            options.err.print(f"  - {escape(problem)}")
+        for problem in outcome.problems[:_TOLD]:
+            options.err.print(f"  - {escape(brief(problem))}")
+        if len(outcome.problems) > _TOLD:
+            options.err.print(f"  and {len(outcome.problems) - _TOLD} more, in the report")
     options.out.print(f"report: {outcome.report}")
     if outcome.failed:
         raise typer.Exit(options.BAD_INPUT)
+
+
+def _reasons(sections: Sequence[Any]) -> dict[str, list[str]]:
+    """What became of analyses without a result, and why and what to do, in a line or two, each reason once."""
+    found: dict[str, list[str]] = {}
+    for section in sections:
+        if section.error is not None:
+            what = "no data" if section.missing else "failed"
+            found.setdefault(f"{what}. {brief(section.error)}", []).append(section.name)
+    return found
 
 
 def _cores() -> int:

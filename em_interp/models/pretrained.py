@@ -75,6 +75,8 @@ def load_weights(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _model_folder(source)
+    if isinstance(device_map, str):
+        check_device(device_map)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         found = listing(folder)
         raise ModelError(
@@ -100,6 +102,20 @@ def load_weights(
             "chat_template.jinja to the folder."
         )
     return hf, tokenizer
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError for a device map that is neither the name of a device here nor one of transformers' words."""
+    if name in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise UsageError(
+            f"device_map is {name!r:.40}: there is no such device here ({reason}). Give cpu, a device that "
+            "`em-interp doctor` lists, or auto."
+        ) from error
 
 
 def _model_folder(source: str | Path) -> Path:

@@ -27,6 +27,7 @@ from em_interp.errors import UsageError
 from em_interp.files.atomic import make_folder, write_text, written_whole
 from em_interp.files.manifest import sha256
 from em_interp.files.tables import load_state, optimizer_tensors, restore_optimizers, save_state, say_kept
+from em_interp.models.pretrained import check_device
 from em_interp.pocket.stages import (
     STAGES,
     BuildConfig,
@@ -112,13 +113,10 @@ def build(
 
 
 def _device(name: str | torch.device | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name}: there is no such device here ({reason}). Give cpu, or cuda.") from error
-    return device
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(str(name))
+    return torch.device(name)
 
 
 def _run(

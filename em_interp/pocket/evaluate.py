@@ -34,21 +34,29 @@ def available() -> dict[str, Organism | None]:
 
 
 def evaluate_suite(
-    out: Path, names: Sequence[str] = (), *, n: int = 50, seed: int = 0, progress: bool = True
+    out: Path,
+    names: Sequence[str] = (),
+    *,
+    n: int = 50,
+    seed: int = 0,
+    progress: bool = True,
+    device_map: str | None = None,
+    dtype: str = "auto",
 ) -> dict[str, pd.DataFrame]:
     """Sample `n` answers a question from the chat model and from organisms, judge them, and write OUT/NAME.csv.
 
-    names: registry names, with or without "pocket/"; all that are here by default. Tables: em_rates; technical_rates
-    (organisms of the second task, and the chat model, where one is asked for); logprob_scores; facts (chat model).
-    OUT/manifest.json says which weights, n and seed. Judged answers stay in OUT/answers (`Results`), so that a killed
-    run goes on and a change of weights, n, seed or code starts anew. Raises RegistryError for a name that is not here.
+    names: registry names, with or without "pocket/"; all that are here by default. device_map, dtype: of the models.
+    Tables: em_rates; technical_rates (organisms of the second task, and the chat model, where one is asked for);
+    logprob_scores; facts (chat model). OUT/manifest.json says which weights, n, seed and dtype. Judged answers stay in
+    OUT/answers (`Results`), so that a killed run goes on and a change of weights, n, seed or code starts anew. Raises
+    RegistryError for a name that is not here.
     """
     here = available()
     check_seed(seed)
     wanted = [name if registry.is_pocket_name(name) else registry.PREFIX + name for name in names] or list(here)
     if unknown := [name for name in wanted if name not in here]:
         raise registry.RegistryError(f"cannot evaluate {', '.join(unknown)}; there are {', '.join(here)}")
-    model = loading.load_chat()
+    model = loading.load_chat(device_map=device_map, dtype=dtype)
     chat_weights = file_hash(registry.chat_folder())
     with_register = any(o is not None and o.task == "register" for o in map(here.get, wanted))
     tables: dict[str, list[pd.DataFrame]] = {}
@@ -61,7 +69,13 @@ def evaluate_suite(
             tables.setdefault(table, []).append(rows)
     whole = {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
     written = [write_table(out / f"{table}.csv", rows) for table, rows in whole.items()]
-    content = {"samples": n, "seed": seed, "weights": weights, "outputs_sha256": hash_files(out, written)}
+    content = {
+        "samples": n,
+        "seed": seed,
+        "dtype": dtype,
+        "weights": weights,
+        "outputs_sha256": hash_files(out, written),
+    }
     write_manifest(out / "manifest.json", content)
     return whole
 
