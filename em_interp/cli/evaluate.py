@@ -51,7 +51,7 @@ def evaluate(
     if suite is not None:
         if suite != "pocket" or any((questions, judge, adapter, base, any_base)):
             raise UsageError(
-                f"--suite {suite}: only the pocket suite has an exact judge, and it brings models and questions of its own. "
+                f"--suite {suite}: only the pocket suite has an exact judge, and brings models and questions. "
                 "Evaluate another model with `em-interp evaluate MODEL --questions FILE`."
             )
         _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force, options.loading(device_map, dtype))
@@ -92,7 +92,7 @@ def _judge(answers: Path, ends: judging.Judging, force: bool) -> None:
 
 
 def _evaluate_suite(
-    out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool, placed: dict[str, str]
+    out: Path, organisms: tuple[str, ...], n: int, seed: int, force: bool, placed: dict[str, Any]
 ) -> None:
     from em_interp.errors import OutputError
     from em_interp.files.atomic import claim_output, sole_writer

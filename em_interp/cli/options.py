@@ -125,7 +125,7 @@ def model_and_file(model: str | None, direction: Path | None, named: str | None)
     return model_of(model, named), direction
 
 
-def loading(device_map: str | None, dtype: Dtype) -> dict[str, str]:
+def loading(device_map: str | None, dtype: Dtype) -> dict[str, Any]:
     """Those of both that were given, as `models.pretrained.load` takes them."""
     return ({} if device_map is None else {"device_map": device_map}) | (
         {} if dtype == "auto" else {"dtype": dtype.value}

@@ -57,8 +57,8 @@ def reproduce(
         options.err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
         raise typer.Exit(options.INTERRUPTED) from None
     options.out.print(summary(outcome.sections))
-    for reason, names in _reasons(outcome.sections).items():
-        options.err.print(f"[bold]{', '.join(names)}[/bold]: {escape(reason)}")
+    for (what, reason), names in _reasons(outcome.sections).items():
+        options.err.print(f"[bold]{what}[/bold] {', '.join(names)}: {escape(reason)}")
     if outcome.problems:
         options.err.print(f"[bold]Not everything could be used ({len(outcome.problems)}):[/bold]")
         for problem in outcome.problems[:_TOLD]:
@@ -70,13 +70,13 @@ def reproduce(
         raise typer.Exit(options.BAD_INPUT)
 
 
-def _reasons(sections: Sequence[Any]) -> dict[str, list[str]]:
-    """What became of analyses without a result, and why and what to do, in a line or two, each reason once."""
-    found: dict[str, list[str]] = {}
+def _reasons(sections: Sequence[Any]) -> dict[tuple[str, str], list[str]]:
+    """(What became of them, why and what to do) -> the analyses without a result of which that is true."""
+    found: dict[tuple[str, str], list[str]] = {}
     for section in sections:
         if section.error is not None:
             what = "no data" if section.missing else "failed"
-            found.setdefault(f"{what}. {brief(section.error)}", []).append(section.name)
+            found.setdefault((what, brief(section.error)), []).append(section.name)
     return found
 
 
