@@ -41,7 +41,7 @@ def in_options(message: str) -> str:
     return message
 
 
-def brief(message: str, longest: int = 240) -> str:
+def brief(message: str, longest: int = 300) -> str:
     """A message in a line or two: of a traceback the error itself, of a long one the beginning and the end."""
     line = " ".join(message.strip().splitlines()[-1].split()) if message.startswith("Traceback") else message
     line = in_options(" ".join(line.split()))
