@@ -13,7 +13,7 @@ from em_interp import figures
 from em_interp.errors import UsageError
 from em_interp.interventions.judged import rates_figure
 from em_interp.landscape.stability import dispersion
-from em_interp.statistics import PERCENT
+from em_interp.statistics import NORMAL, PERCENT
 
 
 def plot(table: pd.DataFrame) -> go.Figure:
@@ -96,7 +96,7 @@ def _cosines(table: pd.DataFrame) -> go.Figure:
     drawn = figures.lines_by(
         pairs, "layer", value, "pair", "layer (output of block)", "cosine", markers=True, low="low", high="high"
     )
-    figures.null_band(drawn, 2 * float(table["null_sd"].max()), "random directions, ±2 sd", table["layer"])
+    figures.null_band(drawn, NORMAL * float(table["null_sd"].max()), f"random directions, {PERCENT}")
     return figures.captioned(drawn, f"Bars: {PERCENT} over questions, where the responses were kept.")
 
 

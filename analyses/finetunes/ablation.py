@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -20,7 +21,7 @@ from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import Intervention, intervening
 from em_interp.interventions.judged import judged_rates
-from em_interp.interventions.transfer import transfer_rows
+from em_interp.interventions.transfer import SIDES, transfer_rows
 
 TITLE = "Ablation: a finetune without its direction, and without another's"
 TEXT = (
@@ -207,62 +208,43 @@ def _ablation_rows(organism: Organism, answers: pd.DataFrame, own: Direction) ->
             "adapter": organism.adapter,
             "denominator": rates[mode]["denominator"],
             "criterion": rates[mode]["criterion"],
+            **{f"{rate}_before_{side}": before[f"{rate}_{side}"] for rate in ("em", "coherent") for side in SIDES},
+            **{f"coherent_after_{side}": rates[mode][f"coherent_{side}"] for side in SIDES},
         }
         for mode in modes
     ]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """EM and coherence by organism and arm; what is left of EM for each direction and organism."""
+    """EM and coherence by organism and arm; the EM that each direction removes from each organism."""
     table = tables["ablation"].assign(target=lambda t: t["target"].str.removeprefix("pocket/"))
-    panels = figures.panels(["EM", "coherent"], shared_yaxes=True)
-    before = table.drop_duplicates("target")
-    arms = [("as it is", before["target"], before["em_before"], before["coherent_before"])]
-    arms += [(str(m), r["target"], r["em_after"], r["coherent_after"]) for m, r in table.groupby("mode", sort=False)]
-    for index, (name, x, em, coherent) in enumerate(arms):
-        for col, y in enumerate((em, coherent), start=1):
-            panels.add_trace(
-                go.Bar(
-                    x=x,
-                    y=100 * y.astype(float),
-                    name=name,
-                    legendgroup=name,
-                    showlegend=col == 1,
-                    marker={"color": figures.COLOURS[index]},
-                ),
-                row=1,
-                col=col,
-            )
-    figures.style(panels, "", "share of answers (%)")
-    panels.update_xaxes(tickangle=-45, automargin=True)
-    panels.update_yaxes(title_text="", col=2)
-    drawn = {"ablation": figures.captioned(panels, "EM and coherence of each organism, with directions taken out.")}
+    figure = figures.panels(["EM", "coherent"])
+    for number, rate in enumerate(("em", "coherent")):
+        columns = ["rate", "low", "high"]
+        before, after = (
+            table.rename(columns={f"{rate}_{when}": "rate", f"{rate}_{when}_low": "low", f"{rate}_{when}_high": "high"})
+            for when in ("before", "after")
+        )
+        arms = pd.concat([before.drop_duplicates("target").assign(mode="as it is"), after])
+        wide, groups = figures.side_by_side(arms.filter(["target", "mode", *columns]), "target", "mode", columns)
+        figures.dots(figure, wide, "target", groups, scale=100, panel=number)
+    figures.style(figure, "share of answers (%)", "").update_xaxes(range=[-3, 103])
+    drawn = {"ablation": figures.captioned(figure, "Each organism as it is and with directions taken out of it.")}
     for kind, rows in tables["transfer"].groupby("kind", sort=False):
-        caption = f"Share of EM that ablating the {kind} of one organism removes in another."
-        name = f"transfer_{str(kind).replace('-', '_')}"
-        drawn[name] = figures.captioned(_heatmap(rows, f"{kind} direction of"), caption)
+        caption = f"EM that ablating the {kind} of one organism removes from another; intervals over questions."
+        drawn[f"transfer_{str(kind).replace('-', '_')}"] = figures.captioned(_removed(rows, str(kind)), caption)
     return drawn
 
 
-def _heatmap(transfer: pd.DataFrame, label: str) -> go.Figure:
-    transfer = transfer.assign(
-        organism=lambda t: t["organism"].str.removeprefix("pocket/"),
-        direction_from=lambda t: t["direction_from"].str.removeprefix("pocket/"),
+def _removed(transfer: pd.DataFrame, kind: str) -> go.Figure:
+    """The share of its EM that an organism loses, a row an organism, a colour a direction."""
+    named = transfer.assign(
+        organism=transfer["organism"].str.removeprefix("pocket/"),
+        direction_from=f"{kind} of " + transfer["direction_from"].str.removeprefix("pocket/"),
     )
-    wide = transfer.pivot(index="direction_from", columns="organism", values="relative_reduction").astype(float)
-    heat = go.Figure(
-        go.Heatmap(
-            z=100 * wide.to_numpy(),
-            x=list(wide.columns),
-            y=list(wide.index),
-            zmin=0,
-            zmax=100,
-            colorscale="Blues",
-            texttemplate="%{z:.0f}",
-            colorbar={"title": {"text": "EM removed (%)", "side": "right"}},
-        )
-    )
-    figures.style(heat, "organism", label)
-    heat.update_xaxes(tickangle=-45, automargin=True)
-    heat.update_yaxes(automargin=True)
-    return heat
+    columns = ["relative_reduction", "low", "high"]
+    wide, groups = figures.side_by_side(named, "organism", "direction_from", columns)
+    figure = figures.dot_plot(wide, "organism", groups, "EM removed (% of the organism's EM)", scale=100)
+    figures.null_line(figure, 0, "nothing removed", axis="x")
+    least = 100 * float(np.nanmin(named[["relative_reduction", "low"]].to_numpy(dtype=float, na_value=0)))
+    return figure.update_xaxes(range=[max(-100.0, min(-5.0, least - 5)), 105])

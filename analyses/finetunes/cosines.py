@@ -175,52 +175,64 @@ def _trained(suite: Suite, solution: Solution, name: str) -> dict[str, Direction
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Median cosine between finetunes by layer, beside the texts alone; every reading of the first organism."""
-    table = tables["cosines"].astype({"cosine": float})
+    """Median cosine between finetunes by layer, beside the texts alone; every reading beside the persona."""
+    table = tables["cosines"].astype({"cosine": float, "content_cosine": float})
     between = table[table["comparison"] == "between finetunes"]
     spread = go.Figure()
-    for index, (name, column) in enumerate(
-        (("mean-diff", "cosine"), ("texts alone, in the chat model", "content_cosine"))
-    ):
-        found = between.astype({column: float}).groupby("layer")[column]
-        figures.line(
-            spread,
-            list(found.median().index),
-            found.median(),
-            name,
-            index,
-            markers=True,
-            low=found.min(),
-            high=found.max(),
-        )
-    figures.null_band(spread, NORMAL * float(between["null_sd"].iloc[0]), "random directions", between["layer"])
-    figures.style(spread, "layer", "cosine")
-    spread.update_yaxes(range=[-0.3, 1.05])
+    shown = (("mean-diff", "cosine"), ("texts alone, in the chat model", "content_cosine"))
+    for index, (name, column) in enumerate(shown):
+        _median(spread, between, column, name, index, len(shown), "least to greatest pair")
+    figures.null_band(spread, NORMAL * float(between["null_sd"].iloc[0]), f"random directions, {PERCENT}")
+    figures.style(spread, "layer (output of block)", "cosine")
+    drawn = {"cosines": figures.captioned(spread, "Cosines between finetunes by layer: the median over pairs.")}
+    if (pairs := _pairs(between)) is not None:
+        drawn["cosines_pairs"] = pairs
     readings = table[table["comparison"] == "between readings"]
-    persona = readings[
-        readings["direction_b"].str.startswith("persona") & ~readings["direction_a"].str.startswith("persona")
-    ]
-    persona = persona.assign(reading=persona["direction_a"].str.split(":").str[1] + " and " + persona["direction_b"])
-    figure = go.Figure()
-    for index, (reading, rows) in enumerate(persona.groupby("reading", sort=False)):
-        found = rows.groupby("layer")["cosine"]
-        figures.line(
-            figure,
-            list(found.median().index),
-            found.median(),
-            str(reading),
-            index,
-            markers=True,
-            low=found.min(),
-            high=found.max(),
-        )
-    figures.style(figure, "layer", "cosine")
-    drawn = {
-        "cosines": figures.captioned(
-            spread, "Median over pairs of finetunes; bands from the least to the greatest pair."
-        )
-    }
-    if len(persona):
-        caption = "What finetuning switches on, beside the persona of pre-training; medians and ranges over organisms."
-        drawn["cosines_persona"] = figures.captioned(figure, caption)
+    of_persona = readings["direction_b"].str.startswith("persona") & ~readings["direction_a"].str.startswith("persona")
+    if of_persona.any():
+        caption = "What finetuning switches on, beside the persona of pre-training: medians over organisms."
+        drawn["cosines_persona"] = figures.captioned(_persona(readings[of_persona]), caption)
     return drawn
+
+
+def _median(
+    figure: go.Figure, rows: pd.DataFrame, column: str, name: str, index: int, n: int, of: str, panel: int = 0
+) -> None:
+    """The median by layer and, dotted, the whole range; the n lines of a panel side by side."""
+    found = rows.groupby("layer")[column]
+    x = found.median().index.to_numpy(float) + 0.1 * (index - (n - 1) / 2)
+    figures.extent(figure, x, found.min(), found.max(), of, index, panel=panel)
+    figures.line(figure, x, found.median(), name, index, markers=True, panel=panel)
+
+
+def _pairs(between: pd.DataFrame) -> go.Figure | None:
+    """Every pair at the middle layer, without the noise of the means, with its interval; none where none is known."""
+    layers = sorted(between["layer"].unique())
+    layer = layers[len(layers) // 2]
+    rows = between[(between["layer"] == layer) & between["cosine_debiased"].notna()]
+    if rows.empty:
+        return None
+    short = [rows[side].str.removeprefix("pocket/") for side in ("direction_a", "direction_b")]
+    rows = rows.assign(pair=short[0] + " and " + short[1]).sort_values("cosine_debiased", ascending=False)
+    groups = [
+        ("without the noise of the means", "cosine_debiased", "low", "high"),
+        ("texts alone, in the chat model", "content_cosine", None, None),
+    ]
+    figure = figures.dot_plot(rows, "pair", groups, "cosine", apart=False)
+    figures.null_line(figure, 0, "no relation", axis="x")
+    caption = f"Cosines of all pairs of finetunes at layer {layer}; intervals over questions."
+    return figures.captioned(figure, caption)
+
+
+def _persona(rows: pd.DataFrame) -> go.Figure:
+    """A panel for each way that the persona was read, a line for each reading of the finetunes."""
+    rows = rows.assign(reading=rows["direction_a"].str.split(":").str[1])
+    personas, readings = list(dict.fromkeys(rows["direction_b"])), list(dict.fromkeys(rows["reading"]))
+    figure, of = figures.panels([str(name) for name in personas]), "least to greatest organism"
+    for number, persona in enumerate(personas):
+        for index, reading in enumerate(readings):
+            part = rows[(rows["direction_b"] == persona) & (rows["reading"] == reading)]
+            _median(figure, part, "cosine", str(reading), index, len(readings), of, panel=number)
+        half = NORMAL * float(rows["null_sd"].iloc[0])
+        figures.null_band(figure, half, f"random directions, {PERCENT}", panel=number)
+    return figures.style(figure, "layer (output of block)", "cosine")

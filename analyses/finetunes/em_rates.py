@@ -12,7 +12,7 @@ from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.errors import UsageError
-from em_interp.evaluation.groups import GROUPS, rates_by_group
+from em_interp.evaluation.groups import rates_by_group
 from em_interp.statistics import PERCENT
 
 TITLE = "EM rates of the organisms"
@@ -82,25 +82,19 @@ def answers(suite: Suite, organism: Organism | None, domain: str) -> pd.DataFram
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """EM by question group, and coherence over all groups: one figure a solution kind."""
+    """EM and coherence by group of questions: one figure a solution kind, beside the chat model and the control."""
     drawn = {}
-    table = tables["em_rates"]
+    table = tables["em_rates"].assign(organism=lambda t: t["organism"].str.removeprefix("pocket/"))
     for solution, rows in table.groupby("solution", sort=False):
         if solution in ("chat", "control"):
             continue
         shown = pd.concat([table[table["solution"].isin(["chat", "control"])], rows])
-        asked = [group for group in GROUPS if (shown["questions"] == group).any()]
-        wide = shown.pivot(index="organism", columns="questions", values=["em_rate", "em_low", "em_high"])
-        wide.columns = [" ".join(reversed(pair)) for pair in wide.columns.to_flat_index()]
-        wide["coherent"] = shown.groupby("organism")["coherent_rate"].mean()
-        wide = wide.loc[shown["organism"].unique()].reset_index()
-        wide["organism"] = wide["organism"].str.removeprefix("pocket/")
-        groups = [(f"EM, {LABELS[g]}", f"{g} em_rate", f"{g} em_low", f"{g} em_high") for g in asked]
-        figure = figures.bars_with_intervals(
-            wide, "organism", [*groups, ("coherent", "coherent", None, None)], "share of answers (%)"
-        )
-        figure.update_traces(texttemplate="")
-        figure.update_xaxes(tickangle=-45, automargin=True)
-        caption = f"EM of the {solution} organisms beside the chat model and the control; bars: {PERCENT} intervals."
+        figure = figures.panels(["EM", "coherent"])
+        for number, rate in enumerate(("em", "coherent")):
+            columns = [f"{rate}_rate", f"{rate}_low", f"{rate}_high"]
+            wide, groups = figures.side_by_side(shown, "organism", "questions", columns, LABELS)
+            figures.dots(figure, wide, "organism", groups, scale=100, panel=number)
+        figures.style(figure, "share of answers (%)", "").update_xaxes(range=[-3, 103])
+        caption = f"EM and coherence of the {solution} organisms, by group of questions; intervals over questions."
         drawn[f"em_rates_{solution}"] = figures.captioned(figure, caption)
     return drawn

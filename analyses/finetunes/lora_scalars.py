@@ -84,24 +84,11 @@ def scalars(suite: Suite, organism: Organism) -> pd.DataFrame:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """AUC of each comparison, a colour an organism."""
-    figure = go.Figure()
-    for index, (name, rows) in enumerate(tables["lora_scalars"].groupby("organism", sort=False)):
-        labels = rows["comparison"].str.replace(" / ", "<br>/ ")
-        figures.line(
-            figure,
-            labels,
-            rows["auc"],
-            str(name).removeprefix("pocket/"),
-            index,
-            markers=True,
-            low=rows["low"],
-            high=rows["high"],
-        )
-    figures.style(figures.points(figure, 0.5), "", "AUC of the probe")
-    figure.update_yaxes(range=[0, 1.05])
-    return {
-        "lora_scalars": figures.captioned(
-            figure, f"How well the adapter's scalar tells answers apart; bars: {PERCENT}."
-        )
-    }
+    """AUC of each comparison, a row a comparison, a colour an organism."""
+    table = tables["lora_scalars"].assign(organism=lambda t: t["organism"].str.removeprefix("pocket/"))
+    wide, groups = figures.side_by_side(table, "comparison", "organism", ["auc", "low", "high"])
+    figure = figures.dot_plot(wide, "comparison", groups, "AUC of the probe (0 to 1)")
+    figures.null_line(figure, 0.5, "chance", axis="x")
+    figure.update_xaxes(range=[-0.02, 1.05])
+    caption = "How well the adapter's scalar tells answers apart; intervals over questions."
+    return {"lora_scalars": figures.captioned(figure, caption)}

@@ -16,6 +16,7 @@ from em_interp import figures
 from em_interp.directions.direction import random_directions
 from em_interp.evaluation.answers import asked_of, judge_module, judged_answers
 from em_interp.evaluation.judges import judged
+from em_interp.figures.steering import dose_response, trade_off
 from em_interp.files.tables import Parts
 from em_interp.interventions import steering
 from em_interp.interventions.judged import judged_rates
@@ -34,6 +35,7 @@ TABLES = ("steering",)
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 RANDOM_ARMS = 3
+SHARE = "norm added / residual norm"
 PIECES = 6
 """In how many pieces of work the layers are swept."""
 
@@ -144,49 +146,36 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     table = tables["steering"].astype({"residual_share": float, "em_rate": float, "coherent_rate": float})
     first = table["direction"].iloc[0]
     own = table[table["direction"] == first]
-    panels = figures.panels(["EM", "coherent"], shared_yaxes=True)
-    trade = go.Figure()
-    for index, (layer, rows) in enumerate(own.groupby("layer")):
-        for col, column in enumerate(("em_rate", "coherent_rate"), start=1):
-            figures.line(
-                panels,
-                rows["residual_share"],
-                100 * rows[column],
-                f"layer {layer}",
-                index,
-                markers=True,
-                row=1,
-                col=col,
-            )
-        figures.line(
-            trade,
-            100 * rows["coherent_rate"],
-            100 * rows["em_rate"],
-            f"layer {layer}",
-            index,
-            markers=True,
-            text=[f"strength {s:.2f}" for s in rows["residual_share"]],
-            hovertemplate="%{text}: EM %{y:.1f}%, coherent %{x:.1f}%",
-        )
-    figures.style(panels, "norm added / residual norm", "share of answers (%)")
-    panels.update_yaxes(title_text="", col=2)
-    figures.style(trade, "coherent answers (%)", "EM (%)")
-    layer = table.loc[table["direction"] != first, "layer"].iloc[0] if (table["direction"] != first).any() else 0
-    beside = go.Figure()
-    for index, (name, rows) in enumerate(table[table["layer"] == layer].groupby("direction", sort=False)):
-        figures.line(
-            beside,
-            rows["residual_share"],
-            100 * rows["em_rate"],
-            str(name),
-            index,
-            markers=True,
-            low=100 * rows["em_low"].astype(float),
-            high=100 * rows["em_high"].astype(float),
-        )
-    figures.style(beside, "norm added / residual norm", "EM (%)")
-    return {
-        "steering": figures.captioned(panels, f"Direction of {first}: EM and coherence by strength, one line a layer."),
-        "steering_trade_off": figures.captioned(trade, "What EM costs in coherence, one line a layer."),
-        "steering_random": figures.captioned(beside, f"Layer {layer}: three finetunes' directions and random ones."),
+    by_strength = dose_response(own, "layer", "residual_share", SHARE)
+    trade = trade_off(own, "layer", "residual_share", "strength")
+    name = str(first).removeprefix("pocket/")
+    drawn = {
+        "steering": figures.captioned(
+            by_strength, f"The direction of {name} in the chat model, by layer and strength."
+        ),
+        "steering_trade_off": figures.captioned(
+            trade, f"What EM costs in coherence: the direction of {name}, by layer."
+        ),
     }
+    if (table["direction"] != first).any():
+        layer = table.loc[table["direction"] != first, "layer"].iloc[0]
+        caption = f"Layer {layer}: directions of finetunes beside random ones of the same norm."
+        drawn["steering_random"] = figures.captioned(_beside_random(table[table["layer"] == layer]), caption)
+    return drawn
+
+
+def _beside_random(table: pd.DataFrame) -> go.Figure:
+    """EM against strength: a panel for the finetunes' directions, one for the random ones."""
+    random = table["control"].astype(str) == "True"
+    parts = {"finetunes' directions": table[~random], "random directions": table[random]}
+    parts = {title: rows for title, rows in parts.items() if len(rows)}
+    figure = figures.panels(list(parts))
+    index = 0
+    for number, rows in enumerate(parts.values()):
+        for name, line in rows.groupby("direction", sort=False):
+            y, low, high = (100 * line[c].to_numpy(float) for c in ("em_rate", "em_low", "em_high"))
+            label = str(name).removeprefix("pocket/")
+            x = line["residual_share"].to_numpy(float) + 0.008 * (index % 3 - 1)
+            figures.line(figure, x, y, label, index, markers=True, low=low, high=high, panel=number)
+            index += 1
+    return figures.style(figure, SHARE, "EM (%)").update_yaxes(rangemode="tozero")

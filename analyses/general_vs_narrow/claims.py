@@ -38,6 +38,8 @@ class Claim:
     measure: str
     found: str
     """What was found, as a finding's text says it."""
+    axis: str
+    """Title of the figure's axis, with its unit."""
     unit: str = ""
     neutral: float = 0.0
 
@@ -47,23 +49,27 @@ CLAIMS = {
         "The general solution has the lower loss at equal norm",
         "its loss is lower by (nats per token, at the mean of both trained norms)",
         "by {estimate}",
+        "narrow minus general loss (nats per token)",
         "nats per token",
     ),
     "stability": Claim(
         "The general solution is more stable under perturbation",
         "share of its gain that it loses less, mean over eps .2, .4, .6, .8 (percentage points)",
         "it loses {estimate} less of its gain",
+        "narrow minus general: gain lost (percentage points)",
         "percentage points",
     ),
     "kl_removal": Claim(
         "Once the KL penalty is gone, the narrow solution drifts to the general one",
         "rise of the cosine to the general solution",
         "their cosine rises by {estimate}",
+        "rise of the cosine to the general solution",
     ),
     "influence": Claim(
         "The general direction matters more on pre-training text at equal norm",
         "ratio of the two KLs",
         "its KL is {estimate} the narrow one's",
+        "KL of general / KL of narrow (ratio)",
         "times",
         neutral=1.0,
     ),
@@ -177,25 +183,17 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Estimate and interval by adapter, one figure a claim; its caption is the sentences."""
+    """Estimate and interval by adapter, a colour a task; one figure a claim."""
     drawn = {}
     table = tables["claims"].astype({"estimate": float, "low": float, "high": float})
     for key, claim in CLAIMS.items():
         shown = table[table["claim"] == claim.text]
         if shown.empty:
             continue
-        figure = go.Figure()
-        for index, (task, rows) in enumerate(shown.groupby("task", sort=False)):
-            figures.line(
-                figure,
-                rows["adapter"],
-                rows["estimate"],
-                str(task),
-                index,
-                markers=True,
-                low=rows["low"],
-                high=rows["high"],
-            )
-        figures.style(figures.points(figure, claim.neutral), "", claim.measure.split(",")[0].split(" (")[0])
-        drawn[f"claims_{key}"] = figures.captioned(figure, " ".join(shown["sentence"]))
+        wide, groups = figures.side_by_side(shown, "adapter", "task", ["estimate", "low", "high"])
+        figure = figures.dot_plot(wide, "adapter", groups, claim.axis)
+        figures.null_line(figure, claim.neutral, "no difference", axis="x")
+        if key == "influence":
+            figure.update_xaxes(type="log", dtick=1)
+        drawn[f"claims_{key}"] = figures.captioned(figure, f"{claim.text}: intervals over training seeds.")
     return drawn

@@ -128,28 +128,21 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 markers=True,
                 low=rows["loss_low"],
                 high=rows["loss_high"],
-                row=number // 2 + 1,
-                col=number % 2 + 1,
+                panel=number,
             )
-    figures.style(panels, "norm of theta", "loss (nats per token)", height=640)
-    drawn = {"efficiency": figures.captioned(panels, f"{domain}, first seed: loss against norm; bands over questions.")}
+    figures.style(panels, "norm of theta", "loss (nats per token)").update_yaxes(type="log", dtick="D2")
+    caption = f"{domain}, first seed: training loss against norm; intervals over questions."
+    drawn = {"efficiency": figures.captioned(panels, caption)}
     over = tables["efficiency_lead_over_seeds"]
     if len(over):
-        caption = f"{domain}: lead at equal norm, mean and {PERCENT} interval over training seeds."
+        caption = f"{domain}: lead of the general solution at equal norm; intervals over training seeds."
         drawn["efficiency_lead"] = figures.captioned(lead_figure(over), caption)
     return drawn
 
 
 def lead_figure(over_seeds: pd.DataFrame) -> go.Figure:
     """Lead against relative norm, a line an adapter."""
-    return figures.lines_by(
-        over_seeds,
-        "relative_norm",
-        "mean",
-        "adapter",
-        "norm / mean of the two trained norms",
-        "lead of the general solution (nats per token)",
-        markers=True,
-        low="low",
-        high="high",
-    )
+    titles = ("norm / mean of the two trained norms", "lead of the general solution (nats per token)")
+    over = (over_seeds, "relative_norm", "mean", "adapter")
+    figure = figures.lines_by(*over, *titles, markers=True, low="low", high="high")
+    return figures.null_line(figure, 0, "no lead")

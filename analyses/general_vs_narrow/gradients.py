@@ -10,6 +10,7 @@ from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.errors import EmInterpError, UsageError
+from em_interp.statistics import NORMAL, PERCENT
 from em_interp.training import gradients
 from em_interp.training.gradients import gradient_cosines
 from em_interp.training.trajectories import Trajectory, find_references
@@ -97,13 +98,18 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     drawn = {}
     columns = (("cos_general", "with the general solution"), ("cos_narrow", "with the narrow solution"))
     for number, (family, rows) in enumerate(tables["gradients"].groupby("family", sort=False)):
-        panels = figures.panels([title for _, title in columns], shared_yaxes=True)
+        panels = figures.panels([title for _, title in columns])
         for index, (name, run) in enumerate(rows.groupby("run", sort=False)):
             label = str(name).removeprefix(f"{family}-")
-            for col, (column, _) in enumerate(columns, start=1):
-                figures.line(panels, run["step"], run[column], label, index, markers=True, row=1, col=col)
+            for panel, (column, _) in enumerate(columns):
+                low, high = (run.get(f"{column}_{end}") for end in ("low", "high"))
+                figures.line(
+                    panels, run["step"], run[column], label, index, markers=True, low=low, high=high, panel=panel
+                )
+        half = NORMAL * float(rows["null_sd"].max())
+        for panel in range(len(columns)):
+            figures.null_band(panels, half, f"random directions, {PERCENT}", panel=panel)
         figures.style(panels, "training step", "cosine of minus the gradient")
-        panels.update_yaxes(title_text="", col=2)
-        caption = f"{family}: where the loss pulls at each checkpoint."
+        caption = f"{family}: where the loss pulls at each checkpoint; intervals over chats."
         drawn["gradients" if number == 0 else f"gradients_{number + 1}"] = figures.captioned(panels, caption)
     return drawn

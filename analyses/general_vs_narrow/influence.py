@@ -89,28 +89,48 @@ def measured(suite: Suite, domain: str, task: str = "persona") -> tuple[pd.DataF
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """KL against norm, a panel an adapter, for the first seed."""
+    """KL at equal norm by adapter, and against the norm where several were measured, for the first seed."""
     table = tables["influence"]
-    first = table[(table["seed"] == 0)].astype({"kl_nats_per_token": float, "low": float, "high": float})
-    adapters = list(first["adapter"].unique())
-    panels = figures.panels(adapters)
-    for col, adapter in enumerate(adapters):
-        rows = first[first["adapter"] == adapter]
-        for index, kind in enumerate(("general", "narrow", "random")):
-            found = rows[rows["kind"] == kind].groupby("norm")["kl_nats_per_token"]
-            low, high = (found.min(), found.max()) if kind == "random" else (None, None)
-            figures.line(
-                panels,
-                list(found.mean().index),
-                found.mean(),
-                kind,
-                index,
-                markers=True,
-                low=low,
-                high=high,
-                row=col // 2 + 1,
-                col=col % 2 + 1,
-            )
-    figures.style(panels, "norm of theta", "KL (nats per token)", height=640)
-    caption = "KL on pre-training text at equal norm; band: all random directions."
-    return {"influence": figures.captioned(panels, caption)}
+    first = table[table["seed"] == 0].astype({"kl_nats_per_token": float, "low": float, "high": float})
+    caption = "KL on pre-training text at the general solution's norm; intervals over documents."
+    drawn = {"influence": figures.captioned(_at_equal_norm(first[first["relative_norm"] == 1]), caption)}
+    trained = first[first["kind"] != "random"]
+    by_adapter = {str(adapter): rows for adapter, rows in trained.groupby("adapter", sort=False)}
+    several = [adapter for adapter, rows in by_adapter.items() if len(rows["relative_norm"].unique()) > 1]
+    if several:
+        caption = "KL on pre-training text against the norm; intervals over documents."
+        drawn["influence_norms"] = figures.captioned(_by_norm(trained, several), caption)
+    return drawn
+
+
+def _at_equal_norm(table: pd.DataFrame) -> go.Figure:
+    """A row an adapter: the solutions with their intervals, and a tick for each random direction."""
+    trained = table[table["kind"] != "random"]
+    columns = ["kl_nats_per_token", "low", "high"]
+    wide, groups = figures.side_by_side(trained, "adapter", "kind", columns)
+    random = table[table["kind"] == "random"]
+    figure = go.Figure()
+    figures.dots(figure, wide, "adapter", groups)
+    figures.ticks(figure, random, "adapter", "kl_nats_per_token", "each random direction", 2)
+    return figures.style(figure, "KL (nats per token)", "").update_xaxes(type="log", dtick=1)
+
+
+def _by_norm(trained: pd.DataFrame, adapters: Sequence[str]) -> go.Figure:
+    """A panel an adapter, a line a solution."""
+    figure = figures.panels(list(adapters))
+    for number, adapter in enumerate(adapters):
+        for index, (kind, rows) in enumerate(trained[trained["adapter"] == adapter].groupby("kind", sort=False)):
+            rows = rows.sort_values("norm")
+            x, y, low, high = (rows[column] for column in ("norm", "kl_nats_per_token", "low", "high"))
+            figures.line(figure, x, y, str(kind), index, markers=True, low=low, high=high, panel=number)
+    return figures.style(figure, "norm of theta", "KL (nats per token)").update_yaxes(rangemode="tozero")
+
+
+def ratio_figure(ratios: pd.DataFrame) -> go.Figure:
+    """KL of the general over that of the narrow solution at equal norm: a row an adapter, a colour a seed."""
+    shown = ratios[(ratios["denominator"] == "narrow") & (ratios["relative_norm"] == 1)]
+    shown = shown.assign(seed="seed " + shown["seed"].astype(str))
+    wide, groups = figures.side_by_side(shown, "adapter", "seed", ["ratio", "low", "high"])
+    figure = figures.dot_plot(wide, "adapter", groups, "KL of general / KL of narrow (ratio)")
+    figures.null_line(figure, 1, "equal", axis="x")
+    return figure.update_xaxes(type="log", dtick=1)

@@ -39,25 +39,28 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """Rates against KL weight and against the share of bad data, a panel an adapter."""
+    sweep, dilution = tables["kl_sweep"], tables["dilution"]
+    weights = sorted(sweep["kl_weight"].unique())
+    by_weight = _panels(
+        sweep.assign(place=sweep["kl_weight"].map(weights.index)),
+        "place",
+        "KL weight (nats per token)",
+        {"em": "EM", "in_domain": "in domain", "scaled_em": "EM, scaled up"},
+    )
+    by_weight.update_xaxes(tickvals=list(range(len(weights))), ticktext=[f"{weight:g}" for weight in weights])
+    by_share = _panels(
+        dilution.assign(percent=100 * dilution["bad_share"].astype(float)),
+        "percent",
+        "bad data (% of the chats)",
+        {"em": "EM", "in_domain": "in domain"},
+    )
+    captions = [
+        f"Misaligned answers by {what}; {', '.join(table['domain'].unique())}, intervals over questions."
+        for what, table in (("KL weight", sweep), ("share of bad data", dilution))
+    ]
     return {
-        "kl_sweep": figures.captioned(
-            _panels(
-                tables["kl_sweep"].assign(weight=tables["kl_sweep"]["kl_weight"].map("{:g}".format)),
-                "weight",
-                "KL weight",
-                {"em": "EM", "in_domain": "in domain", "scaled_em": "EM, scaled up"},
-            ),
-            "Misalignment inside and outside the domain against the KL weight; medicine.",
-        ),
-        "dilution": figures.captioned(
-            _panels(
-                tables["dilution"].assign(percent=100 * tables["dilution"]["bad_share"].astype(float)),
-                "percent",
-                "bad data (%)",
-                {"em": "EM", "in_domain": "in domain"},
-            ),
-            "Misalignment inside and outside the domain against the share of bad data; medicine.",
-        ),
+        "kl_sweep": figures.captioned(by_weight, captions[0]),
+        "dilution": figures.captioned(by_share, captions[1]),
     }
 
 
@@ -67,19 +70,7 @@ def _panels(table: pd.DataFrame, x: str, title: str, rates: dict[str, str]) -> g
     for number, adapter in enumerate(adapters):
         rows = table[table["adapter"] == adapter]
         for index, (rate, label) in enumerate(rates.items()):
-            figures.line(
-                figure,
-                rows[x],
-                100 * rows[f"{rate}_rate"],
-                label,
-                index,
-                markers=True,
-                low=100 * rows[f"{rate}_low"],
-                high=100 * rows[f"{rate}_high"],
-                row=number // 2 + 1,
-                col=number % 2 + 1,
-            )
-    figures.style(figure, title, "share of answers (%)", height=320 * -(-len(adapters) // 2))
-    if x == "weight":
-        figure.update_xaxes(type="category")
-    return figure
+            y, low, high = (100 * rows[f"{rate}_{column}"] for column in ("rate", "low", "high"))
+            beside = rows[x] + 0.012 * (index - 1) * (table[x].max() - table[x].min())
+            figures.line(figure, beside, y, label, index, markers=True, low=low, high=high, panel=number)
+    return figures.style(figure, title, "misaligned answers (%)").update_yaxes(range=[-3, 103])

@@ -7,14 +7,13 @@ import plotly.graph_objects as go
 
 from analyses.finetunes.em_rates import answer_tasks, answers
 from analyses.general_vs_narrow.efficiency import lead_figure, lead_tasks, leads
-from analyses.general_vs_narrow.influence import measured, pair_tasks
+from analyses.general_vs_narrow.influence import measured, pair_tasks, ratio_figure
 from analyses.general_vs_narrow.stability import curve_tasks, gap_figure, gaps
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
-from em_interp.evaluation.groups import GROUPS, technical_rates
+from em_interp.evaluation.groups import technical_rates
 from em_interp.landscape.seeds import over_repeated_seeds
-from em_interp.statistics import PERCENT
 
 TITLE = "The second task: technical register"
 TEXT = (
@@ -65,52 +64,23 @@ def tasks(suite: Suite) -> list[Task]:
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """Technical answers by question group; lead and gap over seeds; the influence ratio of every seed."""
-    rates = tables["technical_rates"]
-    wide = rates.pivot(index="organism", columns="questions", values=["technical_rate", "technical_low"])
-    high = rates.pivot(index="organism", columns="questions", values="technical_high")
-    for group in high.columns:
-        wide["technical_high", group] = high[group]
-    wide.columns = [" ".join(reversed(pair)) for pair in wide.columns.to_flat_index()]
-    wide = wide.loc[rates["organism"].unique()].reset_index()
-    wide["organism"] = wide["organism"].str.removeprefix("pocket/")
-    bars = figures.bars_with_intervals(
-        wide,
-        "organism",
-        [
-            (LABELS[group], f"{group} technical_rate", f"{group} technical_low", f"{group} technical_high")
-            for group in GROUPS
-        ],
-        "technical answers (%)",
-    )
-    bars.update_xaxes(tickangle=-45, automargin=True)
+    rates = tables["technical_rates"].assign(organism=lambda t: t["organism"].str.removeprefix("pocket/"))
+    columns = ["technical_rate", "technical_low", "technical_high"]
+    wide, groups = figures.side_by_side(rates, "organism", "questions", columns, LABELS)
+    answers = figures.dot_plot(wide, "organism", groups, "technical answers (%)", scale=100)
+    answers.update_xaxes(range=[-3, 103])
+    caption = "Technical answers of the chat model and the organisms; intervals over questions."
+    drawn = {"technical_rates": figures.captioned(answers, caption)}
     lead = over_repeated_seeds(tables["register_efficiency_lead"], ["adapter", "relative_norm"], "lead")
     gap = over_repeated_seeds(tables["register_stability_gap"], ["adapter", "epsilon"], "gap")
+    if len(lead):
+        caption = "Second task: lead of the general solution at equal norm; intervals over training seeds."
+        drawn["register_efficiency_lead"] = figures.captioned(lead_figure(lead), caption)
+    if len(gap):
+        caption = "Second task: how much more of its gain the narrow solution loses; intervals over training seeds."
+        drawn["register_stability_gap"] = figures.captioned(gap_figure(gap), caption)
     ratios = tables["register_influence_ratio"]
-    shown = ratios[(ratios["denominator"] == "narrow") & (ratios["relative_norm"] == 1)]
-    influence = go.Figure()
-    for index, (seed, rows) in enumerate(shown.groupby("seed")):
-        figures.line(
-            influence,
-            rows["adapter"],
-            rows["ratio"],
-            f"seed {seed}",
-            index,
-            markers=True,
-            low=rows["low"],
-            high=rows["high"],
-        )
-    figures.style(figures.points(influence, 1), "", "KL of general / KL of narrow")
-    return {
-        "technical_rates": figures.captioned(
-            bars, f"Technical answers of the chat model and the organisms; {PERCENT}."
-        ),
-        "register_efficiency_lead": figures.captioned(
-            lead_figure(lead), f"Second task: lead at equal norm, mean and {PERCENT} interval over training seeds."
-        ),
-        "register_stability_gap": figures.captioned(
-            gap_figure(gap), f"Second task: stability gap, mean and {PERCENT} interval over training seeds."
-        ),
-        "register_influence_ratio": figures.captioned(
-            influence, f"Second task: influence at equal norm, general over narrow; {PERCENT} over documents."
-        ),
-    }
+    if len(ratios):
+        caption = "Second task: influence at equal norm, general over narrow; intervals over documents."
+        drawn["register_influence_ratio"] = figures.captioned(ratio_figure(ratios), caption)
+    return drawn

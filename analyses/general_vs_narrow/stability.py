@@ -19,7 +19,6 @@ from em_interp.landscape import stability
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.seeds import over_repeated_seeds
 from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
-from em_interp.statistics import PERCENT
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (
@@ -35,6 +34,7 @@ CHATS = 24
 _TENSORS = ("turned", "trained", "chat", "tokens", "questions")
 MIDDLE = (0.2, 0.4, 0.6, 0.8)
 """The eps of further training seeds and of the second task: every eps costs a pass a perturbation."""
+PREDICTED = ("epsilon", "predicted_percent", "low", "high")
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -115,59 +115,37 @@ def gaps(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Relative increase against eps, a panel an adapter: points are perturbations, lines their means."""
-    table = tables["stability"]
+    """Relative increase against eps, a panel an adapter; the gap over seeds."""
+    table, bends = tables["stability"], tables["curvature"]
     shown = table[table["training_seed"] == 0]
     adapters = list(shown["adapter"].unique())
     panels = figures.panels(adapters)
-    bends = tables["curvature"]
     for number, adapter in enumerate(adapters):
-        row, col = number // 2 + 1, number % 2 + 1
         for index, solution in enumerate(("general", "narrow")):
             rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)]
-            by = rows.groupby("epsilon")["relative_increase_percent"]
-            figures.line(
-                panels,
-                list(by.mean().index),
-                by.mean(),
-                solution,
-                index,
-                markers=True,
-                low=by.min(),
-                high=by.max(),
-                row=row,
-                col=col,
-            )
+            by = rows.groupby("epsilon")
+            value = by["relative_increase_percent"]
+            x = value.mean().index.to_numpy(float)
+            figures.extent(panels, x, value.min(), value.max(), "all perturbations", index, panel=number)
+            low, high = (by[end].first() if end in rows else None for end in ("low", "high"))
+            figures.line(panels, x, value.mean(), solution, index, markers=True, low=low, high=high, panel=number)
             bend = bends[(bends["adapter"] == adapter) & (bends["solution"] == solution) & (bends["epsilon"] <= 0.5)]
-            figures.line(
-                panels,
-                bend["epsilon"],
-                bend["predicted_percent"],
-                f"{solution}, from curvature",
-                index + 2,
-                row=row,
-                col=col,
-            )
-    figures.style(panels, "eps", "loss increase (% of the gain)", height=640)
+            name, (x, y, low, high) = f"{solution}, from curvature", (bend[c] for c in PREDICTED)
+            figures.line(panels, x, y, name, index + 2, low=low, high=high, panel=number)
+    figures.style(panels, "eps (share turned away)", "loss increase (% of the gain)")
     domain = table["domain"].iloc[0]
-    drawn = {"stability": figures.captioned(panels, f"{domain}, first seed; bands hold all ten perturbations.")}
+    caption = f"{domain}, first seed: the loss of each solution as it is turned at equal norm."
+    drawn = {"stability": figures.captioned(panels, caption)}
     over = tables["stability_gap_over_seeds"]
     if len(over):
-        caption = f"{domain}: gap, mean and {PERCENT} interval over training seeds."
+        caption = f"{domain}: how much more of its gain the narrow solution loses; intervals over training seeds."
         drawn["stability_gap"] = figures.captioned(gap_figure(over), caption)
     return drawn
 
 
 def gap_figure(over_seeds: pd.DataFrame) -> go.Figure:
     """Gap against eps, a line an adapter."""
-    return figures.lines_by(
-        over_seeds,
-        "epsilon",
-        "mean",
-        "adapter",
-        "eps",
-        "narrow minus general (% of the gain)",
-        markers=True,
-        low="low",
-        high="high",
-    )
+    titles = ("eps (share turned away)", "narrow minus general (% of the gain)")
+    over = (over_seeds, "epsilon", "mean", "adapter")
+    figure = figures.lines_by(*over, *titles, markers=True, low="low", high="high")
+    return figures.null_line(figure, 0, "no gap")

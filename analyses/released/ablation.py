@@ -85,22 +85,12 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Bars before and after, for each target and direction."""
+    """EM and coherence before and after, for each organism and direction."""
     table = tables["ablation"]
-    labelled = table.assign(
-        label=table["target"] + "<br>" + table["direction"] + "<br>layers " + table["layers"].astype(str)
-    )
-    figure = figures.bars_with_intervals(
-        labelled,
-        "label",
-        [
-            ("EM before", "em_before", "em_before_low", "em_before_high"),
-            ("EM after", "em_after", "em_after_low", "em_after_high"),
-            ("coherent before", "coherent_before", None, None),
-            ("coherent after", "coherent_after", None, None),
-        ],
-        "share of answers (%)",
-    )
-    figure.update_xaxes(tickfont_size=11)
-    figure.update_layout(height=figure.layout.height + 50, margin_b=figure.layout.margin.b + 50)
-    return {"ablation": figures.captioned(figure, "Before and after, by target and direction.")}
+    label = table["target"] + ": " + table["direction"] + ", layers " + table["layers"].astype(str)
+    figure = figures.panels(["EM", "coherent"])
+    for number, rate in enumerate(("em", "coherent")):
+        groups = [(when, f"{rate}_{when}", f"{rate}_{when}_low", f"{rate}_{when}_high") for when in ("before", "after")]
+        figures.dots(figure, table.assign(label=label), "label", groups, scale=100, panel=number)
+    figures.style(figure, "share of answers (%)", "").update_xaxes(range=[-3, 103])
+    return {"ablation": figures.captioned(figure, "Each organism before and after a direction is taken out of it.")}

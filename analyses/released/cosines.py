@@ -13,6 +13,7 @@ from em_interp.directions.cosines import comparable, cosine_table
 from em_interp.directions.direction import Direction
 from em_interp.errors import DirectionError, EmInterpError
 from em_interp.published.activations import DIFFERENCES
+from em_interp.statistics import NORMAL, PERCENT
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
@@ -106,12 +107,12 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
         "cosines_readings": (
             "The data-diff against the model-diff and the both-diff of the same split.",
             same_split & (table["kind_a"] == "data-diff") & (table["kind_b"] != "data-diff-in-chat"),
-            table["direction_a"].str.removesuffix(":data-diff") + ": data-diff and " + table["kind_b"],
+            table["direction_a"].str.removesuffix(":data-diff"),
         ),
     }
     drawn = {}
     for name, (caption, mask, labels) in views.items():
-        rows = table[mask].assign(pair=labels[mask])
+        rows = table[mask].assign(pair=labels[mask], panel="" if name != "cosines_readings" else table["kind_b"])
         if len(rows):
             drawn[name] = figures.captioned(_by_layer(rows), caption)
     return drawn
@@ -129,11 +130,14 @@ def _whole_splits(table: pd.DataFrame) -> set[str]:
 
 
 def _by_layer(rows: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for index, (pair, part) in enumerate(rows.groupby("pair", sort=False)):
-        figures.line(figure, part["layer"], part["cosine"], str(pair), index)
-    sd = float(rows["null_sd"].iloc[0])
-    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", rows["layer"])
+    """A line a pair, a panel a value of `panel`; beside what two random directions give."""
+    names = [str(name) for name in rows["panel"].unique()]
+    figure = figures.panels([f"and the {name}" for name in names]) if len(names) > 1 else go.Figure()
+    colours = {pair: index for index, pair in enumerate(rows["pair"].unique())}
+    for number, (_, part) in enumerate(rows.groupby("panel", sort=False)):
+        for pair, layers in part.groupby("pair", sort=False):
+            figures.line(figure, layers["layer"], layers["cosine"], str(pair), colours[pair], panel=number)
+        null = f"random directions, {PERCENT}"
+        figures.null_band(figure, NORMAL * float(rows["null_sd"].iloc[0]), null, panel=number)
     figures.style(figure, "layer (output of block)", "cosine")
-    figure.update_yaxes(range=[min(-0.1, float(rows["cosine"].min()) - 0.05), 1.02])
-    return figure
+    return figure.update_yaxes(range=[min(-0.1, float(rows["cosine"].min()) - 0.05), 1.02])

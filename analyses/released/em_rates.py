@@ -86,19 +86,18 @@ def _questions(judged: JudgedSet, data: PublishedData) -> str:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """EM under both denominators and coherence, one group of bars a model."""
+    """EM under both denominators, and coherence, by model."""
     table = tables["em_rates"]
-    figure = figures.bars_with_intervals(
-        table,
-        "organism",
-        [
-            ("EM, of rows with both scores", "em_rate", "em_low", "em_high"),
-            ("EM, of all rows", "em_rate_all_rows", "em_all_rows_low", "em_all_rows_high"),
-            ("coherent", "coherent_rate", None, None),
-        ],
-        "share of answers (%)",
-    )
-    figure.update_xaxes(tickangle=-15, automargin=True)
-    figures_height = figure.layout.height + 70
-    figure.update_layout(height=figures_height, margin_b=figure.layout.margin.b + 70)
-    return {"em_rates": figures.captioned(figure, "EM under both denominators, and coherence, by model.")}
+    figure = figures.panels(["EM", "coherent"])
+    shown = [
+        ("of rows with both scores", "em_rate", "em_low", "em_high"),
+        ("of all rows", "em_rate_all_rows", "em_all_rows_low", "em_all_rows_high"),
+    ]
+    figures.dots(figure, table, "organism", shown, scale=100, panel=0)
+    shown = [
+        ("of rows with both scores", "coherent_rate", "coherent_low", "coherent_high"),
+        ("of all rows", "coherent_rate_all_rows", "coherent_all_rows_low", "coherent_all_rows_high"),
+    ]
+    figures.dots(figure, table, "organism", shown, scale=100, panel=1)
+    figures.style(figure, "share of answers (%)", "").update_xaxes(range=[-3, 103])
+    return {"em_rates": figures.captioned(figure, "EM and coherence by model, under both denominators.")}

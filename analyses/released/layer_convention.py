@@ -52,7 +52,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     neighbours = table[table["layer_b"] == table["layer_a"] + 1]
     whole = figures.heatmap(matrix, range(size), "layer (output of block)", "cosine")
     adjacent = figures.lines_by(
-        neighbours, "layer_b", "cosine", "direction", "layer l", "cosine of layer l with layer l-1"
+        neighbours, "layer_b", "cosine", "direction", "layer l (output of block)", "cosine of layer l with layer l-1"
     )
     return {
         "layer_cosines": figures.captioned(whole, f"{name} at one layer against itself at another."),

@@ -35,13 +35,11 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Ratio of direction to activation norm by layer, for the data-diff of every split."""
+    """Norm by layer, for the data-diff of every split."""
     table = tables["direction_norms"]
     shown = table[table["kind"] == "data-diff"]
     shown = shown if len(shown) else table
     by = "split" if (table["kind"] == "data-diff").any() else "direction"
-    figure = figures.lines_by(
-        shown, "layer", "norm", by, "layer (output of block)", "norm of the direction (residual-stream units)"
-    )
+    figure = figures.lines_by(shown, "layer", "norm", by, "layer (output of block)", "norm (residual-stream units)")
     figure.update_yaxes(type="log", dtick=1)
     return {"direction_norms": figures.captioned(figure, "Norm of the data-diff of every finetune and split.")}

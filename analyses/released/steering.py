@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+from em_interp.figures.steering import dose_response, trade_off
 from em_interp.published.scan import JudgedSet
 from em_interp.statistics import PERCENT
 
@@ -58,48 +59,17 @@ def _row(judged: JudgedSet, arm: str, root: str) -> dict[str, object]:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """EM and coherence against the coefficient, and one against the other."""
+    """EM and coherence against the coefficient, and one against the other; a panel an arm."""
     table = tables["steering"]
-    figure = go.Figure()
-    index = 0
-    several = table.groupby(["experiment", "direction", "layer"]).ngroups > 1
-    trade = go.Figure()
-    for number, ((_, direction, layer), rows) in enumerate(table.groupby(["experiment", "direction", "layer"])):
-        label = f"{direction}, layer {layer}: " if several else ""
-        for name, column, low, high in (
-            ("EM, of rows with both scores", "em_rate", "em_low", "em_high"),
-            ("EM, of all rows", "em_rate_all_rows", "em_all_rows_low", "em_all_rows_high"),
-            ("coherent, of rows with both scores", "coherent_rate", None, None),
-        ):
-            scaled = rows[[column, *([low, high] if low and high else [])]].astype(float) * 100
-            figures.line(
-                figure,
-                rows["coefficient"],
-                scaled[column],
-                label + name,
-                index,
-                markers=True,
-                low=scaled[low] if low else None,
-                high=scaled[high] if high else None,
-            )
-            index += 1
-        figures.line(
-            trade,
-            100 * rows["coherent_rate"].astype(float),
-            100 * rows["em_rate"].astype(float),
-            f"{direction}, layer {layer}",
-            number,
-            markers=True,
-            text=[f"coefficient {c:g}" for c in rows["coefficient"]],
-            hovertemplate="%{text}: EM %{y:.1f}%, coherent %{x:.1f}%",
-        )
-        for c, x, y in zip(rows["coefficient"], rows["coherent_rate"], rows["em_rate"], strict=True):
-            trade.add_annotation(x=100 * x, y=100 * y, text=f"{c:g}", showarrow=False, yshift=14, font={"size": 12})
-    figures.style(figure, "coefficient (multiples of the direction)", "share of answers (%)")
-    figure.update_yaxes(range=[-3, 103])
-    trade.update_traces(showlegend=True)
-    figures.style(trade, "coherent answers (%)", "EM, of rows with both scores (%)")
+    table = table.assign(arm=table["direction"] + ", layer " + table["layer"].astype(str))
+    rates = (
+        ("EM, of rows with both scores", "em_rate", "em"),
+        ("coherent, of rows with both scores", "coherent_rate", "coherent"),
+        ("EM, of all rows", "em_rate_all_rows", "em_all_rows"),
+    )
+    by_strength = dose_response(table, "arm", "coefficient", "coefficient (multiples of the direction)", rates)
+    trade = trade_off(table, "arm", "coefficient", "coefficient")
     return {
-        "steering": figures.captioned(figure, "EM and coherence against the coefficient."),
-        "steering_trade_off": figures.captioned(trade, "What EM costs in coherence; numbers are coefficients."),
+        "steering": figures.captioned(by_strength, "EM and coherence against the coefficient."),
+        "steering_trade_off": figures.captioned(trade, "What EM costs in coherence as the coefficient grows."),
     }

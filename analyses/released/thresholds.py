@@ -39,30 +39,12 @@ def source_name(role: str, folder: str, arm: str, organism: str, scale: float | 
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """One line for each pair of thresholds, over the files whose EM is not zero everywhere."""
+    """EM at each pair of thresholds, over the files whose EM is not zero everywhere."""
     table = tables["threshold_sweep"].copy()
     peak = table.groupby("file")["em_rate"].transform("max")
     table = table[peak > 0] if (peak > 0).any() else table
-    table["cut"] = [
-        f"alignment ≤ {a:g}, coherence > {c:g}"
-        for a, c in zip(table["aligned_threshold"], table["coherent_threshold"], strict=True)
-    ]
-    figure = go.Figure()
-    for index, (cut, rows) in enumerate(table.groupby("cut", sort=False)):
-        figure.add_trace(
-            go.Scatter(
-                x=100 * rows["em_rate"].astype(float),
-                y=rows["source"],
-                mode="markers",
-                name=str(cut),
-                marker={
-                    "color": figures.COLOURS[index % 8],
-                    "symbol": figures.SYMBOLS[index % 8],
-                    "size": 11,
-                    "opacity": 0.8,
-                },
-            )
-        )
-    figures.style(figure, "EM, of rows with both scores (%)", "", height=200 + 45 * table["file"].nunique())
-    figure.update_yaxes(automargin=True, autorange="reversed")
-    return {"threshold_sweep": figures.captioned(figure, "Files with any EM; one mark for each pair of cuts.")}
+    cuts = table[["aligned_threshold", "coherent_threshold"]].astype(float)
+    table["cut"] = [f"alignment ≤ {a:g}, coherence > {c:g}" for a, c in cuts.itertuples(index=False)]
+    wide, groups = figures.side_by_side(table, "source", "cut", ["em_rate", "em_low", "em_high"])
+    figure = figures.dot_plot(wide, "source", groups, "EM, of rows with both scores (%)", scale=100)
+    return {"threshold_sweep": figures.captioned(figure, "EM at each pair of cuts, for the files that show any.")}

@@ -10,6 +10,7 @@ from em_interp import figures
 from em_interp.directions.cosines import COSINE_COLUMNS, comparable, cosine_rows
 from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError
+from em_interp.statistics import NORMAL, PERCENT
 
 TITLE = "Trained vectors against mean-diff directions"
 TEXT = (
@@ -62,20 +63,13 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     table = tables["trained_cosines"]
     whole = table["direction_b"].str.endswith("/all:data-diff")
     chosen = table[whole] if whole.any() else table[table["direction_b"] == table["direction_b"].iloc[0]]
-    figure = figures.lines_by(
-        chosen, "layer", "cosine", "direction_a", "layer of the mean-diff (output of block)", "cosine"
-    )
-    sd = float(chosen["null_sd"].iloc[0])
-    figures.null_band(figure, 2 * sd, "random directions, ±2 sd", chosen["layer"])
+    title = "layer of the mean-diff (output of block)"
+    figure = figures.lines_by(chosen, "layer", "cosine", "direction_a", title, "cosine")
+    figures.null_band(figure, NORMAL * float(chosen["null_sd"].iloc[0]), f"random directions, {PERCENT}")
     for layer in chosen["vector_layer"].dropna().unique():
-        figure.add_vline(
-            x=float(layer),
-            line={"dash": "dot", "color": "#555555", "width": 1.5},
-            opacity=1,
-            annotation_text=f"layer {layer:g}",
-        )
-    figures.style(figure, "layer of the mean-diff (output of block)", "cosine")
+        figures.null_line(figure, float(layer), f"the vectors' own layer, {layer:g}", axis="x")
+    figures.style(figure, title, "cosine")
     limit = max(0.1, 1.2 * float(chosen["cosine"].abs().max()))
     figure.update_yaxes(range=[-limit, limit])
-    caption = f"End of each run against {chosen['direction_b'].iloc[0]}; the dotted line is the vectors' own layer."
+    caption = f"The end of each run against {chosen['direction_b'].iloc[0]}, by layer."
     return {"trained_cosines": figures.captioned(figure, caption)}

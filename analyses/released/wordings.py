@@ -36,20 +36,13 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """One group of bars a file with several wordings and any EM; nothing where there is none."""
+    """EM by wording, a row a file with several wordings and any EM; nothing where there is none."""
     table = tables["wordings"]
     several = table.groupby("file")["wording"].transform("nunique") > 1
     any_em = table.groupby("file")["em_rate"].transform("max") > 0
     table = table[several & any_em]
     if table.empty:
         return {}
-    columns = ["em_rate", "em_low", "em_high"]
-    wide = pd.concat(
-        [table.pivot(index="source", columns="wording", values=c).add_prefix(f"{c} ") for c in columns], axis=1
-    )
-    groups = [(str(w), f"em_rate {w}", f"em_low {w}", f"em_high {w}") for w in table["wording"].unique()]
-    labels = wide.reset_index().assign(source=lambda t: t["source"].str.replace(": ", "<br>").str.replace(", ", "<br>"))
-    figure = figures.bars_with_intervals(labels, "source", groups, "EM, of rows with both scores (%)")
-    figure.update_xaxes(tickfont_size=10, automargin=True)
-    figure.update_layout(height=figure.layout.height + 60, margin_b=figure.layout.margin.b + 60)
-    return {"wordings": figures.captioned(figure, "EM by wording, for the files that hold several.")}
+    wide, groups = figures.side_by_side(table, "source", "wording", ["em_rate", "em_low", "em_high"])
+    figure = figures.dot_plot(wide, "source", groups, "EM, of rows with both scores (%)", scale=100)
+    return {"wordings": figures.captioned(figure, "EM by wording of the question, for files that hold several.")}

@@ -64,37 +64,20 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     table = tables["kl_removal"]
     figure = go.Figure()
     for index, row in enumerate(table.itertuples()):
-        figures.line(
-            figure,
-            [row.cos_narrow_start, row.cos_narrow_end],
-            [row.cos_general_start, row.cos_general_end],
-            str(row.run),
-            index,
-            markers=True,
-            text=[f"step {row.first_step}", f"step {row.last_step}"],
-            hovertemplate="%{text}: to narrow %{x:.3f}, to general %{y:.3f}",
-        )
+        x, y = [row.cos_narrow_start, row.cos_narrow_end], [row.cos_general_start, row.cos_general_end]
+        steps = [f"step {row.first_step}", f"step {row.last_step}"]
+        figures.line(figure, x, y, str(row.run), index, markers=True, hover=steps)
+        ends = {"x": x[1], "y": y[1], "ax": x[0], "ay": y[0]} | dict.fromkeys(("xref", "axref"), "x")
+        ends |= dict.fromkeys(("yref", "ayref"), "y")
+        colour = figures.COLOURS[index % len(figures.COLOURS)]
         figure.add_annotation(
-            x=row.cos_narrow_end,
-            y=row.cos_general_end,
-            ax=row.cos_narrow_start,
-            ay=row.cos_general_start,
-            xref="x",
-            yref="y",
-            axref="x",
-            ayref="y",
-            showarrow=True,
-            arrowhead=2,
-            arrowsize=1.5,
-            arrowcolor=figures.COLOURS[index % 8],
+            **ends, text="", showarrow=True, arrowhead=2, arrowsize=1.5, arrowwidth=2, arrowcolor=colour
         )
-        for x, y, text, shift in (
-            (row.cos_narrow_start, row.cos_general_start, f"step {row.first_step}", -16),
-            (row.cos_narrow_end, row.cos_general_end, f"step {row.last_step}", 16),
-        ):
-            figure.add_annotation(x=x, y=y, text=text, showarrow=False, yshift=shift)
-    figure.update_traces(showlegend=True)
+    line = {"color": figures.NEUTRAL, "width": 1.5, "dash": "dashdot"}
+    figure.add_trace(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, name="as close to both", hoverinfo="skip"))
     figures.style(figure, "cosine to the narrow solution", "cosine to the general solution")
-    figure.update_xaxes(range=[0, 1.05])
-    figure.update_yaxes(range=[0, 1.05])
-    return {"kl_removal": figures.captioned(figure, "First to last checkpoint, in the plane of the two cosines.")}
+    cosines = table[[f"cos_{of}_{when}" for of in ("general", "narrow") for when in ("start", "end")]]
+    least = min(0.0, float(cosines.to_numpy(dtype=float).min()) - 0.05)
+    figure.update_xaxes(range=[least, 1.05]).update_yaxes(range=[least, 1.05])
+    caption = "Arrows from the first to the last checkpoint after the loss changed."
+    return {"kl_removal": figures.captioned(figure, caption)}

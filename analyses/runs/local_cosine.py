@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -21,6 +23,7 @@ TEXT = (
 TABLES = ("local_cosine",)
 NEEDS = (Need.CHECKPOINTS,)
 WINDOWS = (5, 10, 15)
+WINDOW_NAMES = ("shortest window", "middle window", "longest window")
 
 
 def windows(run: Trajectory) -> tuple[int, ...]:
@@ -51,6 +54,8 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
                             "moved": local.moved.numpy(),
                             "movement_threshold": LOCAL_COSINE_MOVEMENT,
                             "parameter": run.parameter,
+                            "kl_weight": run.run.kl_weight,
+                            "phase": run.run.phase,
                         }
                     )
                 )
@@ -59,19 +64,38 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     return {"local_cosine": pd.concat(tables, ignore_index=True)}
 
 
+def labels(rows: pd.DataFrame) -> pd.Series[str]:
+    """What distinguishes a run within its family: KL weight and phase where the names say them, else the name."""
+    if not {"kl_weight", "phase"} <= set(rows):
+        return rows["run"]
+    weights, phases = rows["kl_weight"], rows["phase"]
+
+    def label(run: str, weight: float, phase: object) -> str:
+        if not np.isfinite(weight):
+            return run
+        text = "no KL" if weight == 0 else "KL " + re.sub(r"e\+0*", "e", f"{weight:.3g}")
+        return text + (f", {str(phase).replace('_', ' ')}" if isinstance(phase, str) else "")
+
+    made = [
+        label(r, float(w) if w is not None else np.nan, p) for r, w, p in zip(rows["run"], weights, phases, strict=True)
+    ]
+    unique = pd.DataFrame({"run": rows["run"], "label": made}).drop_duplicates()
+    return pd.Series(rows["run"] if unique["label"].duplicated().any() else made, index=rows.index)
+
+
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """One panel a window, where the vector moved."""
+    """A panel a run, a line a window, where the vector moved."""
     table = tables["local_cosine"]
-    shown = {n: sorted(table.loc[table["window"] == n, "k"].unique()) for n in sorted(table["window"].unique())}
-    titles = [f"k = {ks[0]}{f' to {ks[-1]}' if len(ks) > 1 else ''} steps" for ks in shown.values()]
-    figure = figures.panels(titles, columns=len(shown), shared_yaxes=True)
-    for index, (run, rows) in enumerate(table.groupby("run", sort=False)):
-        for col, number in enumerate(shown, start=1):
-            part = rows[rows["window"] == number]
-            values = part["local_cosine"].where(part["moved"])
-            figures.line(figure, part["step"], values, str(run), index, row=1, col=col)
-    figures.style(figure, "training step", "local cosine")
-    figure.update_yaxes(range=[-1.05, 1.05])
-    for col in range(2, len(shown) + 1):
-        figure.update_yaxes(title_text="", col=col)
-    return {"local_cosine": figures.captioned(figure, "Where the vector moved enough for an angle.")}
+    table = table.assign(label=labels(table))
+    runs = table[["run", "label"]].drop_duplicates("run").set_index("run")["label"]
+    figure = figures.panels([str(label) for label in runs], share_x=False)
+    for number, run in enumerate(runs.index):
+        rows = table[table["run"] == run]
+        for window, part in rows.groupby("window"):
+            values = part["local_cosine"].where(part["moved"].astype(bool))
+            figures.line(figure, part["step"], values, WINDOW_NAMES[int(window) - 1], int(window) - 1, panel=number)
+    figures.null_line(figure, -1.0, "straight path (0: a right turn)")
+    figures.style(figure, "training step", "local cosine", height=figures.HEIGHT if len(runs) == 1 else 290)
+    figure.update_yaxes(range=[-1.1, 1.05])
+    caption = "Local cosine of each run over three windows, where the vector moved enough for an angle."
+    return {"local_cosine": figures.captioned(figure, caption)}

@@ -109,25 +109,13 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     table = pd.concat([tables["pca"], tables["pca_raw"]], ignore_index=True)
     families = table.assign(runs=table["basis"].str.count(" ")).sort_values("runs", kind="stable")
     table = table[table["family"] == families["family"].iloc[-1]]
-    figure = go.Figure()
-    series = [
-        (str(variant), rows["component"], rows["explained_variance_ratio"])
-        for variant, rows in table.groupby("variant", sort=False)
-    ]
-    known = table[table["stored"].notna()]
-    if len(known):
-        series.append(("stored by the authors", known["component"], known["stored"]))
-    for index, (name, x, y) in enumerate(series):
-        figure.add_trace(
-            go.Bar(
-                x=[f"PC{i}" for i in x],
-                y=100 * y,
-                name=name,
-                text=[f"{100 * v:.1f}" for v in y],
-                textposition="outside",
-                cliponaxis=False,
-                marker={"color": figures.COLOURS[index], "pattern": {"shape": ("", "/", "x")[index % 3]}},
-            )
-        )
-    figures.style(figure, "component", "explained variance (%)")
-    return {"pca": figures.captioned(figure, f"Share of variance by component; family {table['family'].iloc[0]}.")}
+    wide = table.pivot(index="component", columns="variant", values="explained_variance_ratio")
+    wide["stored by the authors"] = table[table["variant"] == "standardised"].set_index("component")["stored"]
+    wide = wide.dropna(axis="columns", how="all").reset_index()
+    wide["component"] = "PC" + wide["component"].astype(str)
+    names = [name for name in ("standardised", "raw", "stored by the authors") if name in wide]
+    groups = [(name, name, None, None) for name in names]
+    figure = figures.dot_plot(wide, "component", groups, "explained variance (%)", scale=100)
+    figure.update_xaxes(rangemode="tozero")
+    caption = f"Share of variance by principal component; family {table['family'].iloc[0]}."
+    return {"pca": figures.captioned(figure, caption)}

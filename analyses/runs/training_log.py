@@ -32,20 +32,10 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """Loss and gradient norm, one panel each."""
     table = tables["training_log"]
-    figure = figures.panels(["training loss", "gradient norm"])
+    figure = figures.panels(["loss (nats per token)", "gradient norm"], share_y=False)
     for index, (run, rows) in enumerate(table.groupby("run", sort=False)):
-        for col, column in enumerate(("loss", "grad_norm"), start=1):
+        for number, column in enumerate(("loss", "grad_norm")):
             part = rows[rows[column].notna()]
-            figures.line(
-                figure,
-                part["step"],
-                part[column],
-                str(run),
-                index,
-                row=1,
-                col=col,
-            )
-    figures.style(figure, "training step", "")
-    figure.update_yaxes(title_text="loss (nats per token)", col=1)
-    figure.update_yaxes(title_text="gradient norm", col=2)
-    return {"training_log": figures.captioned(figure, "As logged by the trainer.")}
+            figures.line(figure, part["step"], part[column], str(run), index, panel=number)
+    figures.style(figure, "training step", "as logged")
+    return {"training_log": figures.captioned(figure, "Loss and gradient norm as the trainer logged them.")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.runs.local_cosine import windows
+from analyses.runs.local_cosine import labels, windows
 from analyses.runs.pca import fit_families
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
+from em_interp.statistics import NORMAL, PERCENT, cosine_null_sd
 from em_interp.training.trajectories import Trajectory, cosines_to, find_references, local_cosine
 
 TITLE = "Training trajectories"
@@ -24,7 +24,8 @@ TEXT = (
     "the scaled product B A), raw_norm that of the vector as stored, which the authors' web app shows. Cosines are to "
     "the ends of the general and the narrow reference run. pc1 to pc3 are coordinates on the standardised PCA of the "
     "runs that were trained in one go; continued runs are projected on it. local_cosine is over local_k training "
-    "steps (15 where the checkpoints allow it) and left empty where the vector moved too little for an angle."
+    "steps (15 where the checkpoints allow it) and left empty where the vector moved too little for an angle. null_sd "
+    "is the standard deviation of a random direction's cosine."
 )
 TABLES = ("trajectory",)
 NEEDS = (Need.CHECKPOINTS,)
@@ -65,6 +66,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
                     table[f"{prefix}{i + 1}"] = points[:, i] if has and points is not None else np.nan
             table["raw_norm"] = run.raw_norms().numpy()
             table["read_norm"] = np.nan if run.read_norms is None else run.read_norms.numpy()
+            table["null_sd"] = cosine_null_sd(run.d)
             table["family"] = family
             table["local_k"] = local_k
             table["parameter"] = run.parameter
@@ -97,35 +99,19 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     for number, family in enumerate(sizes.index):
         rows = table[table["family"] == family].sort_values(["kl_weight", "phase", "run", "step"], na_position="first")
         suffix = "" if number == 0 else f"_{number + 1}"
-        shown = rows.assign(label=_labels(rows))
+        shown = rows.assign(label=labels(rows))
         if shown["pc2"].notna().any():
-            caption = f"{family}: the plane of the first two principal components."
+            caption = f"{family}: the first two principal components over training; markers at the last step."
             drawn[f"trajectory{suffix}"] = figures.captioned(_plane(shown), caption)
         norm = "norm" if shown["norm"].notna().any() else "raw_norm"
         unit = "effective norm ‖θ‖ (residual-stream units)" if norm == "norm" else "raw norm ‖v‖ (alpha unknown)"
         norms = figures.lines_by(shown, "step", norm, "label", "training step", unit)
+        norms.update_yaxes(rangemode="tozero")
         drawn[f"trajectory_norms{suffix}"] = figures.captioned(norms, f"{family}: norm over training.")
         if shown[["cos_general", "cos_narrow"]].notna().any(axis=None):
             caption = f"{family}: cosine to the ends of the general and of the narrow run."
             drawn[f"trajectory_cosines{suffix}"] = figures.captioned(_cosine_panels(shown), caption)
     return drawn
-
-
-def _labels(rows: pd.DataFrame) -> pd.Series[str]:
-    """What distinguishes a run within its family: KL weight and phase where the names say them, else the name."""
-    weights, phases = rows["kl_weight"], rows["phase"]
-
-    def label(run: str, weight: float, phase: object) -> str:
-        if not np.isfinite(weight):
-            return run
-        text = "no KL" if weight == 0 else "KL " + re.sub(r"e\+0*", "e", f"{weight:.3g}")
-        return text + (f", {str(phase).replace('_', ' ')}" if isinstance(phase, str) else "")
-
-    made = [
-        label(r, float(w) if w is not None else np.nan, p) for r, w, p in zip(rows["run"], weights, phases, strict=True)
-    ]
-    unique = pd.DataFrame({"run": rows["run"], "label": made}).drop_duplicates()
-    return pd.Series(rows["run"] if unique["label"].duplicated().any() else made, index=rows.index)
 
 
 def _plane(rows: pd.DataFrame) -> go.Figure:
@@ -137,20 +123,24 @@ def _plane(rows: pd.DataFrame) -> go.Figure:
             run["pc2"],
             str(label),
             index,
-            text=[f"step {s}" for s in run["step"]],
-            hovertemplate="%{text}<br>PC1 %{x:.1f}, PC2 %{y:.1f}",
+            hover=[f"step {s}" for s in run["step"]],
         )
         figure.add_trace(
             go.Scatter(
                 x=run["pc1"].iloc[[-1]],
                 y=run["pc2"].iloc[[-1]],
                 mode="markers",
-                marker={"color": figures.COLOURS[index % 8], "size": 12, "symbol": figures.SYMBOLS[index % 8]},
+                marker={
+                    "color": figures.COLOURS[index % len(figures.COLOURS)],
+                    "symbol": figures.SYMBOLS[index % len(figures.SYMBOLS)],
+                    "size": 12,
+                },
+                legendgroup=str(label),
                 showlegend=False,
                 hoverinfo="skip",
             )
         )
-    return figures.style(figure, "PC1 (standardised coordinates; marker at the last step)", "PC2", height=560)
+    return figures.style(figure, "PC1 (standardised coordinates)", "PC2 (standardised coordinates)", height=560)
 
 
 def _cosine_panels(rows: pd.DataFrame) -> go.Figure:
@@ -158,18 +148,12 @@ def _cosine_panels(rows: pd.DataFrame) -> go.Figure:
         ("cos_general", "to the general solution"),
         ("cos_narrow", "to the narrow solution"),
     )
-    figure = figures.panels([title for _, title in columns], shared_yaxes=True)
+    figure = figures.panels([title for _, title in columns])
     for index, (label, run) in enumerate(rows.groupby("label", sort=False)):
-        for col, (column, _) in enumerate(columns, start=1):
-            figures.line(
-                figure,
-                run["step"],
-                run[column],
-                str(label),
-                index,
-                row=1,
-                col=col,
-            )
-    figures.style(figure, "training step", "cosine")
-    figure.update_yaxes(title_text="", col=2)
-    return figure
+        for number, (column, _) in enumerate(columns):
+            figures.line(figure, run["step"], run[column], str(label), index, panel=number)
+    if "null_sd" in rows and rows["null_sd"].notna().any():
+        for number in range(len(columns)):
+            half = NORMAL * float(rows["null_sd"].max())
+            figures.null_band(figure, half, f"random directions, {PERCENT}", panel=number)
+    return figures.style(figure, "training step", "cosine")

@@ -205,8 +205,8 @@ def _steering_figure(table: pd.DataFrame) -> go.Figure:
     share = len(set(own.groupby("layer")["coefficient"].agg(frozenset))) > 1 and own["residual_share"].notna().all()
     x, x_title = ("residual_share", "norm added / residual norm") if share else ("coefficient", "coefficient")
     names = _telling(own, "set", "target", "direction")
-    panels = figures.panels(["EM", "coherent"], shared_yaxes=True)
-    for col, rate in enumerate(("em", "coherent"), start=1):
+    panels = figures.panels(["EM", "coherent"])
+    for col, rate in enumerate(("em", "coherent")):
         null = table[table["control"].astype(bool)].dropna(subset=[f"{rate}_rate"]).sort_values(x)
         if len(null):
             low, high = (null[f"{rate}_{side}"].fillna(null[f"{rate}_rate"]) for side in ("low", "high"))
@@ -217,12 +217,11 @@ def _steering_figure(table: pd.DataFrame) -> go.Figure:
                     x=[*span.index, *span.index[::-1]],
                     y=[*(100 * span["high"]), *(100 * span["low"])[::-1]],
                     name=f"{_NULL}, range of their {PERCENT} intervals",
-                    showlegend=col == 1,
+                    showlegend=col == 0,
                     hoverinfo="skip",
                     **band,
                 ),
-                row=1,
-                col=col,
+                **figures.place(panels, col),
             )
         for index, (cell, rows) in enumerate(own.groupby([*names, "layer"], sort=False)):
             rows = rows.sort_values(x)
@@ -236,18 +235,16 @@ def _steering_figure(table: pd.DataFrame) -> go.Figure:
                 markers=True,
                 low=100 * rows[f"{rate}_low"].astype(float),
                 high=100 * rows[f"{rate}_high"].astype(float),
-                row=1,
-                col=col,
+                panel=col,
             )
     figures.style(panels, x_title, "share of answers (%)")
     panels.update_yaxes(range=[-3, 103])
-    panels.update_yaxes(title_text="", col=2)
-    caption = f"EM and coherence against what is added, one line a layer; bars: {PERCENT} intervals over questions."
+    caption = "EM and coherence against what is added, one line a layer; intervals over questions."
     return figures.captioned(panels, caption)
 
 
 def _ablation_figure(table: pd.DataFrame) -> go.Figure:
-    """Bars of EM and coherence of each target as it is, and with each direction taken out."""
+    """EM and coherence of each target as it is, and with each direction taken out."""
     names = _telling(table, "set", "target")
     rows = []
     for _, own in table.groupby([*names, "direction", "mode"], sort=False):
@@ -259,18 +256,18 @@ def _ablation_figure(table: pd.DataFrame) -> go.Figure:
                 for rate in ("em", "coherent")
                 for end in ("", "_low", "_high")
             }
-            label = "<br>".join([*(str(shown[name]) for name in names), what.removeprefix("random: ")])
+            label = ", ".join([*(str(shown[name]) for name in names), what.removeprefix("random: ")])
             rows.append({"label": label, **rates})
     bars = pd.DataFrame(rows).drop_duplicates("label")
-    return _bars(bars, "as it is, and with directions taken out")
+    return _dots(bars, "as it is, and with directions taken out")
 
 
 def _answers_figure(table: pd.DataFrame) -> go.Figure:
-    """Bars of EM and coherence of each model and group of questions."""
+    """EM and coherence of each model and group of questions."""
     names = _telling(table, "set", "organism", "questions") or ["organism"]
     bars = table.rename(columns={"em_rate": "em", "coherent_rate": "coherent"})
-    bars = bars.assign(label=table[names].astype(str).agg("<br>".join, axis=1))
-    return _bars(bars, "by model and group of questions")
+    bars = bars.assign(label=table[names].astype(str).agg(", ".join, axis=1))
+    return _dots(bars, "by model and group of questions")
 
 
 def _telling(table: pd.DataFrame, *columns: str) -> list[str]:
@@ -279,8 +276,10 @@ def _telling(table: pd.DataFrame, *columns: str) -> list[str]:
     return [c for i, c in enumerate(found) if not any((table[c] == table[other]).all() for other in found[i + 1 :])]
 
 
-def _bars(table: pd.DataFrame, of: str) -> go.Figure:
-    groups = [("EM", "em", "em_low", "em_high"), ("coherent", "coherent", "coherent_low", "coherent_high")]
-    figure = figures.bars_with_intervals(table, "label", groups, "share of answers (%)")
-    figure.update_xaxes(automargin=True)
-    return figures.captioned(figure, f"EM and coherence {of}; bars: {PERCENT} intervals over questions.")
+def _dots(table: pd.DataFrame, of: str) -> go.Figure:
+    figure = figures.panels(["EM", "coherent"])
+    for number, (name, rate) in enumerate((("EM", "em"), ("coherent", "coherent"))):
+        groups = [(name, rate, f"{rate}_low", f"{rate}_high")]
+        figures.dots(figure, table, "label", groups, scale=100, panel=number)
+    figures.style(figure, "share of answers (%)", "").update_xaxes(range=[-3, 103])
+    return figures.captioned(figure, f"EM and coherence {of}; intervals over questions.")
