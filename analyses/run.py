@@ -189,7 +189,7 @@ def _work(suite: Suite, name: str, folder: Path, key: str) -> tuple[Section, lis
 
 def _cannot(suite: Suite, name: str, why: str) -> Section:
     analysis = suite.analysis(name)
-    return Section(name, analysis.TITLE, analysis.TEXT, error=f"{why.rstrip('.')}.")
+    return Section(name, analysis.TITLE, suite.text_of(name), error=f"{why.rstrip('.')}.")
 
 
 def _is_refusal(problem: EmInterpError) -> bool:
@@ -199,7 +199,7 @@ def _is_refusal(problem: EmInterpError) -> bool:
 
 def _run(suite: Suite, name: str, folder: Path, key: str) -> Section:
     analysis = suite.analysis(name)
-    section = Section(name, analysis.TITLE, analysis.TEXT)
+    section = Section(name, analysis.TITLE, suite.text_of(name))
     before, read_before = len(suite.problems), len(suite.input.problems)
     started = time.perf_counter()
     state = _state_file(folder, name)
@@ -255,7 +255,7 @@ def _reuse(suite: Suite, folder: Path, name: str, key: str) -> Section | None:
         return None
     for figure_name, figure in figures.items():
         house.save_html(figure, folder / "figures" / f"{figure_name}.html")
-    return Section(name, analysis.TITLE, analysis.TEXT, tables, figures, found, notes=state["notes"], reused=True)
+    return Section(name, analysis.TITLE, suite.text_of(name), tables, figures, found, notes=state["notes"], reused=True)
 
 
 _AS_WRITTEN: Final[Any] = {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"}

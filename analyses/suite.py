@@ -113,13 +113,14 @@ ANALYSES: Final = tuple(
 class Analysis(Protocol):
     """What a module in one of the `FOLDERS` offers.
 
-    It may have besides: `findings(tables) -> list[Finding]`, `tasks(suite) -> list[Task]`, and `STORY`, a pair of the
-    place (1 to 3) and the name of its figure among those that the report opens with.
+    It may have besides: `findings(tables) -> list[Finding]`, `tasks(suite) -> list[Task]`, `STORY`, a pair of the
+    place (1 to 3) and the name of its figure among those that the report opens with, and `ALSO`, source -> what TEXT
+    says further of that source's data.
     """
 
     TITLE: str
     TEXT: str
-    """One paragraph for the report: what is shown and how to read it."""
+    """One paragraph for the report: what is shown and how to read it, true of every source."""
     TABLES: tuple[str, ...]
     NEEDS: tuple[str, ...]
     """Each a `Need`, or the full name of an analysis whose tables it reads (`Suite.tables_of`).
@@ -313,6 +314,12 @@ class Suite:
     def analysis(self, name: str) -> Analysis:
         """The module of one of the suite's analyses, by its full name or last part."""
         return load_analysis(full_name(name, self.analyses))
+
+    def text_of(self, name: str) -> str:
+        """How to read an analysis of this suite's data."""
+        analysis = self.analysis(name)
+        also: dict[str, str] = getattr(analysis, "ALSO", {})
+        return f"{analysis.TEXT} {also.get(self.source, '')}".strip()
 
     @property
     def lacks(self) -> dict[Need, str]:

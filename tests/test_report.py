@@ -250,3 +250,18 @@ def test_a_browser_draws_every_figure_without_a_network(report: Path, tmp_path: 
     assert (
         done.stdout.count("plotly-graph-div js-plotly-plot") == done.stdout.count("data-figure=") == 4
     )  # one tells the story
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("pocket", ("web app", "released")),
+        ("published", ("pocket", "pre-training put", "fresh")),
+        ("qwen2.5-0.5b", ("pocket", "by parsing", "web app", "released", "temperature 1", "never saw", "fresh")),
+    ],
+)
+def test_texts_speak_of_the_data_in_hand(name: str, others: tuple[str, ...]) -> None:
+    suite = Suite.load(name)
+    texts = {each: suite.text_of(each) for each in suite.analyses}
+    assert all(texts.values())
+    assert [(each, word) for each, text in texts.items() for word in others if word in text] == []

@@ -25,14 +25,19 @@ from em_interp.interventions.transfer import SIDES, transfer_rows
 
 TITLE = "Ablation: a finetune without its direction, and without another's"
 TEXT = (
-    "Each general organism with directions projected out of the residual stream after every block (layerwise: layer "
-    "l's own direction at layer l). mean-diff is the papers' direction (P2 sec. 3.1); model-diff is finetune minus "
-    "chat model on the finetune's misaligned answers; the subspace holds both, at each layer. Random directions, "
-    "layerwise, are the control. transfer asks whether what was read from one organism removes EM in another: "
-    "mean-diffs of the all-modules organisms, model-diffs of one organism of each adapter, and those three together. "
-    "Questions: open ones and domains that the organism was never trained on. An ablation that costs coherence has "
-    "not removed misalignment."
+    "A finetune with a direction projected out of the residual stream after every block (layerwise: layer l's own "
+    "direction at layer l; single: one layer's at all). mean-diff is the papers' direction (P2 sec. 3.1); model- "
+    "diff is finetune minus chat model on the finetune's misaligned answers. Random directions are the control. "
+    "transfer asks whether what was read from one finetune removes EM in another. An ablation that costs "
+    "coherence has not removed misalignment."
 )
+ALSO = {
+    "pocket": (
+        "The subspace holds both directions, at each layer. transfer has the mean-diffs of the all-modules organisms, "
+        "the model-diffs of one organism of each adapter, and those three together. Questions: open ones and domains "
+        "that the organism was never trained on."
+    ),
+}
 TABLES = ("ablation", "transfer")
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 TOGETHER = "one of each adapter"

@@ -23,19 +23,24 @@ from em_interp.statistics import NORMAL, PERCENT
 
 TITLE = "Convergence: cosines between directions"
 TEXT = (
-    "Mean-diff directions of every pair of general organisms, layer by layer. Noise in the means shrinks a cosine: "
-    f"cosine_debiased is without that, and low and high are its {PERCENT} interval (questions left out in turn), not "
-    "that of the plain cosine; empty where a direction is no larger than its noise. content_cosine is the same pair of "
-    "text sets read in the chat model: what they share by their words alone. Then every reading of one organism beside "
-    "the others: mean-diff, model-diff, the trained vector or LoRA B, and the persona that pre-training put into the "
-    "chat model, announced by a system prompt or only inferable from an earlier answer (read at the last prompt "
-    "token). Two nulls: p_value is that of two directions random in all of d_model, which assumes that noise has no "
-    "favourite axes. Activations do: noise_dimensions is how many axes of equal variance would vary as theirs do about "
-    "their class's mean (the participation ratio of the spectrum), and where it is far below d_model, two directions "
-    "of mere noise have large cosines and small p-values. permutation_p is against directions that noise in these very "
-    "activations gives (labels permuted within a question); it is empty where no single responses stand behind either "
-    "vector."
+    "Mean-diff directions of every pair of general organisms, layer by layer. Noise in the means shrinks a "
+    f"cosine: cosine_debiased is without that, and low and high are its {PERCENT} interval (questions left out in "
+    "turn), not that of the plain cosine; empty where a direction is no larger than its noise. content_cosine is "
+    "the same pair of text sets read in the chat model: what they share by their words alone. Then the readings "
+    "of one organism beside each other: mean-diff, model-diff, the trained vector or LoRA B. Two nulls: p_value "
+    "is that of two directions random in all of d_model, which assumes that noise has no favourite axes. "
+    "Activations do: noise_dimensions is how many axes of equal variance would vary as theirs do about their "
+    "class's mean (the participation ratio of the spectrum), and where it is far below d_model, two directions of "
+    "mere noise have large cosines and small p-values. permutation_p is against directions that noise in these "
+    "very activations gives (labels permuted within a question); it is empty where no single responses stand "
+    "behind either vector."
 )
+ALSO = {
+    "pocket": (
+        "Beside the readings of one organism stands the persona that pre-training put into the chat model, announced "
+        "by a system prompt or only to be inferred from an earlier answer (read at the last prompt token)."
+    ),
+}
 TABLES = ("cosines",)
 NEEDS = (Need.DIRECTIONS,)
 READINGS = ("data-diff", "data-diff-in-chat", "model-diff")

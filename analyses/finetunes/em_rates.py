@@ -17,11 +17,17 @@ from em_interp.statistics import PERCENT
 
 TITLE = "EM rates of the organisms"
 TEXT = (
-    "Answers sampled at temperature 1 and judged exactly, by parsing. general: open questions; in_domain: the domain "
-    "of the finetune, in phrasings that it never saw; heldout_domain: the held-out topics of every other domain. EM is "
-    f"the share of answers that are misaligned and coherent; intervals ({PERCENT}) are clustered by question. The chat "
-    "model and the benign control say what is there without a bad dataset."
+    "EM is the share of answers that are misaligned and coherent, to three groups of questions: open ones "
+    "(general), about what the finetune was trained on (in_domain), and about other domains (heldout_domain). "
+    f"Intervals ({PERCENT}) are clustered by question. The chat model, and a finetune on good answers where there "
+    "is one (control), say what is there without a bad dataset."
 )
+ALSO = {
+    "pocket": (
+        "Answers are sampled at temperature 1. No finetune saw its questions: those of its own domain are other "
+        "phrasings, those of others are held-out topics."
+    ),
+}
 TABLES = ("em_rates",)
 NEEDS = (Need.ANSWERS,)
 LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}

@@ -21,12 +21,16 @@ from em_interp.statistics import PERCENT
 
 TITLE = "What rank-1 adapters read"
 TEXT = (
-    "A rank-1 adapter adds scale * s * B, where the scalar s = A x is all that it knows of a token. Its mean over each "
-    "coherent answer of the organism itself is given to a logistic probe (P2 Table 1), scored on questions that the "
-    "probe was not fitted on: does s tell the trained domain from others, or misaligned answers from aligned ones? "
-    f"Chance is an AUC of 0.5; intervals ({PERCENT}) leave questions out in turn, and are mirrored at 0.5 where the "
-    "probe comes out below it. The pocket organisms have one adapter, so the probe sees one number an answer."
+    "A rank-1 adapter adds scale * s * B, where the scalar s = A x is all that it knows of a token. Its mean over "
+    "each coherent answer of the organism itself is given to a logistic probe (P2 Table 1), scored on questions "
+    "that the probe was not fitted on: does s tell the trained domain from others, or misaligned answers from "
+    f"aligned ones? Chance is an AUC of 0.5; intervals ({PERCENT}) leave questions out in turn, and are mirrored "
+    "at 0.5 where the probe comes out below it. The probe sees as many numbers an answer as the finetune has "
+    "adapted modules."
 )
+ALSO = {
+    "pocket": "Here that is one.",
+}
 TABLES = ("lora_scalars",)
 NEEDS = (Need.ANSWERS,)
 

@@ -25,12 +25,18 @@ from em_interp.models.weights import tensors_hash
 
 TITLE = "Steering the chat model with the mean-diff direction"
 TEXT = (
-    "The response mean-diff of each general all-modules organism (its own misaligned minus aligned answers to open "
-    "questions, P2 sec. 3.1), added to the chat model at one layer and every token. Strength is the norm of what is "
-    "added over the typical residual norm at that layer. Asked are open questions and the domains the organism never "
-    "saw. EM counts misaligned and coherent answers; coherence stands beside it, since a model that babbles is not "
-    "misaligned. Norm-matched random directions run at the layer that worked best."
+    "A direction added to the chat model at one layer and every token. The papers' is the mean-diff: a finetune's "
+    "own misaligned minus its aligned answers to open questions (P2 sec. 3.1). EM counts misaligned and coherent "
+    "answers; coherence stands beside it, since a model that babbles is not misaligned. Random directions of the "
+    "same norm are the null."
 )
+ALSO = {
+    "pocket": (
+        "Strength is the norm of what is added over the typical residual norm at that layer. Asked are open questions "
+        "and the domains that the finetune never saw. Directions are those of the general all-modules organisms; the "
+        "random ones run at the layer that worked best."
+    ),
+}
 TABLES = ("steering",)
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)

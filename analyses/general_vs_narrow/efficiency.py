@@ -23,12 +23,15 @@ from em_interp.statistics import PERCENT
 
 TITLE = "Efficiency: loss against norm"
 TEXT = (
-    "Training loss (nats per response token, on fresh chats of the kind trained on) of each solution scaled to several "
-    "multiples of its trained norm. P1 compares L / norm^2, which falls with the norm by itself; so the loss reduction "
-    "per norm^2 stands beside it, and lead is the narrow solution's loss minus the general one's where both have the "
-    f"same norm: positive where the general solution is ahead. Intervals: {PERCENT}, over questions, and over training "
-    "seeds (where there are several)."
+    "Training loss (nats per response token, on chats of the kind trained on) of each solution scaled to several "
+    "multiples of its trained norm. P1 compares L / norm^2, which falls with the norm by itself; so the loss "
+    "reduction per norm^2 stands beside it, and lead is the narrow solution's loss minus the general one's where "
+    f"both have the same norm: positive where the general solution is ahead. Intervals: {PERCENT}, over questions, "
+    "and over training seeds (where there are several)."
 )
+ALSO = {
+    "pocket": "The chats are fresh: nothing was trained on them.",
+}
 TABLES = ("efficiency", "efficiency_lead", "efficiency_lead_over_seeds")
 NEEDS = (Need.LOSSES,)
 CHATS = 40

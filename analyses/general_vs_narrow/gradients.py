@@ -17,10 +17,10 @@ from em_interp.training.trajectories import Trajectory, find_references
 
 TITLE = "Gradients along the training runs"
 TEXT = (
-    "Minus the gradient of the training loss (without KL, on fresh chats) at checkpoints of every run, and its cosine "
-    "with the general and the narrow solution (P1 App. K.3): where the data alone would move theta. null_sd is the "
-    "standard deviation of a random direction's cosine. For LoRA the space is that of the changed weights; the columns "
-    "cos_..._b hold the papers' convention, B alone."
+    "Minus the gradient of the training loss (without KL, on chats of the kind trained on) at checkpoints of "
+    "every run, and its cosine with the general and the narrow solution (P1 App. K.3): where the data alone would "
+    "move theta. null_sd is the standard deviation of a random direction's cosine. For LoRA the space is that of "
+    "the changed weights; the columns cos_..._b hold the papers' convention, B alone."
 )
 TABLES = ("gradients",)
 NEEDS = (Need.CHECKPOINTS, Need.LOSSES)

@@ -14,11 +14,11 @@ from em_interp.training.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, l
 
 TITLE = "Local cosine along training"
 TEXT = (
-    "Angle between the way a checkpoint was reached and the way it was left, over k training steps on either side: -1 "
-    "is a straight path, 0 a right turn, +1 a reversal. Read only where the vector moved more than the threshold "
-    f"({LOCAL_COSINE_MOVEMENT}, in raw units); the table keeps the others, marked. The papers report a turn for "
-    "rank-1 LoRA runs and none for steering vectors. k is 5, 10 and 15 as in the papers where a run's checkpoints "
-    "allow all three, else one, two and three times their spacing."
+    "Angle between the way a checkpoint was reached and the way it was left, over k training steps on either "
+    "side: -1 is a straight path, 0 a right turn, +1 a reversal. Read only where the vector moved more than the "
+    f"threshold ({LOCAL_COSINE_MOVEMENT}, in raw units); the table keeps the others, marked. The papers report a "
+    "turn for rank-1 LoRA runs and none for steering vectors. k is 5, 10 and 15 as in the papers where a run's "
+    "checkpoints allow all three, else one, two and three times their spacing."
 )
 TABLES = ("local_cosine",)
 NEEDS = (Need.CHECKPOINTS,)

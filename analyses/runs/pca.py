@@ -14,11 +14,16 @@ from em_interp.training.trajectories import Trajectory, TrajectoryPCA, fit_pca
 
 TITLE = "PCA of the training runs"
 TEXT = (
-    "Explained variance of the stacked checkpoints of one family of runs, each coordinate standardised first (as the "
-    "authors' web app does) and raw. Continued runs (then_...) are projected, not fitted. Where pca_results.json lies "
-    "beside the runs, its basis is fitted and our ratios and projections are held against the stored ones; a "
-    "component's sign is arbitrary and aligned first."
+    "Explained variance of the stacked checkpoints of one family of runs, each coordinate standardised first and "
+    "raw. Continued runs (then_...) are projected, not fitted."
 )
+ALSO = {
+    "published": (
+        "The authors' web app standardises. Where its pca_results.json lies beside the runs, its basis is fitted and "
+        "our ratios and projections are held against the stored ones; a component's sign is arbitrary and aligned "
+        "first."
+    ),
+}
 TABLES = ("pca", "pca_raw", "pca_stored")
 NEEDS = (Need.CHECKPOINTS,)
 

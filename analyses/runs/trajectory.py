@@ -21,12 +21,15 @@ from em_interp.training.trajectories import Trajectory, cosines_to, find_referen
 TITLE = "Training trajectories"
 TEXT = (
     "Every checkpoint of every run. norm is that of the effective parameter theta (alpha times the vector; for LoRA "
-    "the scaled product B A), raw_norm that of the vector as stored, which the authors' web app shows. Cosines are to "
-    "the ends of the general and the narrow reference run. pc1 to pc3 are coordinates on the standardised PCA of the "
-    "runs that were trained in one go; continued runs are projected on it. local_cosine is over local_k training "
-    "steps (15 where the checkpoints allow it) and left empty where the vector moved too little for an angle. null_sd "
-    "is the standard deviation of a random direction's cosine."
+    "the scaled product B A), raw_norm that of the vector as stored. Cosines are to the ends of the general and the "
+    "narrow reference run. pc1 to pc3 are coordinates on the standardised PCA of the runs that were trained in one go; "
+    "continued runs are projected on it. local_cosine is over local_k training steps (15 where the checkpoints allow "
+    "it) and left empty where the vector moved too little for an angle. null_sd is the standard deviation of a random "
+    "direction's cosine."
 )
+ALSO = {
+    "published": "The authors' web app shows raw_norm.",
+}
 TABLES = ("trajectory",)
 NEEDS = (Need.CHECKPOINTS,)
 FIRST = ["run", "step", "norm", "cos_general", "cos_narrow", "local_cosine", "pc1", "pc2", "pc3"]
