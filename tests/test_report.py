@@ -9,7 +9,6 @@ import math
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +188,6 @@ def test_the_page_hands_out_the_files_themselves(report: Path) -> None:
     payload = json.loads(Page(report).unpacked("payload"))
     assert payload["tables"]["claims"] == (report.parent / "tables" / "claims.csv").read_text()
     assert set(payload["figures"]) == {"claims_efficiency", "claims_stability", "claims_influence"}
-    assert all("template" not in f["layout"] for f in payload["figures"].values())
     assert "Plotly" in Page(report).unpacked("plotly")[:20000]
     assert report.stat().st_size < 8e6
 
@@ -224,19 +222,15 @@ def test_a_table_is_shown_in_part_with_units_and_without_what_is_the_same() -> N
     ]
 
 
-def test_panels_stand_below_each_other_on_a_narrow_page() -> None:
-    panels = figures.panels(["a", "b", "c"])
-    for place in range(3):
-        figures.line(panels, [0, 1], [0.123456789, 1], "x", 0, row=place // 2 + 1, col=place % 2 + 1)
-    figures.style(panels, "step", "loss")
-    found = drawn(panels)
-    domains = [found["narrow"][f"yaxis{n}"]["domain"] for n in ("", 2, 3)]
-    assert all(above[0] > below[1] for above, below in pairwise(domains))
-    assert all(found["narrow"][f"xaxis{n}"]["domain"] == [0, 1] for n in ("", 2, 3))
-    assert [title["y"] for title in found["narrow"]["annotations"]] == [domain[1] for domain in domains]
+def test_a_figure_leaves_width_and_paper_to_the_page() -> None:
+    figure = figures.panels(["a", "b"])
+    for panel in range(2):
+        figures.line(figure, [0, 1], [0.123456789, 1], "x", 0, panel=panel)
+    found = drawn(figures.captioned(figures.style(figure, "step", "loss"), "What it is"))
+    assert not {"width", "template", "meta"} & set(found["layout"])
+    assert found["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"
     assert found["data"][0]["y"][0] == 0.123457
-    single = figures.style(figures.panels(["a"], columns=1), "step", "loss")
-    assert drawn(single)["narrow"] == {}
+    assert found["narrow"]["height"] > found["layout"]["height"]  # one panel below the other
 
 
 def test_a_browser_draws_every_figure_without_a_network(report: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from analyses.report.tables import TableView, shown, view
 from analyses.suite import Suite, load_analysis
 from em_interp import __version__
 from em_interp.figures import caption_of
+from em_interp.figures.export import NARROW_BELOW
 from em_interp.files.atomic import write_text
 from em_interp.files.inputs import read_text
 from em_interp.statistics import PERCENT
@@ -102,10 +103,9 @@ def _plotlyjs() -> str:
 
 
 def _payload(sections: Sequence[Section], tables: Path) -> dict[str, Any]:
-    """What the page's script reads: figures, the whole tables, and how the dark page changes colours."""
+    """What the page's script reads: figures, and the whole tables."""
     return {
-        "template": figures.template(),
-        "dark": figures.DARK,
+        "narrow_below": NARROW_BELOW,
         "figures": {name: figures.drawn(f) for s in sections for name, f in s.figures.items()},
         "tables": {name: read_text(tables / f"{name}.csv") for s in sections for name in s.tables},
     }

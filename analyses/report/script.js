@@ -1,9 +1,10 @@
 "use strict";
 (async () => {
   const PAPER = 688;  // pixels across an A4 page's text
-  const NARROW = 560;
+  const SHORTER = 0.8;  // on paper, so that two figures fit a page
   const CONFIG = { displayModeBar: false, responsive: false };
   const dark = matchMedia("(prefers-color-scheme: dark)");
+  const ink = () => getComputedStyle(document.body).color;
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
   const unpacked = async (id) => {
@@ -63,36 +64,24 @@
   const script = document.createElement("script");
   script.textContent = await unpacked("plotly");
   document.head.append(script);
-  const recoloured = (spec, isDark) => JSON.parse(
-    JSON.stringify(spec),
-    (_, value) => (isDark && typeof value === "string" && payload.dark[value]) || value,
-  );
-  const lowest = (box) => {  // pixels below the panels that labels and titles of axes take
-    const bottom = box._fullLayout._size.t + box._fullLayout._size.h + box.getBoundingClientRect().top;
-    const labels = all(".xaxislayer-above text, .xaxislayer-below text, g[class*=xtitle] text", box);
-    return Math.max(0, ...labels.filter((label) => label.textContent).map((label) => label.getBoundingClientRect().bottom - bottom));
+  const change = (layout, path, value) => {  // as Plotly.relayout does
+    const names = path.replace("[", ".").replace("]", "").split(".");
+    const last = names.pop();
+    const within = names.reduce((inside, name) => (inside[name] ??= {}), layout);
+    within[last] = value;
   };
   const draw = (box, onPaper = false) => {
     const figure = payload.figures[box.dataset.figure];
+    const { data, layout } = structuredClone(figure);
     const width = onPaper ? PAPER : box.clientWidth;
-    const isNarrow = width < NARROW;
-    const whole = { template: payload.template, ...figure.layout, ...(isNarrow ? figure.narrow : {}) };
-    const { data, layout } = recoloured({ data: figure.data, layout: whole }, dark.matches && !onPaper);
-    const margin = { ...layout.margin, ...(isNarrow ? { l: 55, r: 10 } : {}) };
-    const scale = onPaper ? 0.7 : 1;
-    const inside = ((layout.height || 450) - margin.t - margin.b) * scale;
-    Object.assign(layout, { width, autosize: false, margin, height: inside + margin.t + margin.b });
-    if (isNarrow || onPaper) {
-      layout.font = { ...layout.font, size: 12 };
-      (layout.annotations || []).forEach((a) => { a.font = { ...a.font, size: Math.min(a.font?.size ?? 13, 13) }; });
+    if (width < payload.narrow_below) {
+      Object.entries(figure.narrow).forEach(([path, value]) => change(layout, path, structuredClone(value)));
     }
+    Object.assign(layout, { width, autosize: false, font: { ...layout.font, color: onPaper ? "#000" : ink() } });
+    if (onPaper) Object.assign(layout, { height: SHORTER * layout.height });
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;  // else a figure holds the page when scrolled
     box.style.minHeight = "0";
     Plotly.react(box, data, layout, CONFIG);
-    const legend = box._fullLayout.legend;
-    const below = legend && legend.orientation === "h" ? legend._height + 10 : 8;
-    const room = Math.ceil(lowest(box) + below);
-    Plotly.relayout(box, { "margin.b": room, height: inside + margin.t + room });
   };
   const boxes = all(".plotly-graph-div");
   const redraw = (onPaper) => boxes.forEach((box) => draw(box, onPaper));
