@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -154,28 +154,20 @@ class ModelChoice:
         return "-".join(Path(name).resolve().name for name in (self.model, self.adapter) if name)
 
     def load(self) -> Any:
-        """The ChatModel, with the adapter active if one was given."""
-        from em_interp.models import pretrained
-        from em_interp.pocket import models as pocket
-        from em_interp.pocket import registry
-        from em_interp.solutions import load as solutions
+        """The ChatModel, with the finetune active if one was given. --base beside --adapter vouches for the model."""
+        from em_interp import names
+        from em_interp.models.pretrained import base_of_adapter
 
-        adapter = None if self.adapter is None else located(self.adapter)
-        if adapter is not None and solutions.is_model(adapter):
-            model = replace(self, adapter=None).load()
-            model.add_adapter(_adapter_name(adapter), solutions.load(adapter, base=model).ready(model))
-            return model
-        placed: dict[str, Any] = loading(self.device_map, self.dtype)
-        if not registry.is_pocket_name(self.model):
-            given: dict[str, Any] = {} if self.base is None else {"base": self.base}
-            named = None if adapter is None else {_adapter_name(adapter): adapter}
-            return pretrained.load(self.model, adapter=named, any_base=self.any_base, **given, **placed)
-        if self.base is not None:
-            raise UsageError(f"--base {self.base}: the pocket models bring their own base. Leave it out.")
-        model = pocket.load(self.model, **placed)
-        if adapter is not None:
-            model.add_adapter(_adapter_name(adapter), adapter, any_base=self.any_base)
-        return model
+        base, any_base = self.base, self.any_base
+        if base is not None and self.adapter is not None and base_of_adapter(located(self.model), None) is None:
+            if located(base) != located(self.model):
+                raise UsageError(
+                    f"--base {base}: the base of --adapter is the model, {self.model}. Leave --base out; where the "
+                    "adapter records another name for that model, pass --any-base."
+                )
+            base, any_base = None, True
+        placed = loading(self.device_map, self.dtype)
+        return names.load(self.model, adapter=self.adapter, base=base, any_base=any_base, **placed)
 
     def folders(self) -> list[Path]:
         """What the names stand for on this machine: what a command reads, and must not write to."""
@@ -194,11 +186,6 @@ class ModelChoice:
         elif self.base is None and (recorded := base_of_adapter(self.model, None)) is not None:
             names.append(usable_base(self.model, recorded))
         return [source_hash(located(name)) for name in names]
-
-
-def _adapter_name(source: str) -> str:
-    """The last part of a folder's or repository's name, as PEFT takes it: directions say that they were read in it."""
-    return Path(source).resolve().name.replace(".", "-")
 
 
 def model_and_direction(chosen: ModelChoice, direction: Path, *, any_model: bool) -> tuple[Any, Any]:
