@@ -20,7 +20,8 @@ The direction, what it does, who else learned it, and why the general solution w
 Where everything is; each package tells of its modules and of its conventions. Arrows point one way: what stands below
 imports what stands above it, never the other way round.
 
-- `errors`, `arguments`: typed errors and checked arguments; `lazily`: names imported as they are asked for; `units`:
+- `errors`, `arguments`, `checking`: typed errors and checked arguments; `lazily`: names imported as they are asked for;
+`units`:
   what the numbers of tables are in
 - `statistics`: intervals and nulls; `files`: what goes to disk and comes from it; `figures`: tables to figures
 - `models`: chat models, layers and hooks; `solutions`: theta, what a finetune trained
@@ -33,13 +34,13 @@ imports what stands above it, never the other way round.
 `analyses` makes the papers' tables and figures of all this, and the report.
 """
 
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-from beartype import BeartypeConf
-from beartype.claw import beartype_this_package
-
-from em_interp.arguments import HINTS
-from em_interp.errors import ArgumentTypeError, EmInterpError
+from em_interp.errors import EmInterpError
 from em_interp.lazily import lazily
 
 if TYPE_CHECKING:  # what the table below says, for type checkers and editors
@@ -66,19 +67,22 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.training.finetune import finetune
     from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset
 
-_COMMANDS: Final = ("cli",)
+UNCHECKED: Final = ("arguments", "checking", "cli", "errors", "lazily")
+"""Modules that are imported before the check on every call is there."""
 
-# Every call of every function is checked against its signature: a wrong type is a typed error here, not a surprise deep
-# inside. Typer checks what commands are given.
-beartype_this_package(
-    conf=BeartypeConf(
-        violation_param_type=ArgumentTypeError,
-        hint_overrides=HINTS,
-        claw_is_pep526=False,
-        claw_skip_package_names=tuple(f"em_interp.{name}" for name in _COMMANDS),
-        is_color=False,
-    )
-)
+
+class _Checking:
+    """Finds nothing, but puts the check on every call in place before the first module with calls is looked for.
+
+    Not at once: beartype takes .1 s, which `import em_interp` and `em-interp --help` do without.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name.startswith("em_interp.") and name.split(".")[1] not in UNCHECKED:
+            import_module("em_interp.checking")
+
+
+sys.meta_path.insert(0, _Checking())
 
 NAMES: Final = {
     "Ablate": "em_interp.interventions.ablation:Ablate",

@@ -7,10 +7,7 @@ import math
 import operator
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Annotated, Any, Final
-
-from beartype import FrozenDict
-from beartype.vale import Is
+from typing import TYPE_CHECKING, Any, Final
 
 from em_interp.errors import EmInterpError, UsageError
 
@@ -18,12 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def _fits(value: Integral) -> bool:
+def fits(value: Integral) -> bool:
     """Within 64 bits, as torch and numpy hold them."""
     return -(2**63) <= int(value) < 2**63
 
 
-def _is_a_float(value: Real) -> bool:
+def is_a_float(value: Real) -> bool:
+    """A number that a float can hold."""
     try:
         float(value)
     except OverflowError:
@@ -40,16 +38,6 @@ def is_unicode(value: str) -> bool:
     return True
 
 
-HINTS: Final[Any] = FrozenDict(
-    {
-        int: Annotated[Integral, Is[_fits]],
-        float: Annotated[Real, Is[_is_a_float]],
-        str: Annotated[str, Is[is_unicode]],
-    }
-)
-"""What the check of every call takes for a whole number, a number and a text: numpy's numbers are numbers."""
-
-
 def plain_numbers(record: Any) -> None:
     """Turn numpy's numbers in a dataclass's fields into Python's, which torch's optimisers and JSON take."""
     for name, value in list(vars(record).items()):
@@ -60,7 +48,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map(_plain, value))
     if isinstance(value, Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, Integral) and _fits(value) else float(value)
+        return int(value) if isinstance(value, Integral) and fits(value) else float(value)
     return value
 
 
