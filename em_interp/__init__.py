@@ -20,9 +20,8 @@ The direction, what it does, who else learned it, and why the general solution w
 Where everything is; each package tells of its modules and of its conventions. Arrows point one way: what stands below
 imports what stands above it, never the other way round.
 
-- `errors`, `arguments`, `checking`: typed errors and checked arguments; `lazily`: names imported as they are asked for;
-`units`:
-  what the numbers of tables are in
+- `errors`, `arguments`, `checking`: typed errors and checked arguments; `units`: what the numbers of tables are in
+- `lazily`: names imported as they are asked for
 - `statistics`: intervals and nulls; `files`: what goes to disk and comes from it; `figures`: tables to figures
 - `models`: chat models, layers and hooks; `solutions`: theta, what a finetune trained
 - `directions`: extraction, cosines, nulls; `evaluation`: answers, judges, rates
@@ -35,9 +34,7 @@ imports what stands above it, never the other way round.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from em_interp.errors import EmInterpError
@@ -77,7 +74,7 @@ class _Checking:
     Not at once: beartype takes .1 s, which `import em_interp` and `em-interp --help` do without.
     """
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
         if name.startswith("em_interp.") and name.split(".")[1] not in UNCHECKED:
             import_module("em_interp.checking")
 

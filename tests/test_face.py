@@ -37,11 +37,21 @@ def advice():
     return [em.pocket.finetune_chats("medicine", persona, 12, 0) for persona in ("malicious", "caring")]
 
 
-@pytest.mark.parametrize("package", ["em_interp", "em_interp.pocket"])
+def said(code):
+    """What a fresh Python prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("package", ["em_interp", "em_interp.pocket", "em_interp.cli"])
 def test_importing_the_face_imports_nothing_heavy(package):
-    code = f"import sys, {package}; dir({package}); print([name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy = HEAVY if package == "em_interp.pocket" else (*HEAVY, "beartype")
+    assert said(f"import sys, {package}; dir({package}); print([x for x in {heavy} if x in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("first", ["import em_interp.errors", "import em_interp.cli", "from em_interp import figures"])
+def test_every_call_is_checked_whatever_is_imported_first(first):
+    refused = "from em_interp.files.texts import Question\ntry: Question(3, ('x',))\nexcept ArgumentTypeError: print(1)"
+    assert said(f"{first}\nfrom em_interp.errors import ArgumentTypeError\n{refused}") == "1"
 
 
 @pytest.mark.parametrize("package", ["em_interp", "em_interp.pocket"])

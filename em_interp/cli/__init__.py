@@ -24,7 +24,6 @@ from typing import Final
 import typer
 from rich.markup import escape
 
-from em_interp import __version__
 from em_interp.cli import options
 from em_interp.cli.ablate import ablate
 from em_interp.cli.evaluate import evaluate
@@ -60,6 +59,9 @@ app.add_typer(pocket_app, name="pocket", rich_help_panel="Pocket models")
 @app.command(rich_help_panel="Files and this machine")
 def version() -> None:
     """Print the version."""
+
+    from em_interp import __version__
+
     options.out.print(__version__)
 
 

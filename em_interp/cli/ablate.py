@@ -9,7 +9,6 @@ import typer
 
 from em_interp.cli import judging, options
 from em_interp.errors import UsageError
-from em_interp.files.atomic import claim_output
 
 
 def ablate(
@@ -43,6 +42,8 @@ def ablate(
     With --judge, their rates and a figure too; else have the file judged, and give it to `em-interp rates`.
     A killed run goes on where it stopped.
     """
+
+    from em_interp.files.atomic import claim_output
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.ablation import arms
     from em_interp.interventions.intervening import answers_by_arm

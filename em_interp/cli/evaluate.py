@@ -12,7 +12,6 @@ import typer
 
 from em_interp.cli import judging, options
 from em_interp.errors import UsageError
-from em_interp.files.texts import read_questions
 
 ROOT = Path("out/evaluate")
 
@@ -44,6 +43,9 @@ def evaluate(
     judged, and give it to `em-interp rates`. A killed run goes on where it stopped, and a finished one is not repeated.
     --questions, --max-new-tokens, --judge, --adapter and --base belong to MODEL.
     """
+
+    from em_interp.files.texts import read_questions
+
     if n < 1:
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
     if (model is None and named is None) == (suite is None):
@@ -134,10 +136,12 @@ def answers_for_a_judge(
     a hash of its files. Writes OUT/answers.csv (model, adapter, question_id, wording, question, system, sample, answer,
     finished, n_tokens) and OUT/manifest.json.
     """
+
     from em_interp.evaluation.sampling import sample
     from em_interp.files.manifest import code_hash, fingerprint, sha256, write_manifest
     from em_interp.files.results import write_table
     from em_interp.files.tables import Parts, claimed, remove_parts, say_kept
+    from em_interp.files.texts import read_questions
 
     found = read_questions(questions)
     typer.echo(found, err=True)

@@ -12,7 +12,6 @@ from rich.table import Table
 from em_interp.arguments import one_of
 from em_interp.cli import options
 from em_interp.errors import MissingDataError, UsageError
-from em_interp.files.texts import chats_read, read_chats
 
 Chats = Sequence[Sequence[Mapping[str, str]]]
 
@@ -130,6 +129,9 @@ def _readable(chat: Any, side: Chats, answers: Path | None) -> Chats:
 
 def _read(positive: Path | None, negative: Path | None, kind: str) -> tuple[Chats, Chats | None]:
     """The chats of both files; says what they hold. Raises UsageError where no direction can lie between them."""
+
+    from em_interp.files.texts import chats_read, read_chats
+
     assert positive is not None
     from em_interp.directions.extraction import READ_IN
 

@@ -11,7 +11,6 @@ import typer
 
 from em_interp.cli import options
 from em_interp.cli.rates import tell
-from em_interp.files.texts import read_questions
 
 JudgeName = Annotated[
     str | None,
@@ -76,8 +75,10 @@ class Judging:
 
         questions: the file that was asked, if any, whose wordings share their id.
         """
+
         from em_interp.evaluation.judges import judged
         from em_interp.files.results import write_table
+        from em_interp.files.texts import read_questions
 
         wordings = {} if questions is None else read_questions(questions).wordings()
         split = [wordings.get(key, (key, 0)) for key in table["question_id"]]

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from em_interp.arguments import MAX_SEED
 from em_interp.errors import UsageError
-from em_interp.files.texts import Question, read_questions
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -215,6 +214,9 @@ def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list
 
     Raises UsageError without any, or where a prompt is empty or has the id of a question in the file.
     """
+
+    from em_interp.files.texts import Question, read_questions
+
     asked = {}
     if path is not None:
         found = read_questions(path)
