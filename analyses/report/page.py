@@ -25,6 +25,7 @@ from analyses.suite import Suite, load_analysis
 from em_interp import __version__
 from em_interp.figures import caption_of
 from em_interp.figures.export import NARROW_BELOW
+from em_interp.figures.phone import narrow_layout
 from em_interp.files.atomic import write_text
 from em_interp.files.inputs import read_text
 from em_interp.statistics import PERCENT
@@ -51,6 +52,7 @@ class Drawing:
     caption: str
     section: str
     height: int
+    narrow_height: int
 
 
 def write_report(
@@ -82,7 +84,7 @@ def write_report(
         unmade=[section for section in sections if section.error is not None],
         problems=problems,
         notes=notes,
-        agreement=_agreement(made),
+        compared=[{**row, "section": section.name} for section in made for row in _compared(section)],
         marks=dict(zip(VERDICTS, "✓✗?✓✗ ", strict=True)),
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "script.js").read_text(encoding="utf-8")),
@@ -125,24 +127,24 @@ def _drawing(section: Section, name: str) -> Drawing:
     figure = section.figures[name]
     caption = caption_of(figure)
     says = section.findings[0].sentence if section.findings else section.title
-    return Drawing(name, f"{says} {caption}".strip(), caption, section.name, int(figure.layout.height or 450))
+    return Drawing(
+        name,
+        f"{says} {caption}".strip(),
+        caption,
+        section.name,
+        int(figure.layout.height),
+        int(narrow_layout(figure)["height"]),
+    )
 
 
-def _agreement(sections: Sequence[Section]) -> dict[str, int]:
-    """How many published numbers agree, differ, or have no counterpart; empty where none were compared."""
-    compared = [s.comparison for s in sections if s.comparison is not None and len(s.comparison)]
-    agrees = [value for table in compared for value in table["agrees"]]
-    if not agrees:
-        return {}
-    absent = sum(bool(pd.isna(value)) for value in agrees)
-    agree = sum(value is True or value == 1 for value in agrees)
-    return {"agree": agree, "differ": len(agrees) - agree - absent, "absent": absent}
+def _compared(section: Section) -> list[dict[str, Any]]:
+    """Published numbers beside ours; agrees is None where there is no counterpart."""
+    rows: list[Any] = [] if section.comparison is None else section.comparison.astype(object).to_dict("records")
+    return [{**row, "agrees": None if pd.isna(row["agrees"]) else bool(row["agrees"])} for row in rows]
 
 
 def _view(section: Section) -> dict[str, Any]:
-    comparison = [] if section.comparison is None else section.comparison.astype(object).to_dict("records")
-    for row in comparison:
-        row["agrees"] = None if pd.isna(row["agrees"]) else bool(row["agrees"])
+    comparison = _compared(section)
     tables: list[TableView] = [view(name, table) for name, table in section.tables.items()]
     return {
         "name": section.name,

@@ -74,14 +74,18 @@
     const figure = payload.figures[box.dataset.figure];
     const { data, layout } = structuredClone(figure);
     const width = onPaper ? PAPER : box.clientWidth;
-    if (width < payload.narrow_below) {
+    const isNarrow = width < payload.narrow_below;
+    if (isNarrow) {
       Object.entries(figure.narrow).forEach(([path, value]) => change(layout, path, structuredClone(value)));
     }
     Object.assign(layout, { width, autosize: false, font: { ...layout.font, color: onPaper ? "#000" : ink() } });
     if (onPaper) Object.assign(layout, { height: SHORTER * layout.height });
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;  // else a figure holds the page when scrolled
     box.style.minHeight = "0";
+    layout.legend = { ...layout.legend, maxheight: 1 };
     Plotly.react(box, data, layout, CONFIG);
+    const more = (box._fullLayout.legend?._height ?? 0) - figure.legend[isNarrow ? "narrow" : "wide"];
+    if (more > 4) Plotly.relayout(box, { height: layout.height + more });
   };
   const boxes = all(".plotly-graph-div");
   const redraw = (onPaper) => boxes.forEach((box) => draw(box, onPaper));

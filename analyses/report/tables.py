@@ -60,7 +60,7 @@ def _is_number(column: pd.Series[Any]) -> bool:
 
 
 def _with_unit(value: str, unit: str) -> str:
-    return f"{value} ({unit})" if unit else value
+    return f"{value} ({unit})" if unit not in ("", "count") else value
 
 
 def shown(value: Any) -> str:
