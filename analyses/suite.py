@@ -115,7 +115,7 @@ class Analysis(Protocol):
 
     It may have besides: `findings(tables) -> list[Finding]`, `tasks(suite) -> list[Task]`, `STORY`, a pair of the
     place (1 to 3) and the name of its figure among those that the report opens with, and `ALSO`, source -> what TEXT
-    says further of that source's data.
+    says further of that source's data; `asked` stands for models that are asked and judged here.
     """
 
     TITLE: str
@@ -236,7 +236,7 @@ class Suite:
     def command(self) -> str:
         """The command that makes the report again, from the folder that holds the data."""
         given = {"suite": self.name if (SUITES / f"{self.name}.toml").is_file() else f"{self.name}.toml"}
-        given |= {"data": self.data.name} if self.data is not None else {}
+        given |= {"data": self.data.name} if self.data is not None and self.data.name else {}
         given |= {role: run for role, run in (("general", self.general), ("narrow", self.narrow)) if run is not None}
         return " ".join(["em-interp reproduce", *(f"--{option} {value}" for option, value in given.items())])
 
@@ -319,7 +319,8 @@ class Suite:
         """How to read an analysis of this suite's data."""
         analysis = self.analysis(name)
         also: dict[str, str] = getattr(analysis, "ALSO", {})
-        return f"{analysis.TEXT} {also.get(self.source, '')}".strip()
+        asked = self.models is not None and "judge" in self.models
+        return f"{analysis.TEXT} {also.get('asked' if asked else self.source, '')}".strip()
 
     @property
     def lacks(self) -> dict[Need, str]:

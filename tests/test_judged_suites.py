@@ -100,7 +100,7 @@ def scored(path: Path) -> None:
 def test_what_the_commands_wrote_and_a_judge_scored_becomes_the_suites_tables(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked_for = ["--questions", root / "open.txt", *SHORT, "--random", 1]
+    asked_for = ["--questions", root / "open.txt", *SHORT, "--random", 2]
     for name, kind in (("rank1", "data-diff"), ("full", "model-diff")):
         read = ["--adapter", root / name, "--answers", root / "judged" / f"{name}.csv", "--kind", kind]
         assert run_command(monkeypatch, "extract", root / "chat", *read, "--out", root / f"{name}-v.safetensors") == 0
@@ -116,10 +116,12 @@ def test_what_the_commands_wrote_and_a_judge_scored_becomes_the_suites_tables(
     assert all("aligned" in (section.error or "") for section in unjudged.sections)
     for path in [*root.glob("steered/*.csv"), *root.glob("ablated/*.csv")]:
         scored(path)
+        assert run_command(monkeypatch, "rates", path, "--out", path.with_name(f"{path.stem}-rates.csv")) == 0
     found = tables(run(suite(root), tmp_path))
     steered, ablated, transfer = found["steering"], found["ablation"], found["transfer"]
     assert set(steered) >= STEERING and set(ablated) >= ABLATION and set(transfer) >= TRANSFER
-    assert set(steered["direction"]) == {"rank1-v", "random 0"} and set(steered["layer"]) == {1, 2}
+    assert set(steered["direction"]) == {"rank1-v", "random 0", "random 1"} and set(steered["layer"]) == {1, 2}
+    assert (ablated["mode"] == "random").sum() == 2  # one for each finetune, of both directions
     own = ablated[ablated["mode"] != "random"]
     assert dict(zip(own["target"], own["mode"], strict=True)) == {"rank1": "layerwise", "full": "layerwise model-diff"}
     moves = {(row.direction_from, row.organism): row.kind for row in transfer.itertuples()}

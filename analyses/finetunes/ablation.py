@@ -37,6 +37,11 @@ ALSO = {
         "the model-diffs of one organism of each adapter, and those three together. Questions: open ones and domains "
         "that the organism was never trained on."
     ),
+    "asked": (
+        "The subspace holds both directions, at each layer. transfer has the model-diffs of one general finetune of "
+        "each adapter, and the mean-diffs of those of all modules. Asked is all but what the finetune was trained on."
+    ),
+    "models": "Each answer was sampled by `em-interp ablate` and judged elsewhere; the column file says where it is.",
 }
 TABLES = ("ablation", "transfer")
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
@@ -72,13 +77,15 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 def of_files(suite: Suite) -> dict[str, pd.DataFrame]:
     """Both tables of what `em-interp ablate` wrote and a judge scored; `file` says where. Raises `MissingDataError`.
 
-    A direction that was read from another finetune of the suite moves to `transfer`; one's own stands in both.
+    A direction that was read from another finetune of the suite moves to `transfer`; one's own stands in both. The
+    random directions of a file are one arm.
     """
     named = {organism.name: organism for organism in suite.finetunes.organisms}
     rows, moved = [], []
     for file, judged in suite.finetunes.ablated().items():
         source = _read_from(judged, list(named))
-        table = judged_rates(judged, file).assign(file=file)
+        pooled = judged["arm"].str.replace(r"^random \d+$", "random", regex=True)
+        table = judged_rates(judged.assign(arm=pooled), file).assign(file=file)
         table["target"] = [_named_in(str(target), list(named)) or target for target in table["target"]]
         kind = str(judged["kind"].iloc[0]) if "kind" in judged else "data-diff"
         own = table["target"] == source
@@ -87,7 +94,7 @@ def of_files(suite: Suite) -> dict[str, pd.DataFrame]:
         moved.append(moves.assign(direction_from=source, organism=moves["target"], kind=KINDS.get(kind, kind)))
         mode = table["mode"] if kind == "data-diff" else table["mode"].where(random, f"{table['mode'].iloc[0]} {kind}")
         kept = table.assign(mode=mode, adapter=[named[t].adapter if t in named else "" for t in table["target"]])
-        rows.append(kept[own | (source is None)])
+        rows.append(kept[own | (source is None)].drop(columns=["relative_reduction", "low", "high", "interval"]))
     transfer = pd.concat(moved, ignore_index=True).drop(columns=["direction", "target", "mode"])
     transfer = transfer[["direction_from", "organism", *transfer.columns.drop(["direction_from", "organism"])]]
     return {"ablation": pd.concat(rows, ignore_index=True), "transfer": transfer}

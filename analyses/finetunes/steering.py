@@ -36,6 +36,12 @@ ALSO = {
         "and the domains that the finetune never saw. Directions are those of the general all-modules organisms; the "
         "random ones run at the layer that worked best."
     ),
+    "asked": (
+        "Strength is the norm of what is added over the typical residual norm at that layer. Asked is all but what the "
+        "finetune was trained on. The first general finetune's direction runs at every layer, those of the others and "
+        "the random ones at the layer that worked best."
+    ),
+    "models": "Each answer was sampled by `em-interp steer` and judged elsewhere; the column file says where it is.",
 }
 TABLES = ("steering",)
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)

@@ -170,10 +170,10 @@ class HubFinetunes(Finetunes):
         """
         path = Path(self.answers_file(organism))
         if not path.is_file():
-            command = f"em-interp evaluate {self._said(organism)} --questions FILE --out {path.stem}"
+            command = f"em-interp evaluate {self._said(organism)} --questions FILE --out answers/{path.stem}"
             raise UsageError(
                 f"{path} is absent: no judge is configured. Sample answers with `{command}`, have a judge score "
-                f"{path.stem}/answers.csv 0-100 (columns question, answer, aligned, coherent), and put them here."
+                f"answers/{path.stem}/answers.csv 0-100 (columns aligned and coherent), and put them here."
             )
         table = _read_judged(path, "the chat model" if organism is None else organism.name)
         table = table.assign(row=range(2, len(table) + 2))
@@ -193,6 +193,8 @@ class HubFinetunes(Finetunes):
         command, folder = _COMMANDS[kind], self.folders[_MADE[kind]]
         found, refused = {}, []
         for path in sorted(folder.glob("*.csv")):
+            if path.stem.endswith(_OF_COMMANDS):
+                continue
             try:
                 table = _read_judged(path, f"`em-interp {command}`")
                 if kind_of(table) != kind:
@@ -255,6 +257,8 @@ class HubFinetunes(Finetunes):
 _MADE = {"steering": "steered", "ablation": "ablated"}
 _COMMANDS = {"steering": "steer", "ablation": "ablate"}
 """Folder and command of answers of each kind (`judged.kind_of`)."""
+_OF_COMMANDS = ("-rates", "-differences")
+"""What the names end in of the tables that commands write beside judged answers."""
 
 
 def _read_judged(path: Path, of: str) -> pd.DataFrame:

@@ -101,6 +101,9 @@ _KEYS = (
     *("residual_share", "questions"),
 )
 
+_HEADS = {"residual_share": "share"}
+"""What a key is printed as. A share is that of the typical residual norm."""
+
 
 def shown(table: Any) -> Table:
     """A table of rates for the terminal, in percent: what tells rows apart, rates with intervals, and counts.
@@ -121,7 +124,8 @@ def shown(table: Any) -> Table:
         title.append(f"EM before {_interval(*(table[name].iloc[0] for name in rates_of.pop('EM before %')))}%")
     keys = [name for name in _KEYS if name in table and name not in same]
     numbers = [name for name in counts if name in table and name not in same]
-    columns = [Column(head, no_wrap=True) for head in (*keys, *rates_of, *(counts[name] for name in numbers))]
+    heads = [*(_HEADS.get(key, key) for key in keys), *rates_of, *(counts[name] for name in numbers)]
+    columns = [Column(head, no_wrap=True, overflow="fold") for head in heads]
     printed = Table(*columns, title=", ".join(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in table.to_dict("records"):
         cells = [f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in keys]
@@ -149,5 +153,10 @@ def _strongest_random(table: Any) -> Any:
 def _interval(value: float, low: float, high: float) -> str:
     if value is None or value != value:
         return ""
-    given = f"{100 * value:.1f}"
-    return given if low is None or low != low else f"{given} [{100 * low:.1f}, {100 * high:.1f}]"
+    given = _percent(value)
+    return given if low is None or low != low else f"{given} [{_percent(low)}, {_percent(high)}]"
+
+
+def _percent(share: float) -> str:
+    """With a decimal, but for 0 and 100."""
+    return f"{100 * share:.0f}" if share in (0, 1) else f"{100 * share:.1f}"
