@@ -1,6 +1,7 @@
 # make reproduce [SUITE=published|pocket|FILE.toml] [DATA=DIR] [OUT=DIR] [ARGS="--only cosines"]
 # make test
 # make docs [OUT=DIR]
+# make picture [REPORT=out/pocket/report.html] [OUT=docs/report.png]
 # make matrix [JOBS=2]
 # All do all the set-up they need in .venv, from python3, pip, make and git alone.
 
@@ -10,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types docs matrix reproduce clean
+.PHONY: help install test lint types docs picture matrix reproduce clean
 
 help:
 	@echo "make test         install what is needed, then lint, type-check and run the tests"
@@ -45,6 +46,10 @@ types: install
 # One thread a worker: two workers of two threads each would fight over two cores.
 test: lint types
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The README's picture: the first screen of a report, drawn by Chrome.
+picture: install
+	$(BIN)/python -m docs.picture "$(or $(REPORT),out/pocket/report.html)" "$(or $(OUT),docs/report.png)"
 
 docs: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m docs.build "$(or $(OUT),out/docs)"

@@ -27,7 +27,8 @@ ENDINGS: Final = {".html": 1, ".svg": 1, ".png": 2}
 """What a figure can be written as, and at which scale."""
 NARROW_BELOW: Final = 600
 """Pixels of room below which a figure is laid out for a phone."""
-_CHROME: Final = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome")
+CHROME: Final = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome")
+"""What the browser that draws is called, where it is installed."""
 _FIT: Final = """
 (function () {
   const figure = document.getElementById("{plot_id}"), layouts = LAYOUTS;
@@ -111,7 +112,7 @@ def static_images_available() -> bool:
         import kaleido  # noqa: F401
     except ImportError:
         return False
-    return any(shutil.which(name) for name in _CHROME)
+    return any(shutil.which(name) for name in CHROME)
 
 
 def save_static(figures: dict[Path, go.Figure]) -> list[Path]:
