@@ -49,6 +49,10 @@ class Finding:
     """Where the published value stands, such as 'P2, Fig. 2'."""
     verdict: str = ""
     first: bool = False
+    claim: str = ""
+    """What findings that differ in one thing say in common: a table says it once, with a row for each case."""
+    case: str = ""
+    """That one thing, such as a kind of adapter."""
 
     def __post_init__(self) -> None:
         one_of("verdict", self.verdict, VERDICTS)

@@ -1,6 +1,6 @@
 """The first screen of a report as a picture, drawn by Chrome: what the README shows.
 
-    python -m docs.picture REPORT.html PICTURE.png
+python -m docs.picture REPORT.html PICTURE.png
 """
 
 from __future__ import annotations

@@ -174,6 +174,8 @@ def _finding(row: Mapping[Any, Any]) -> Finding:
         claim.unit,
         verdict=row["verdict"],
         first=row["task"] == "persona",
+        claim=f"{claim.text}: {claim.found.format(estimate=f'… {claim.unit}'.strip())}",
+        case=f"{where}{row['adapter']}",
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,7 +79,7 @@ def write_report(
         command=suite.command,
         made_on=f"{datetime.now(UTC):%-d %B %Y}",
         percent=PERCENT,
-        claims=[Claim(finding, s.name) for s in made for finding in s.findings if finding.first],
+        claims=_in_groups([Claim(finding, s.name) for s in made for finding in s.findings if finding.first]),
         story=_story(made),
         sections=[_view(section) for section in made],
         unmade=[section for section in sections if section.error is not None],
@@ -92,6 +93,12 @@ def write_report(
         payload=_packed(json.dumps(_payload(made, path.parent / "tables"), separators=(",", ":"), allow_nan=False)),
     )
     return write_text(path, html)
+
+
+def _in_groups(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Those that stand together and are cases of one claim, and each other one alone."""
+    together = groupby(enumerate(claims), lambda each: each[1].finding.claim or each[0])
+    return [[claim for _, claim in group] for _, group in together]
 
 
 def _packed(text: str) -> str:
@@ -126,10 +133,10 @@ def _story(sections: Sequence[Section]) -> list[Drawing]:
 def _drawing(section: Section, name: str) -> Drawing:
     figure = section.figures[name]
     caption = caption_of(figure)
-    says = section.findings[0].sentence if section.findings else section.title
+    says = next((finding.sentence for finding in section.findings if not finding.claim), "")
     return Drawing(
         name,
-        f"{says} {caption}".strip(),
+        f"{says} {caption}".strip() or section.title,
         caption,
         section.name,
         int(figure.layout.height),
@@ -151,6 +158,7 @@ def _view(section: Section) -> dict[str, Any]:
         "title": section.title,
         "text": section.text,
         "findings": section.findings,
+        "claims": _in_groups([Claim(finding, section.name) for finding in section.findings if finding.claim]),
         "needs": "; ".join(load_analysis(section.name).NEEDS),
         "figures": [_drawing(section, name) for name in section.figures],
         "tables": [table for table in tables if table.n_rows],
