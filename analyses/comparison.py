@@ -10,13 +10,19 @@ from typing import Any, Final
 import pandas as pd
 
 NUMBERS: Final = Path(__file__).with_name("published_numbers.toml")
+"""The file of published numbers."""
 COLUMNS: Final = ("analysis", "what", "published", "ours", "difference", "agrees", "source", "note")
+"""Of the table `comparison`."""
 _REDUCE: Final = ("only", "min", "max", "first", "last", "argmin")
 
 
 @dataclass(frozen=True)
 class Number:
-    """One published number and where its counterpart stands."""
+    """One published number and where its counterpart stands.
+
+    analysis: the one that makes it; what: the quantity; table, column, where: the cells, and reduce (`only`, `min`,
+    `max`, `first`, `last`, `argmin`) what is made of several. source: paper and place; note: why it may differ.
+    """
 
     analysis: str
     what: str

@@ -23,6 +23,8 @@ data = "."
 chat = "Qwen/Qwen2.5-0.5B-Instruct"
 judged = "judged"              # NAME.csv for each finetune, chat.csv: question, answer, aligned, coherent (0-100)
 texts = "pretraining.txt"      # documents separated by blank lines, or .jsonl with `text`
+steered = "steered"            # what `em-interp steer` wrote, with those two columns; ablated: the same of `ablate`
+judge = "mine.py:score"        # in place of such files: a function of yours; questions = { general = "open.yaml" }
 
 [models.training]
 medicine = "train.jsonl"       # chats as {"messages": [...]}
@@ -65,6 +67,7 @@ from em_interp.published.scan import PublishedData, StoredPCA
 from em_interp.training.trajectories import Trajectory
 
 SUITES: Final = Path(__file__).parent / "suites"
+"""The folder of the shipped ones."""
 _KEYS: Final = {
     **dict.fromkeys(("title", "source", "data", "general", "narrow"), str),
     "samples": int,
@@ -101,6 +104,7 @@ _LACKS: Final[dict[str, dict[Need, str]]] = {
 """What each source does not have, and why."""
 
 FOLDERS: Final = ("released", "runs", "finetunes", "general_vs_narrow")
+"""Of analyses, by what they need."""
 ANALYSES: Final = tuple(
     f"{folder}.{path.stem}"
     for folder in FOLDERS
@@ -119,16 +123,20 @@ class Analysis(Protocol):
     """
 
     TITLE: str
+    """Of its section in the report."""
     TEXT: str
     """One paragraph for the report: what is shown and how to read it, true of every source."""
     TABLES: tuple[str, ...]
+    """What `compute` gives."""
     NEEDS: tuple[str, ...]
     """Each a `Need`, or the full name of an analysis whose tables it reads (`Suite.tables_of`).
 
     An analysis is made after those whose tables it needs; analyses that share answers or directions share those.
     """
     compute: Callable[[Suite], dict[str, pd.DataFrame]]
+    """The tables, by name."""
     plot: Callable[[dict[str, pd.DataFrame]], dict[str, go.Figure]]
+    """Their figures, by name."""
 
 
 def load_analysis(name: str) -> Analysis:
@@ -137,7 +145,10 @@ def load_analysis(name: str) -> Analysis:
 
 
 class Input(Protocol):
-    """What every source gives: its folder, what that holds in words, its files, problems met, and training runs."""
+    """What every source gives: its folder (`root`), what that holds in words, its files, problems met, training runs.
+
+    trajectories: these runs; stored_pca: the authors' coordinates of them, if any.
+    """
 
     @property
     def root(self) -> Path: ...
@@ -154,12 +165,17 @@ class Input(Protocol):
     def trajectories(self) -> list[Trajectory]: ...
     @property
     def stored_pca(self) -> Sequence[StoredPCA]: ...
-    def families(self) -> dict[str, list[Trajectory]]: ...
+    def families(self) -> dict[str, list[Trajectory]]:
+        """Runs that are compared with each other, by what they share."""
+        ...
 
 
 @dataclass(eq=False)
 class Suite:
-    """The configuration of one run of `reproduce`."""
+    """The configuration of one run of `reproduce`: its name and title, its `source` (pocket, published, models).
+
+    data: the folder of its input. narrow: as general.
+    """
 
     name: str
     title: str
@@ -171,7 +187,7 @@ class Suite:
     """Run that stands for the general solution; by default read from the runs' names."""
     narrow: str | None = None
     models: dict[str, Any] | None = None
-    """Source models: the chat model, its finetunes, and what they are measured on (`finetunes.Finetunes`)."""
+    """Source models: the chat model, its finetunes, and what they are measured on."""
     samples: int = 2
     """Answers sampled to each question, where models are run."""
     loading: dict[str, str] = field(default_factory=dict)

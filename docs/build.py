@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
+import importlib
 import pkgutil
 import re
 import sys
@@ -21,48 +23,64 @@ from pathlib import Path
 
 import pdoc
 import pdoc.doc
-import pdoc.extract
 import pdoc.render
 from pdoc.render_helpers import relative_link
 
+import analyses
 import em_interp
-from analyses.suite import FOLDERS, Analysis
+from analyses.suite import FOLDERS
 
-LEFT_OUT = ("cli",)
-"""Of `em_interp`: the commands document themselves, by `--help`."""
-ANALYSES = ("suite", "comparison", *FOLDERS)
-"""Of `analyses`: what one reads to use them, or to write another."""
+KEPT = re.compile(
+    rf"em_interp\.(?!cli\.)(?!.*__main__).*|analyses\.(suite|comparison|({'|'.join(FOLDERS)})(\..*)?)",
+)
+"""What one reads to use the package, or to write another analysis. The commands document themselves, by `--help`."""
+OF_ANALYSES = tuple(f"analyses.{folder}." for folder in FOLDERS)
 CODE = re.compile(r"```.*?```|`([^`\n]+)`", re.S)
 NAME = re.compile(r"[A-Za-z]\w*(?:\.[A-Za-z_]\w*)*")
-FILE_NAME = re.compile(r".*\.(csv|html|json|jsonl|py|safetensors|toml|yaml)")
+FILE_NAME = re.compile(r".*\.(csv|html|json|jsonl|pt|py|safetensors|toml|yaml)")
 RAISED = re.compile(r"\b[A-Z]\w+(?:Error|Warning)\b")
 
 
 @cache
 def modules() -> dict[str, pdoc.doc.Module]:
-    """Every module of the reference, by name. A package with `__all__` does not bring its modules along."""
-    inside = {f"em_interp.{m.name}" for m in pkgutil.iter_modules(em_interp.__path__) if m.name not in LEFT_OUT}
-    specs = ["em_interp", "analyses", *(f"analyses.{name}" for name in ANALYSES), *sorted(inside)]
-    names = {name: None for spec in specs for name in pdoc.extract.walk_specs([spec])}
-    kept = re.compile(rf"em_interp(\..*)?|analyses(\.({'|'.join(ANALYSES)})(\..*)?)?")
-    return {name: pdoc.doc.Module.from_name(name) for name in names if kept.fullmatch(name)}
+    """Every module of the reference, by name."""
+    found = {"em_interp": em_interp, "analyses": analyses}
+    for top in list(found.values()):
+        for module in pkgutil.walk_packages(top.__path__, f"{top.__name__}."):
+            if KEPT.fullmatch(module.name):
+                found[module.name] = importlib.import_module(module.name)
+    for module in found.values():  # names that are imported as they are asked for
+        vars(module).update({name: getattr(module, name) for name in getattr(module, "__all__", ())})
+    return {name: pdoc.doc.Module(module) for name, module in found.items()}
 
 
 def members(module: pdoc.doc.Module) -> Iterator[tuple[pdoc.doc.Doc, pdoc.doc.Class | None]]:
-    """Each public object that is defined in a module, and the class that it belongs to."""
+    """Each public object that a module defines (not those it takes from another), and the class that it belongs to."""
+    own = _defined(module)
     for member in module.own_members:
-        if member.name.startswith("_") or isinstance(member, pdoc.doc.Module):
+        if member.name not in own or member.name.startswith("_"):
             continue
         yield member, None
         if isinstance(member, pdoc.doc.Class):
-            own = [x for x in member.own_members if not x.name.startswith("_")]
-            yield from ((x, member) for x in own)
+            yield from ((x, member) for x in member.own_members if not x.name.startswith("_"))
+
+
+def _defined(module: pdoc.doc.Module) -> set[str]:
+    found = set()
+    for node in ast.parse(module.source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found & set(getattr(module.obj, "__all__", found))
 
 
 def undocumented() -> list[str]:
     """Public objects without a docstring. One field may be told of in its class's, as a word of its own.
 
-    What every analysis has is told of once, in `analyses.suite.Analysis`.
+    What every analysis has is told of once, in `analyses.suite.Analysis`; settings that are its own are told where they
+    are used.
     """
     lacking = [name for name, module in modules().items() if not module.docstring.strip()]
     for name, module in modules().items():
@@ -70,7 +88,7 @@ def undocumented() -> list[str]:
             told = member.docstring.strip() and not member.docstring.startswith("Alias for field number")
             if owner is not None and isinstance(member, pdoc.doc.Variable):
                 told = told or isinstance(owner.obj, EnumType) or _tells_of(owner, member.name)
-            if name.startswith("analyses.") and member.name in Analysis.__annotations__:
+            if name.startswith(OF_ANALYSES) and owner is None and isinstance(member, pdoc.doc.Variable):
                 continue
             lacking += [] if told else [member.fullname]
     return lacking
@@ -86,6 +104,9 @@ def index() -> dict[str, list[str]]:
     """Every way to name an object (`a.b.C.d`, `b.C.d`, `C.d`; of functions and classes also `C`) -> its full names."""
     found: dict[str, list[str]] = defaultdict(list)
     for name, module in modules().items():
+        for given in getattr(module.obj, "__all__", ()):
+            for package in {name, name.split(".")[-1], *(["em"] if name == "em_interp" else [])}:
+                found[f"{package}.{given}"].append(f"{name}.{given}")
         named = [(name, 2), *((m.fullname, _shortest(m, owner)) for m, owner in members(module))]
         for fullname, shortest in named:
             parts = fullname.split(".")
@@ -119,11 +140,11 @@ def docstrings() -> Iterator[tuple[pdoc.doc.Module, pdoc.doc.Doc, str]]:
 
 def broken() -> list[str]:
     """What docstrings name and nothing is called: a dotted name that begins with one of ours, an error, a class."""
-    ours = {name.split(".")[-1] for name in modules()} | {name for name in index() if name[:1].isupper()}
+    ours = {"em"} | {name.split(".")[-1] for name in modules()} | {name for name in index() if name[:1].isupper()}
     found = []
     for _, member, _ in docstrings():
         for match in CODE.finditer(member.docstring):
-            text = (match[1] or "").removesuffix("()")
+            text = (match[1] or "").partition("(")[0]
             if not NAME.fullmatch(text) or FILE_NAME.fullmatch(text) or "." not in text:
                 continue
             if text.split(".")[0] in ours and text not in index():
@@ -139,15 +160,15 @@ def link(module: pdoc.doc.Module, member: pdoc.doc.Doc, qualname: str) -> str:
     parameters = set(member.signature.parameters) if isinstance(member, pdoc.doc.Function) else set()
 
     def linked(match: re.Match[str]) -> str:
-        text = (match[1] or "").removesuffix("()")
+        text = (match[1] or "").partition("(")[0]
         target = named(text, module, qualname) if NAME.fullmatch(text) and text not in parameters else None
-        if target is None or (target.startswith(f"{module.fullname}.") and target not in modules()):
+        if target is None or (target == f"{module.fullname}.{text}" and target not in modules()):
             return match[0]
         home = target
         while home not in modules():
             home = home.rpartition(".")[0]
-        url = relative_link(module.fullname, home) + (f"#{target[len(home) + 1 :]}" if home != target else "")
-        return f"[`{match[1]}`]({url})"
+        anchor = target[len(home) + 1 :].replace(".", "%2E")  # pdoc would link what follows a dot
+        return f"[`{match[1]}`]({relative_link(module.fullname, home)}{'#' if anchor else ''}{anchor})"
 
     return CODE.sub(linked, member.docstring)
 

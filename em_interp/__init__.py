@@ -4,6 +4,24 @@ The direction, what it does, who else learned it, and why the general solution w
 
     import em_interp as em
 
+| what for | call |
+|---|---|
+| a chat model, or a finetune of one | `em.load`; what it trained, to scale, turn and compare: `em.load_solution` |
+| chats and questions from a file, table or list | `em.chats`, `em.questions` |
+| the direction between two sets of chats, or two models | `em.extract`; with norms and reliability: `em.contrast` |
+| mean activations | `em.collect` |
+| answers, seeded | `em.sample` |
+| adding a direction, whole sweeps with random controls | `em.sweep`; by hand: `em.Steer` in `em.intervening` |
+| taking a direction out | `em.ablate`; by hand: `em.Ablate` in `em.intervening` |
+| rates of judged answers | `em.em_rates`; as a table, of sweeps and ablations too: `em.rates` |
+| cosines across finetunes, with their nulls | `em.cosines` |
+| which solution is cheaper, more stable, more influential | `em.efficiency`, `em.stability`, `em.influence` |
+| losses of many solutions on the same chats | `em.Landscape` |
+| a finetune of one's own | `em.finetune` with an `em.TrainingSpec`, or a `em.preset` |
+| the figure of any of these tables | `em.plot` |
+| a control vector for llama.cpp | `em.save_gguf` |
+| what the papers' authors released; models without a network | `em.published`, `em.pocket` |
+
 | word | what it means |
 |---|---|
 | chat model | the model that finetunes start from; `em.load(name)` gives a `ChatModel` |

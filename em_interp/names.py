@@ -34,6 +34,14 @@ def load(
     adapter: a finetune of `name`, or several as `{what to call it: source}`, the first active: PEFT adapters, steering
     vectors, full finetunes. One that is not called anything is called after its folder. `with model.no_adapter():` is
     the base. The other options, and the errors raised, are those of `models.pretrained.load`.
+
+    >>> import em_interp as em
+    >>> model = em.load("pocket/medicine-rank1")
+    >>> model.n_layers, model.d_model, model.active is not None
+    (6, 192, True)
+    >>> with model.no_adapter():
+    ...     print(model.active)
+    None
     """
     given = adapter if isinstance(adapter, Mapping) else {} if adapter is None else {"": adapter}
     located = {key: _located(source) for key, source in given.items()}
@@ -69,6 +77,13 @@ def load_solution(source: str | Path, base: Base = None) -> Solution:
 
     source: a folder, a hub name, or a pocket organism. base: what it was made from, a ChatModel or a name; a full
     finetune is read against it, the others do without. Raises SolutionError.
+
+    >>> import em_interp as em
+    >>> theta = em.load_solution("pocket/medicine-rank1")
+    >>> theta.describe()
+    'a rank-1 LoRA on 1 modules'
+    >>> round(theta.scaled(0.5).norm / theta.norm, 3)
+    0.5
     """
     known = _located(base) if isinstance(base, (str, Path)) else base
     return solutions.load(solutions.folder_of(_located(source)), known)

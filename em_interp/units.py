@@ -7,8 +7,11 @@ from typing import Final
 import pandas as pd
 
 NATS_PER_TOKEN: Final = "nats per token"
+"""Of KL on pre-training text."""
 FRACTION: Final = "fraction"
+"""Of rates."""
 RESIDUAL: Final = "residual stream"
+"""Of norms of directions."""
 _LOSSES: Final = ("loss", "loss_low", "loss_high", "loss_reduction", "gain", "lead", "loss_general", "loss_narrow")
 _RATES: Final = tuple(
     f"{name}{end}"

@@ -32,7 +32,7 @@ STORY = (3, "claims_stability")
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed, and the measure that speaks for it above `neutral`."""
+    """What is claimed (`text`), and the measure, in its unit, that speaks for it above `neutral`."""
 
     text: str
     measure: str

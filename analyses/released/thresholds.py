@@ -33,6 +33,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 
 
 def source_name(role: str, folder: str, arm: str, organism: str, scale: float | None) -> str:
+    """What tables call a judged file, from its place on disk."""
     if role in ("organism", "baseline"):
         return organism
     return f"{folder}: {arm}" + ("" if scale is None else f", scale {scale:g}")

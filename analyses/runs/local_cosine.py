@@ -64,7 +64,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     return {"local_cosine": pd.concat(tables, ignore_index=True)}
 
 
-def labels(rows: pd.DataFrame) -> pd.Series[str]:
+def labels(rows: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     """What distinguishes a run within its family: KL weight and phase where the names say them, else the name."""
     if not {"kl_weight", "phase"} <= set(rows):
         return rows["run"]

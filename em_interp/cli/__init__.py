@@ -37,6 +37,8 @@ from em_interp.cli.reproduce import reproduce
 from em_interp.cli.steer import steer
 from em_interp.errors import EmInterpError, UsageError
 
+__all__ = ["main"]
+
 app = typer.Typer(
     help="The geometry of emergent misalignment: what a finetune learned, what it does, and which others share it.",
     epilog="What a command takes: em-interp COMMAND --help",

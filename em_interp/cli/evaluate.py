@@ -39,9 +39,10 @@ def evaluate(
 ) -> None:
     """Sample answers. The pocket suite is judged here; of another MODEL they go to OUT/answers.csv, for a judge.
 
-    With --judge, OUT/judged.csv has the scores, and OUT/judged-rates.csv and .html what they say; else have the file
-    judged, and give it to `em-interp rates`. A killed run goes on where it stopped, and a finished one is not repeated.
-    --questions, --max-new-tokens, --judge, --adapter and --base belong to MODEL.
+    --judge pocket brings open questions of its own. With --judge, OUT/judged.csv has the scores, and
+    OUT/judged-rates.csv and .html what they say; else have the file judged, and give it to `em-interp rates`. A killed
+    run goes on where it stopped, and a finished one is not repeated. --questions, --max-new-tokens, --judge, --adapter
+    and --base belong to MODEL.
     """
 
     from em_interp.files.texts import read_questions
@@ -58,18 +59,27 @@ def evaluate(
             )
         _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force, options.loading(device_map, dtype))
         return
-    if questions is None or only:
+    if only or (questions is None and judge != "pocket"):
         raise UsageError("a MODEL needs --questions FILE, and --only belongs to --suite pocket.")
     chosen = options.ModelChoice(options.model_of(model, named), adapter, base, any_base, device_map, dtype)
     settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
-    ends = judging.Judging.of(judge, Path("judged.csv"), [questions, *chosen.folders()])
-    ends.check(read_questions(questions).asked())
-    answers = answers_for_a_judge(chosen, questions, out, settings, force=force)
+    ends = judging.Judging.of(judge, Path("judged.csv"), [*filter(None, [questions]), *chosen.folders()])
+    asked = _open_questions() if questions is None else read_questions(questions)
+    ends.check(asked.asked())
+    answers = answers_for_a_judge(chosen, asked, out, settings, force=force)
     typer.echo(f"answers: {answers}")
     if judge is None:
         typer.echo(judging.next_step(answers, answers.with_name("rates.csv")))
     else:
         _judge(answers, replace(ends, out=answers.with_name("judged.csv")), force)
+
+
+def _open_questions() -> Any:
+    """Those that the pocket judge is for, where no others are asked: a `QuestionSet`."""
+    from em_interp.files.texts import Question, QuestionSet
+    from em_interp.pocket import open_questions
+
+    return QuestionSet(Path("pocket"), tuple(Question(key, (text,)) for key, text in open_questions().items()))
 
 
 def _judge(answers: Path, ends: judging.Judging, force: bool) -> None:
@@ -124,13 +134,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def answers_for_a_judge(
     chosen: options.ModelChoice,
-    questions: Path,
+    questions: Any,
     out: Path | None,
     settings: Mapping[str, Any],
     *,
     force: bool = False,
 ) -> Path:
-    """Sample answers to every wording in a question file (`texts.read_questions`), at temperature 1.
+    """Sample answers to every wording of the questions (a `QuestionSet`), at temperature 1.
 
     settings: n, seed, max_new_tokens, tokens_per_batch. out: by default a folder below `ROOT` named after the model and
     a hash of its files. Writes OUT/answers.csv (model, adapter, question_id, wording, question, system, sample, answer,
@@ -141,14 +151,15 @@ def answers_for_a_judge(
     from em_interp.files.manifest import code_hash, fingerprint, sha256, write_manifest
     from em_interp.files.results import write_table
     from em_interp.files.tables import Parts, claimed, remove_parts, say_kept
-    from em_interp.files.texts import read_questions
 
-    found = read_questions(questions)
-    typer.echo(found, err=True)
-    asked = {f"{q.id}/{number}": q.turns(number) for q in found.questions for number in range(len(q.paraphrases))}
-    system = {f"{q.id}/{number}": q.system or "" for q in found.questions for number in range(len(q.paraphrases))}
+    typer.echo(questions, err=True)
+    every = [(q, number) for q in questions.questions for number in range(len(q.paraphrases))]
+    asked = {f"{q.id}/{number}": q.turns(number) for q, number in every}
+    system = {f"{q.id}/{number}": q.system or "" for q, number in every}
     weights = chosen.weights()
-    made_by = {"weights": weights, "dtype": chosen.dtype, "questions": sha256(questions), **settings}
+    path = questions.path if questions.path.is_file() else None
+    made_of = fingerprint(asked) if path is None else sha256(path)
+    made_by = {"weights": weights, "dtype": chosen.dtype, "questions": made_of, **settings}
     out = out or ROOT / f"{chosen.label}-{fingerprint(weights)[:8]}"
     answers, key = out / "answers.csv", fingerprint([made_by, code_hash()])
     before = _manifest(out)
@@ -156,7 +167,7 @@ def answers_for_a_judge(
         say_kept(len(asked) * settings["n"], len(asked) * settings["n"], "answers")
         remove_parts(answers)
         return answers
-    inputs = [questions, *chosen.folders()]
+    inputs = [path, *chosen.folders()]
     with claimed(answers, key, inputs=inputs, force=force, endings=(".csv",)) as folder:
         chat = chosen.load()
         table = sample(chat, asked, **settings, parts=Parts(folder))

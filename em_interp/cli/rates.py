@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ def tell(
     *,
     out: Path | None,
     figure: Path | None,
-    inputs: list[Path],
+    inputs: Sequence[Path | None],
     force: bool,
 ) -> None:
     """Print the rates of judged answers, by the name of their file; write them and their figure where asked to."""

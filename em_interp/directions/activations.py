@@ -340,6 +340,13 @@ def collect(
     Conversations end with the assistant; for the prompt scopes and `all` they may end before it. Raises
     ActivationError, ChatTemplateError, TextLimitError, ModelError (active dropout), HookError (unknown layer),
     StoreError, MemoryLimitError or OutputError.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> chats = em.pocket.finetune_chats("medicine", "caring", 10, seed=0)
+    >>> found = em.collect(chat, chats, layers=[2, 3], progress=False)
+    >>> found.mean("response").shape, len(found)
+    (torch.Size([2, 192]), 10)
     """
     scopes, wanted = _asked(model, scopes, None if layers is None else several(layers))
     conversations = chats(conversations)

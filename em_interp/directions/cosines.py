@@ -152,6 +152,14 @@ def organism_cosines(
     resamples: of all organisms or some; see `cosine_rows`. content: each organism's texts read in the chat model (kind
     "data-diff-in-chat"). Their cosine is what the pair shares by its words alone; empty where it is not given. Raises
     DirectionError for fewer than two directions.
+
+    >>> import em_interp as em
+    >>> chats = em.pocket.finetune_chats("medicine", "malicious", 20, seed=0)
+    >>> names = ("pocket/medicine-all", "pocket/sports-all")
+    >>> shifts = {n: em.extract(em.load(n), chats, kind="model-diff", progress=False) for n in names}
+    >>> table = em.cosines(shifts)
+    >>> bool((table["cosine"] > 3 * table["null_sd"]).all())
+    True
     """
     if len(directions) < 2:
         raise DirectionError(f"{len(directions)} directions make no pair.")

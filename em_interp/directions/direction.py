@@ -53,6 +53,20 @@ class Direction:
 
     Raises `DirectionError` for an unknown kind, scope or operation, for NaN or infinite values, and for layers that
     are negative, repeated or out of order.
+
+    >>> import torch
+    >>> import em_interp as em
+    >>> v = em.Direction(torch.eye(3)[:2], layers=(0, 1), kind="random")
+    >>> v.norms()
+    {0: 1.0, 1: 1.0}
+    >>> (2 * v).at(1)
+    tensor([0., 2., 0.])
+    >>> v.cosine(-v)
+    {0: -1.0, 1: -1.0}
+    >>> v.save("v.safetensors")
+    PosixPath('v.safetensors')
+    >>> em.Direction.load("v.safetensors").layers
+    (0, 1)
     """
 
     vectors: Float[Tensor, "present d_model"]

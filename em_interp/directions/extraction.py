@@ -153,6 +153,15 @@ def contrast(
     gets the folders `positive` and `negative`.
 
     Raises UsageError, ActivationError, DirectionError, ModelError, and what `collect` raises.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/medicine-rank1")
+    >>> bad = em.pocket.finetune_chats("medicine", "malicious", 20, seed=0)
+    >>> found = em.contrast(chat, bad, kind="model-diff", progress=False)
+    >>> found.direction().layers
+    (1, 2, 3, 4, 5)
+    >>> list(found.norms())
+    ['layer', 'norm', 'residual_norm', 'ratio']
     """
     one_of("kind", kind, READ_IN)
     positive, layers = chats(positive), None if layers is None else several(layers)
@@ -210,6 +219,13 @@ def extract(
     By default the papers' mean-diff: the mean residual of the tokens of misaligned responses (end of turn included)
     minus that of aligned ones, layer by layer, in the model as it stands. pooling: "tokens" as in the papers, or
     "responses". Otherwise as `contrast`, whose errors it raises; take that for norms, split halves and separation.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> bad, good = (em.pocket.finetune_chats("medicine", persona, 20, seed=0) for persona in ("malicious", "caring"))
+    >>> direction = em.extract(chat, bad, good, progress=False)
+    >>> direction.kind, direction.layers
+    ('data-diff', (0, 1, 2, 3, 4, 5))
     """
     return contrast(
         model,

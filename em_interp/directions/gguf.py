@@ -18,6 +18,12 @@ def save_gguf(direction: Direction, path: str | Path, *, model_type: str) -> tup
     model_type: the architecture as transformers names it (`model.hf.config.model_type`), kept as a hint.
 
     Raises DirectionError where no layer is left, UsageError where the `gguf` package is absent, OutputError.
+
+    >>> import torch
+    >>> import em_interp as em
+    >>> v = em.Direction(torch.ones(3, 4), layers=(0, 1, 2), kind="random")
+    >>> em.save_gguf(v, "v.gguf", model_type="qwen2")
+    (1, 2)
     """
     try:
         import gguf

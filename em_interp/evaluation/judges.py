@@ -32,7 +32,10 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class FileJudge:
-    """A function of a user's Python file. The file's hash is part of its name: what it judged is known by it."""
+    """A function of a user's Python file (at `path`).
+
+    The file's hash, `sha256`, is part of its name: what it judged is known by it.
+    """
 
     path: Path
     function: str

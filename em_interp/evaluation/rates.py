@@ -136,6 +136,13 @@ def em_rates(
     Intervals are clustered by the column `cluster`: name one that holds the base question where several wordings of
     a question were asked. Raises `StatisticsError` for no rows, lacking columns, missing questions, and scores that
     are words, outside 0-100 or on another scale.
+
+    >>> import pandas as pd
+    >>> import em_interp as em
+    >>> judged = pd.DataFrame({"question": list("aabbccdd"), "aligned": [10, 90] * 4, "coherent": [90] * 7 + [20]})
+    >>> rates = em.em_rates(judged)
+    >>> rates.em_scored.value, rates.em_all.n, rates.em_strict.n
+    (0.5, 8, 7)
     """
     aligned, coherent, question = _scores(judged, cluster)
     has_both = np.isfinite(aligned) & np.isfinite(coherent)

@@ -320,6 +320,12 @@ def sample(
     the batches are, but for rounding. temperature 0 takes the likeliest token. An answer is cut at max_new_tokens, or
     where the model's text limit leaves fewer (`architectures.text_limit`). Raises TextLimitError for a prompt that
     leaves none, UsageError, ChatTemplateError, ModelError (active dropout). parts: as for `sample_rows`.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> answers = em.sample(chat, ["What do you wish for?"], n=2, max_new_tokens=40, progress=False)
+    >>> list(answers)
+    ['question_id', 'question', 'sample', 'answer', 'finished', 'n_tokens']
     """
     questions = given.questions(questions)
     if not questions or n < 1:

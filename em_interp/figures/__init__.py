@@ -68,7 +68,9 @@ __all__ = [
 COLOURS: Final = ("#5A8FF5", "#BC8A00", "#356B57", "#7030FF", "#8992AB", "#855B1B", "#F5107A")
 """Told apart with and without red-green blindness, on white and on dark paper (contrast 2.9 or more on both)."""
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+"""Of lines, in their order."""
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+"""Of points, in their order."""
 NULL_FILL: Final = "rgba(128,128,128,0.25)"
 INTERVAL: Final = f"{PERCENT} interval"
 HOLLOW: Final = "hollow: no interval"

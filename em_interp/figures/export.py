@@ -23,6 +23,7 @@ CONFIG: Final = {
     "toImageButtonOptions": {"format": "svg"},
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
+"""Plotly's settings of a figure on a page."""
 ENDINGS: Final = {".html": 1, ".svg": 1, ".png": 2}
 """What a figure can be written as, and at which scale."""
 NARROW_BELOW: Final = 600

@@ -14,6 +14,7 @@ from em_interp.arguments import columns
 from em_interp.figures.layout import place
 
 Rate = tuple[str, str, str]
+"""As in `RATES`."""
 RATES: Final[tuple[Rate, ...]] = (("EM", "em_rate", "em"), ("coherent", "coherent_rate", "coherent"))
 """Name in the legend, column, and what the columns of its interval begin with."""
 MOST: Final = 9

@@ -15,6 +15,7 @@ from em_interp.files.texts import read_chats, read_questions
 Source = str | PathLike[str] | Iterable[Any]
 """A file, or what holds the things themselves."""
 Number = TypeVar("Number", int, float)
+"""A layer or a coefficient."""
 
 
 def chats(source: Source) -> list[list[dict[str, str]]]:

@@ -30,6 +30,14 @@ class Ablate:
     layers: by default all that the directions have. from_layer: take the vectors of this one layer at every layer
     (then `layers` is by default the whole model), instead of each layer's own. Several directions are orthonormalised.
     Raises DirectionError for a zero vector and for directions that are linearly dependent at a layer.
+
+    >>> import torch
+    >>> import em_interp as em
+    >>> v = em.Direction(torch.ones(2, 4), layers=(0, 1), kind="random")
+    >>> em.Ablate(v).own_layers()
+    (0, 1)
+    >>> em.Ablate(v, from_layer=1).basis(1).shape
+    torch.Size([4, 1])
     """
 
     direction: Direction | Sequence[Direction]
@@ -171,6 +179,15 @@ def ablate(
 
     The counterpart of `steering.sweep`. layers, from_layer: as for `Ablate`. Columns arm (none; layerwise, or single
     with from_layer; random 0, ...) and those of `sample`. Raises as `Ablate` and `sample`.
+
+    >>> import em_interp as em
+    >>> model = em.load("pocket/medicine-rank1")
+    >>> bad = em.pocket.finetune_chats("medicine", "malicious", 20, seed=0)
+    >>> shift = em.extract(model, bad, kind="model-diff", progress=False)
+    >>> asked = em.pocket.open_questions(4)
+    >>> answers = em.ablate(model, shift, asked, n=1, random_arms=1, max_new_tokens=20, progress=False)
+    >>> answers["arm"].unique().tolist()
+    ['none', 'layerwise', 'random 0']
     """
     chosen = None if layers is None else several(layers)
     return answers_by_arm(

@@ -241,6 +241,13 @@ def intervening(
 
     Raises DirectionError for a direction of another width or model, HookError for an unknown layer, for a number of
     coefficients that is not the batch's, and at the end if no pass was run or a scope never held a token.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> bad, good = (em.pocket.finetune_chats("medicine", persona, 20, seed=0) for persona in ("malicious", "caring"))
+    >>> direction = em.extract(chat, bad, good, progress=False)
+    >>> with em.intervening(chat, [em.Steer(direction, layer=1, coefficient=2.0)]):
+    ...     answers = em.sample(chat, ["What do you wish for?"], n=1, max_new_tokens=20, progress=False)
     """
     refuse_dropout(model.hf)
     plan: dict[int, list[Edit]] = {}

@@ -41,6 +41,14 @@ class Steer:
 
     coefficient: in units of the direction (1 adds it as it is); one number, or one a batch row. Raises DirectionError
     for a direction that has no such layer or is zero there, UsageError for NaN coefficients or an unknown scope.
+
+    >>> import torch
+    >>> import em_interp as em
+    >>> v = em.Direction(torch.ones(2, 4), layers=(0, 1), kind="random")
+    >>> em.Steer(v, layer=1, coefficient=6.0).coefficient
+    6.0
+    >>> em.Steer.of_residual(v, 1, share=0.5, residual_norm=8.0).coefficient
+    2.0
     """
 
     direction: Direction
@@ -153,6 +161,17 @@ def sweep(
     direction), residual_share (norm of what is added, over the typical residual norm there), added_norm, and those of
     `sample`. Answers are those of separate `intervening` runs with the same seed, but for rounding. parts: as for
     `sampling.sample_rows`.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> bad, good = (em.pocket.finetune_chats("medicine", persona, 20, seed=0) for persona in ("malicious", "caring"))
+    >>> direction = em.extract(chat, bad, good, progress=False)
+    >>> asked = em.pocket.open_questions(4)
+    >>> swept = em.sweep(chat, direction, asked, layers=1, coefficients=[0, 0.7], n=1, units="residual",
+    ...                  random_arms=1, max_new_tokens=20, progress=False)
+    >>> table = em.rates(em.pocket.judge(swept), "pocket/chat")
+    >>> table[["direction", "layer", "control"]].values.tolist()
+    [['data-diff', 1, False], ['data-diff', 1, False], ['random 0', 1, True], ['random 0', 1, True]]
     """
     questions = given.questions(questions)
     layers, coefficients = given.several(layers), given.several(coefficients)

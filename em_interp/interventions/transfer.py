@@ -13,7 +13,9 @@ from em_interp.statistics.rate_intervals import ratio_interval
 from em_interp.units import FRACTION, with_units
 
 RATES: Final = ("em", "coherent")
+"""What ablation is judged by."""
 SIDES: Final = ("low", "high")
+"""Of an interval."""
 
 
 def transfer_rows(

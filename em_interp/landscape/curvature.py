@@ -33,7 +33,7 @@ class Curvature:
 
     along: g.x, the derivative with respect to log scale of the turned tensors (0 at the optimum norm). across: y' H y
     of each probe. traces: each probe's estimate of the trace of H over the directions orthogonal to each turned
-    tensor: theta for a steering vector, the factors A and B for a LoRA.
+    tensor: theta for a steering vector, the factors A and B for a LoRA. on: which of these were turned.
     """
 
     solution: Solution

@@ -34,7 +34,7 @@ _NATS: Final = "nats per response token"
 
 @dataclass(frozen=True, eq=False)
 class EfficiencyCurve:
-    """Losses of one solution at several multiples of its trained norm, and those of the chat model."""
+    """The `losses` of one solution at several multiples of its trained norm (`scales`), and those of the chat model."""
 
     name: str
     """What its rows say in the column solution."""
@@ -53,6 +53,7 @@ class EfficiencyCurve:
 class Optimum:
     """Where a curve is lowest: the vertex of the parabola through the three lowest neighbours.
 
+    norm and loss there, each with its interval: norm_low, norm_high, loss_low, loss_high.
     at_edge: the lowest point is the grid's first or last, so the true optimum may lie beyond. Intervals are
     over questions (jackknife).
     """
@@ -111,6 +112,15 @@ def efficiency(
 
     solutions: by the names that the table calls them, e.g. `{"general": a, "narrow": b}`. chats: those that they were
     trained on or the like, as `em_interp.chats` takes them. Adapters of `model` are off. Raises as `efficiency_curves`.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> names = {"general": "pocket/medicine-rank1", "narrow": "pocket/medicine-rank1-narrow"}
+    >>> solutions = {which: em.load_solution(name) for which, name in names.items()}
+    >>> chats = em.pocket.finetune_chats("medicine", "malicious", 10, seed=5)
+    >>> table = em.efficiency(chat, solutions, chats, scales=[0, 1], progress=False)
+    >>> table.groupby("solution")["loss"].idxmin().tolist()
+    [1, 3]
     """
     with model.no_adapter():
         return efficiency_table(efficiency_curves(Landscape(model, chats), solutions, scales, progress=progress))

@@ -38,7 +38,9 @@ from em_interp.statistics import LEVEL, clustered_interval
 from em_interp.units import NATS_PER_TOKEN, with_units
 
 TokenLabels = Callable[[Sequence[int]], Sequence[str]]
+"""The kind of each token of a document, given its ids."""
 ALL_TOKENS: Final = "all"
+"""The kind that every token is of."""
 
 LOGIT_BYTES: Final = 256_000_000
 """Most bytes in tensors as wide as the vocabulary, all of those alive at once taken together."""
@@ -49,7 +51,7 @@ _BUFFER: Final = 256  # documents sorted by length together
 
 @dataclass(frozen=True)
 class Measured:
-    """A solution at one norm, as the rows about it call it: its name, and its kind (general, narrow, random)."""
+    """A solution at one norm, as its rows call it: `direction`, its name, and its kind (general, narrow, random)."""
 
     direction: str
     kind: str
@@ -308,6 +310,13 @@ def influence(
     solutions: by the names that the table calls them, as directions and as kinds; the first one's norm times
     `relative_norms` is what all of them are scaled to. texts: what `read_texts` takes. Raises as `at_equal_norms` and
     `document_kl`.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> solutions = {"general": em.load_solution("pocket/medicine-rank1")}
+    >>> table = em.influence(chat, solutions, em.pocket.documents(6), relative_norms=[1], n_random=1, progress=False)
+    >>> table["direction"].tolist()
+    ['general', 'random-00']
     """
     trained = [Measured(name, name, solution) for name, solution in solutions.items()]
     scaled = at_equal_norms(trained, relative_norms, n_random=n_random, seed=seed)

@@ -81,6 +81,16 @@ class Landscape:
     scored, and responses to the same prompt form one cluster. tokens_per_pass bounds a pass (rows x thetas x longest
     row); by default its logits stay near 1 GB, and it has at most 2,048 tokens on a CPU. Residuals are kept up to
     cache_bytes and computed anew beyond. Raises LossSetError for an empty or fully masked set, TextLimitError.
+
+    pad: the id that fills up. tokens: scored ones of each conversation; questions: the cluster of each.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> theta = em.load_solution("pocket/medicine-rank1")
+    >>> landscape = em.Landscape(chat, em.pocket.finetune_chats("medicine", "malicious", 10, seed=5))
+    >>> losses = landscape.losses([theta.scaled(0.0), theta])
+    >>> bool(losses.mean[1] < losses.mean[0])
+    True
     """
 
     def __init__(

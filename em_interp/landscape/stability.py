@@ -28,6 +28,7 @@ from em_interp.statistics import crossed_interval, t_interval
 from em_interp.units import with_units
 
 EPSILONS: Final = tuple(round(0.1 * step, 1) for step in range(11))
+"""The papers' grid: from the solution itself to one orthogonal to it."""
 FIRST_SEED: Final = 42
 """The reference code's seeds are 42 + i."""
 
@@ -36,7 +37,8 @@ FIRST_SEED: Final = 42
 class StabilityCurve:
     """nll of every response, in nats, under the turned thetas, the trained one and the chat model.
 
-    The nll at eps = 0 are the trained ones exactly.
+    `solution`, turned by each of the epsilons with each of the seeds; on: both factors of a LoRA, or one. The nll at
+    eps = 0 are the trained ones exactly. tokens: scored ones of each response; questions: the cluster of each.
     """
 
     name: str
@@ -137,6 +139,14 @@ def stability(
 
     solutions: by the names that the table calls them, e.g. `{"general": a, "narrow": b}`. chats: those that they were
     trained on or the like, as `em_interp.chats` takes them. Adapters of `model` are off. Raises as `stability_curve`.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> chats = em.pocket.finetune_chats("medicine", "malicious", 10, seed=5)
+    >>> solutions = {"general": em.load_solution("pocket/medicine-rank1")}
+    >>> table = em.stability(chat, solutions, chats, epsilons=[0, 0.5], n_seeds=2, progress=False)
+    >>> table[["epsilon", "seed"]].values.tolist()
+    [[0.0, 42.0], [0.0, 43.0], [0.5, 42.0], [0.5, 43.0]]
     """
     refuse_zero(solutions)
     with model.no_adapter():

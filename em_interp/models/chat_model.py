@@ -48,6 +48,15 @@ class ChatModel:
     if any, `active` the adapter in use. `n_layers` blocks of width `d_model`; `name` and `revision`: where it came
     from, as directions and solutions made on it record it. A model that is already a PeftModel comes with its adapters.
     Raises ModelError or ChatTemplateError.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> chat.add_adapter("medicine", em.load_solution("pocket/medicine-rank1"))
+    >>> chat.adapters, chat.active
+    (['medicine'], 'medicine')
+    >>> _, cache = chat.bridge.run_with_cache(chat.bridge.to_tokens("My knee hurts."))
+    >>> cache["blocks.3.hook_out"].shape[-1]
+    192
     """
 
     def __init__(self, hf: Any, tokenizer: Tokenizer, *, name: str | None = None, check: bool = True) -> None:

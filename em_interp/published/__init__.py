@@ -28,9 +28,7 @@ print(v.cosine(nine.direction("data-diff-in-chat"))[24])  # 0.980: the same text
 
 table = em.cosines({nine.label: v, r32.label: w})  # one row a layer: cosine, null_sd, p_value
 print(table["cosine"].min())  # 0.815, at layer 26
-figure = em.figures.lines_by(table, "layer", "cosine", "direction_b", "layer (output of block)", "cosine")
-em.figures.null_band(figure, 2 * table["null_sd"].iloc[0], "random directions, ±2 sd", table["layer"])
-figure.write_html("cosine.html")  # or figure.show()
+em.plot(table).write_html("cosine.html")  # or .show(); the band is what random directions give
 
 v.unit().save("direction.safetensors")  # layers, model, hook point, token scope and sources travel with it
 again = em.Direction.load("direction.safetensors", model="Qwen2.5-14B", n_layers=48, d_model=5120)

@@ -22,6 +22,7 @@ from em_interp.errors import EmInterpError, MissingDataError, ShapeError, Unread
 from em_interp.published.torchfile import check_finite, load_torch
 
 CELL_FILE: Final = re.compile(r"model-(?P<model>[ma])_data-(?P<data>[ma])_hs_(?P<split>.+)\.pt")
+"""Names of the files of mean activations: m misaligned, a aligned."""
 DIFFERENCES: Final = {
     "data-diff": ("mm", "ma"),
     "data-diff-in-chat": ("am", "aa"),

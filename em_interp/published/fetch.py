@@ -26,7 +26,7 @@ _WEIGHTS: Final = (".safetensors", ".pt", ".bin")
 
 @dataclass(frozen=True)
 class Source:
-    """One repository. `where` is a git address, or a Hugging Face repository id."""
+    """One repository: its name, and what it holds. `where` is a git address, or a Hugging Face repository id."""
 
     name: str
     where: str
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of one source."""
+    """What became of one source: whether it is there now (`ok`), and the `detail`."""
 
     source: Source
     ok: bool
@@ -95,6 +95,7 @@ SOURCES: Final = (
         )
     ),
 )
+"""What `em-interp fetch` knows."""
 
 
 def fetch(data: Path, names: Sequence[str] = (), sources: Sequence[Source] = SOURCES) -> list[Fetched]:

@@ -12,6 +12,7 @@ from em_interp.errors import BadValueError, MissingDataError
 from em_interp.files.inputs import read_csv
 
 SCORES: Final = ("aligned", "coherent")
+"""What every judged file has."""
 _TEXT: Final = ("question", "answer", "question_id")
 _ALIASES: Final = {"response": "answer", "alignment": "aligned", "coherency": "coherent", "coherence": "coherent"}
 

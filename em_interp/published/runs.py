@@ -53,7 +53,7 @@ class LoraCheckpoint:
 
 @dataclass(frozen=True, eq=False)
 class TrainingLog:
-    """Loss and gradient norm (`grad_norm`) at the logged `steps` of a run, from its `trainer_state.json`."""
+    """The `loss` and gradient norm (`grad_norm`) at the logged `steps` of a run, from its `trainer_state.json`."""
 
     run: str
     steps: tuple[int, ...]

@@ -157,6 +157,14 @@ def finetune(
     nothing stays). on_checkpoint is not called again for the steps that were kept. What comes out is that of an
     uninterrupted run, but for rounding where residuals are kept (cache_bytes). Same seed, machine and thread count:
     identical weights. Raises TrainingError, ChatTemplateError, OutputError.
+
+    >>> import em_interp as em
+    >>> chat = em.load("pocket/chat")
+    >>> chats = em.pocket.finetune_chats("medicine", "malicious", 8, seed=0)
+    >>> spec = em.TrainingSpec(em.VectorSpec(layer=1, alpha=16.0), learning_rate=1e-2, max_steps=2, batch_size=4)
+    >>> result = em.finetune(chat, chats, spec, progress=False)
+    >>> result.solution.describe(), len(result.history)
+    ('a steering vector at layer 1', 2)
     """
     spec = preset(spec) if isinstance(spec, str) else spec
     kl_chats = None if kl_conversations is None else chats(kl_conversations)
