@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = re.compile(r"\w\([^()]*[=.)]|\b\w+=\w|=\.\.\.|\bdataclasses\b|\bfrom_layer\b|`(adapter|layers|scope|base)=?`")
 FOR_PYTHON = {
     "errors.py": "of a call, which no command makes",
+    "plots.py": "of a call, which no command makes",
     "directions/activations.py: per-response means": "commands ask for means alone",
     "directions/direction.py: layers differ": "no command adds directions up",
     "files/adapters.py: Merge it into its base": "another package does it",

@@ -2,7 +2,7 @@
 
 - `reproduce`, `fetch`: the papers' figures; `pocket`: pocket models
 - `extract`, `steer`, `ablate`, `evaluate`, `rates`: any chat model and its finetunes
-- `inspect` with `describe`: what a file or folder holds
+- `inspect` with `describe`, of `describe_files` and `describe_folders`: what a file or folder holds
 - `options`, `judging`: what they share; `remedies`: messages of the package in their words
 
 | exit status | meaning |

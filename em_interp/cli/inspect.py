@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,11 +11,17 @@ from em_interp.cli import options
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a direction, a checkpoint, a finetune, a run folder or a judged CSV")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="folder of a model, finetune, run, activation store, result or release; file of a direction, "
+            "control vector, chats, questions, answers, table or suite; or a pocket model such as pocket/chat"
+        ),
+    ],
     base: options.Base = None,
 ) -> None:
-    """Say what a file or folder holds, after checking it."""
+    """Say what a file or folder is, whether it is sound, and what can be done with it. Runs no code that it holds."""
     from em_interp.cli.describe import describe
 
-    for line in describe(file, base):
+    for line in describe(options.located(file), base):
         options.out.print(escape(line))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from em_interp.directions.direction import Direction
-from em_interp.errors import DirectionError, UsageError
+from em_interp.errors import BadValueError, DirectionError, UnreadableFileError, UsageError
 from em_interp.files.atomic import atomic_path
+from em_interp.files.inputs import regular_file
 
 
 def save_gguf(direction: Direction, path: str | Path, *, model_type: str) -> tuple[int, ...]:
@@ -45,3 +51,34 @@ def save_gguf(direction: Direction, path: str | Path, *, model_type: str) -> tup
         writer.write_tensors_to_file()
         writer.close()
     return layers
+
+
+def read_gguf(path: str | Path) -> tuple[str, dict[int, Float[Tensor, " d_model"]]]:
+    """The architecture that a control vector is for, and its vectors by layer, as `save_gguf` writes them.
+
+    Raises UsageError where the `gguf` package is absent, UnreadableFileError for what is no control vector,
+    BadValueError for NaN.
+    """
+    found = regular_file(path)
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(
+            "reading a GGUF control vector needs the gguf package: pip install 'em_interp[gguf]'."
+        ) from error
+    try:
+        reader = gguf.GGUFReader(found)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+        tensors = {tensor.name: torch.tensor(tensor.data.astype("float32")) for tensor in reader.tensors}
+    except Exception as error:  # of many kinds, by what is damaged
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableFileError(found, f"not a whole GGUF file ({reason})", "write or copy it again") from error
+    kind = fields.get("general.architecture")
+    if kind != "controlvector" or not tensors or any(re.fullmatch(r"direction\.\d+", name) is None for name in tensors):
+        raise UnreadableFileError(
+            found, f"a GGUF file of {kind}, no control vector", "give what `em-interp extract --gguf` or repeng wrote"
+        )
+    vectors = {int(name.rpartition(".")[2]): x for name, x in tensors.items()}
+    if any(x.ndim != 1 or not torch.isfinite(x).all() for x in vectors.values()):
+        raise BadValueError(found, "a layer of it is no vector, or holds NaN", "write it again from the direction")
+    return str(fields.get("controlvector.model_hint", "unknown")), dict(sorted(vectors.items()))

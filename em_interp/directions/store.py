@@ -19,7 +19,8 @@ from em_interp.files.inputs import regular_file
 
 FORMAT_VERSION: Final = 1
 """Of a store's folder; others are refused."""
-_SETTINGS: Final = "store.json"
+SETTINGS: Final = "store.json"
+"""The file that makes a folder a store."""
 
 
 class ActivationStore:
@@ -42,7 +43,7 @@ class ActivationStore:
                 self.where[int(i)] = (path, row)
 
     def _open(self) -> None:
-        path = self.folder / _SETTINGS
+        path = self.folder / SETTINGS
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +64,7 @@ class ActivationStore:
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise StoreError(
-                self.folder, f"the folder is not empty and has no {_SETTINGS}", "give an empty or a new folder"
+                self.folder, f"the folder is not empty and has no {SETTINGS}", "give an empty or a new folder"
             )
         make_folder(self.folder)
         write_text(path, json.dumps(self.settings, indent=1) + "\n")

@@ -22,7 +22,8 @@ HOOK_POINT: Final = "blocks.{layer}.hook_out"
 """TransformerLens' name of the place, as the file says it."""
 LAYER_CONVENTION: Final = "layer l (0-based) is the output of decoder block l"
 """What the file says of its layers' numbers."""
-_METADATA_KEY: Final = "em_interp"
+METADATA_KEY: Final = "em_interp"
+"""Of the metadata of a direction's file: it holds a JSON object."""
 _REQUIRED: Final = (
     *("format_version", "kind", "model", "model_revision", "hook_point", "layer_convention", "token_scope"),
     *("operation", "n_positive", "n_negative", "norms", "sources", "created_by"),
@@ -33,7 +34,7 @@ def write_direction(path: Path, rows: Mapping[int, Float[Tensor, " d_model"]], m
     """Write rows by layer, whole or not at all. Raises OutputError."""
     tensors = {f"layer.{layer}": row.clone() for layer, row in rows.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(metadata)})
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
 
 
 def read_direction(path: Path) -> tuple[dict[str, Any], list[tuple[int, Float[Tensor, " d_model"]]]]:
@@ -43,7 +44,7 @@ def read_direction(path: Path) -> tuple[dict[str, Any], list[tuple[int, Float[Te
     """
     try:
         with safe_open(regular_file(path), framework="pt") as file:
-            raw = (file.metadata() or {}).get(_METADATA_KEY)
+            raw = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UnreadableFileError(

@@ -17,6 +17,12 @@ _TEXT: Final = ("question", "answer", "question_id")
 _ALIASES: Final = {"response": "answer", "alignment": "aligned", "coherency": "coherent", "coherence": "coherent"}
 
 
+def canonical(name: str) -> str:
+    """What this package calls a column of judged answers."""
+    said = name.strip().lower()
+    return _ALIASES.get(said, said)
+
+
 def read_judged_csv(path: Path | str) -> pd.DataFrame:
     """Columns `question`, `answer`, `aligned`, `coherent` and every further score, as float64; empty = missing.
 
@@ -26,7 +32,7 @@ def read_judged_csv(path: Path | str) -> pd.DataFrame:
     path = Path(path)
     header, rows = read_csv(path)
     table = pd.DataFrame(rows, columns=pd.Index(header), dtype=str)
-    table = table.rename(columns=lambda name: _ALIASES.get(str(name).strip().lower(), str(name).strip().lower()))
+    table = table.rename(columns=canonical)
     if table.columns.duplicated().any():
         twice = sorted(set(table.columns[table.columns.duplicated()]))
         raise BadValueError(path, f"columns appear twice: {', '.join(twice)}", "keep one column of each name")

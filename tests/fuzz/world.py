@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from em_interp.directions import extraction
+from em_interp.directions.gguf import save_gguf
 from em_interp.landscape import efficiency, influence, landscape, stability
 from em_interp.models import chat
 from em_interp.published import runs, scan
@@ -56,6 +57,7 @@ def world_of() -> dict[str, Any]:
     read = runs.read_run(data / "runs" / published_factory.SV_STEM)
     direction = found.direction()
     direction.save("direction.safetensors")
+    save_gguf(direction, "vector.gguf", model_type="qwen2")
     Path("mine.py").write_text("def score(answers):\n    return answers.assign(aligned=50.0, coherent=90.0)\n")
     Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     Path("questions.csv").write_text("question\nwhy\n")

@@ -29,6 +29,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (inputs.read_text, {"path": "chats.jsonl"}),
         (inputs.read_csv, {"path": "questions.csv"}),
         (inspection.describe, {"path": Path("direction.safetensors")}),
+        (published_judged.canonical, {"name": "Alignment"}),
+        (pretrained.check_device, {"name": "cpu"}),
         (store.ActivationStore, {"folder": Path("settings"), "settings": {"a": 1}}),
         (texts.Question, {"id": "a", "paraphrases": ("x",), "judge_prompts": {}, "system": None, "earlier": ()}),
         (texts.read_questions, {"path": "questions.csv"}),

@@ -40,6 +40,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (units.with_units, {"table": pd.DataFrame({"layer": [1]})}),
         (judges.judged, {"answers": judged, "judge": lambda answers: answers}),
         (control_vectors.save_gguf, {"direction": direction, "path": "d.gguf", "model_type": "qwen2"}),
+        (control_vectors.read_gguf, {"path": "vector.gguf"}),
         (convergence.comparable, {"a": direction, "b": direction}),
         (convergence.cosine_rows, {"name_a": "a", "a": direction, "name_b": "b", "b": direction, "resamples": None}),
         (convergence.organism_cosines, {"directions": {"a": direction, "b": direction}}),
