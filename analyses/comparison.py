@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import pandas as pd
 
+from analyses.findings import AGREES, DIFFERS
+
 NUMBERS: Final = Path(__file__).with_name("published_numbers.toml")
 """The file of published numbers."""
 COLUMNS: Final = ("analysis", "what", "published", "ours", "difference", "agrees", "source", "note")
@@ -62,6 +64,19 @@ def compare(tables: dict[str, pd.DataFrame], numbers: list[Number]) -> pd.DataFr
         module = number.analysis.rpartition(".")[2]  # released numbers know one of each name
         rows.append((module, number.what, shown, ours, difference, agrees, number.source, number.note))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def beside(tables: dict[str, pd.DataFrame], analysis: str, what: str, ours: float | None = None) -> dict[str, Any]:
+    """published, source and verdict of a finding, from one number; empty where the tables hold none such.
+
+    ours: the finding's estimate, where it must be the very cell that the number is held against.
+    """
+    known = next(n for n in load_numbers() if (n.analysis, n.what) == (analysis, what))
+    row = compare(tables, [known]).to_dict("records")
+    if not row or pd.isna(row[0]["ours"]) or (ours is not None and abs(row[0]["ours"] - ours) > 1e-9):
+        return {}
+    verdict = AGREES if row[0]["agrees"] else DIFFERS
+    return {"published": known.published, "source": known.source, "verdict": verdict}
 
 
 def _look_up(table: pd.DataFrame, number: Number) -> float | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from em_interp.arguments import one_of, plain_numbers
@@ -125,6 +126,46 @@ def _suffix(unit: str) -> str:
 def decided(low: float, high: float, null: float = 0.0) -> str:
     """The verdict on a claim that the true value is above `null`, from the interval of its estimate."""
     return HOLDS if low > null else DOES_NOT_HOLD if high < null else UNDECIDED
+
+
+def apart(low: float, high: float, beside_low: float, beside_high: float) -> str:
+    """The verdict on a claim that one value is above another, from the intervals of both: they must not overlap."""
+    return HOLDS if low > beside_high else DOES_NOT_HOLD if high < beside_low else UNDECIDED
+
+
+def together(verdicts: Iterable[str]) -> str:
+    """The verdict on a claim that holds where all of several hold; nothing to go by decides nothing."""
+    found = set(verdicts)
+    return next((verdict for verdict in (DOES_NOT_HOLD, UNDECIDED) if verdict in found), HOLDS if found else UNDECIDED)
+
+
+def middle(rows: pd.DataFrame, column: str) -> dict[str, Any] | None:
+    """The row of the (lower) median of a column; None where all of its cells are empty."""
+    known = rows[rows[column].notna()].astype({column: float}).sort_values(column, kind="stable")
+    return None if known.empty else dict(known.iloc[(len(known) - 1) // 2])
+
+
+def greatest(rows: pd.DataFrame, column: str, *, least: bool = False, size: bool = False) -> dict[str, Any]:
+    """The row of the greatest (or least) cell of a column that has some, by its size where asked."""
+    values = rows[column].astype(float)
+    values = values.abs() if size else values
+    return dict(rows.iloc[int(np.nanargmin(values) if least else np.nanargmax(values))])
+
+
+def value_of(row: Mapping[Any, Any], column: str, scale: float = 1.0) -> float:
+    """A cell as a number, 100 times as large for percent; NaN where it is empty or there is no such column."""
+    value = row.get(column)
+    return math.nan if value is None or pd.isna(value) else scale * float(value)
+
+
+def percent(row: Mapping[Any, Any], column: str) -> str:
+    """A cell that is a fraction, as a text says it."""
+    return said(value_of(row, column, 100), "%")
+
+
+def named(name: object) -> str:
+    """A name as a finding's text takes it."""
+    return str(name).removeprefix("pocket/").replace("{", "{{").replace("}", "}}")
 
 
 def findings_of(name: str, tables: dict[str, pd.DataFrame]) -> list[Finding]:

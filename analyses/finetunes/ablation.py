@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.findings import (
+    HOLDS,
+    UNDECIDED,
+    Finding,
+    apart,
+    decided,
+    middle,
+    named,
+    percent,
+    said,
+    together,
+    value_of,
+)
 from analyses.finetunes.cosines import direction_tasks, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
@@ -46,6 +61,8 @@ ALSO = {
 TABLES = ("ablation", "transfer")
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 TOGETHER = "one of each adapter"
+COHERENT = 0.9
+"""The share of answers that an ablation must leave coherent to have removed misalignment."""
 SHARES = 3
 """In how many pieces of work the arms of an organism are asked."""
 
@@ -225,6 +242,71 @@ def _ablation_rows(organism: Organism, answers: pd.DataFrame, own: Direction) ->
         }
         for mode in modes
     ]
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """What is left of EM in the middle organism, for each kind of ablation; and what the middle transfer removes."""
+    table, transfer = tables["ablation"], tables["transfer"]
+    own = table[table["mode"] != "random"]
+    found = []
+    for mode, rows in own.groupby("mode", sort=False):
+        if (row := middle(rows, "em_after")) is not None:
+            found.append(_left(str(mode), rows, row, table[table["mode"] == "random"]))
+    between = transfer[(transfer["direction_from"] != transfer["organism"]) & (transfer["direction_from"] != TOGETHER)]
+    for kind, rows in between.groupby("kind", sort=False):
+        if (row := middle(rows, "relative_reduction")) is not None:
+            found.append(_moved(str(kind), rows, row))
+    return found
+
+
+def _left(mode: str, rows: pd.DataFrame, row: Mapping[Any, Any], random: pd.DataFrame) -> Finding:
+    """EM of an organism before and after, and after random directions."""
+    n, name = int(rows["em_after"].notna().sum()), named(row["target"])
+    before = value_of(row, "em_before", 100)
+    which = f"the EM of {name}" if n == 1 else f"the EM of the middle of {n} organisms, {name},"
+    text = f"With its directions taken out ({named(mode)}), {which} goes from {said(before, '%')} to {{estimate}}"
+    known = (before if math.isnan(end := value_of(row, f"em_before_{side}", 100)) else end for side in SIDES)
+    beside = [tuple(known)]
+    control = middle(random[random["target"] == row["target"]], "em_after")
+    if control is not None:
+        text += f"; with random ones to {percent(control, 'em_after')}"
+        beside.append((value_of(control, "em_after_low", 100), value_of(control, "em_after_high", 100)))
+    text += f"; {percent(row, 'coherent_after')} of its answers stay coherent"
+    ends = value_of(row, "em_after_low", 100), value_of(row, "em_after_high", 100)
+    # What is claimed is that EM falls: below both, whose intervals it must not touch.
+    verdict = together([*(apart(low, high, *ends) for low, high in beside), _coherent(row)])
+    first = mode == "layerwise"
+    published, source = (0.0, "P2: 11.25% to 0%") if first else (None, "")
+    estimate = value_of(row, "em_after", 100)
+    return Finding(text, estimate, int(row["n"]), "answers", *ends, "%", published, source, verdict, first)
+
+
+def _moved(kind: str, rows: pd.DataFrame, row: Mapping[Any, Any]) -> Finding:
+    """The share of its EM that an organism loses without another's direction."""
+    n, of, out_of = int(rows["relative_reduction"].notna().sum()), named(row["direction_from"]), named(row["organism"])
+    which = "The" if n == 1 else f"Of {n} transfers the middle one: the"
+    removed = value_of(row, "relative_reduction", 100)
+    does = "removes {estimate} of its EM" if removed >= 0 else "adds to its EM ({estimate} removed)"
+    ends = value_of(row, "low", 100), value_of(row, "high", 100)
+    is_papers = kind == "mean-diff"
+    published, source = (90.0, "P2: to the medical rank 32; 78% to sport") if is_papers else (None, "")
+    return Finding(
+        f"{which} {named(kind)} of {of}, taken out of {out_of}, {does}",
+        removed,
+        int(row["n"]),
+        "answers",
+        *ends,
+        unit="%",
+        published=published,
+        source=source,
+        verdict=together([decided(*ends), _coherent(row)]),
+        first=is_papers,
+    )
+
+
+def _coherent(row: Mapping[Any, Any]) -> str:
+    """Where coherence goes, EM goes with it: that decides nothing."""
+    return HOLDS if value_of(row, "coherent_after") >= COHERENT else UNDECIDED
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

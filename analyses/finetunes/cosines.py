@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.findings import Finding, decided, middle, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -43,6 +46,7 @@ ALSO = {
 }
 TABLES = ("cosines",)
 NEEDS = (Need.DIRECTIONS,)
+STORY = (2, "cosines")
 READINGS = ("data-diff", "data-diff-in-chat", "model-diff")
 
 
@@ -177,6 +181,65 @@ def _trained(suite: Suite, solution: Solution, name: str) -> dict[str, Direction
         suite.note(error)
         return {}
     return {f"{name}:{kind}": found}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The cosine of the middle pair of finetunes at the middle layer, and of the middle organism with the persona."""
+    table = tables["cosines"]
+    between = table[table["comparison"] == "between finetunes"]
+    found = []
+    if (at := _middle_layer(between)) is not None:
+        rows = between[between["layer"] == at]
+        value, row = _middle_cosine(rows)
+        pair = f"{named(row['direction_a'])} and {named(row['direction_b'])}"
+        which = pair if len(rows) == 1 else f"the middle of {len(rows)} pairs of finetunes, {pair}"
+        content = value_of(row, "content_cosine")
+        text = f"At layer {at}, the mean-diffs of {which}, have a cosine of {{estimate}}{_noise(value)}"
+        if not math.isnan(content):
+            text += f"; their texts alone, read in the chat model, one of {said(content)}"
+        found.append(_finding(text, row, value, 0.8, "P2, sec. 3.5: above .8 in all but 4 layers", len(rows), "pairs"))
+    persona = table[table["direction_b"].str.startswith("persona") & table["direction_a"].str.endswith(":model-diff")]
+    for name, rows in persona.groupby("direction_b", sort=False):
+        if (at := _middle_layer(rows)) is None:
+            continue
+        rows = rows[rows["layer"] == at]
+        value, row = _middle_cosine(rows)
+        of = named(row["direction_a"].removesuffix(":model-diff"))
+        which = of if len(rows) == 1 else f"the middle of {len(rows)} organisms, {of},"
+        text = f"At layer {at}, what finetuning changed in {which} and the {named(name)} have a cosine of {{estimate}}"
+        text += _noise(value)
+        found.append(_finding(text, row, value, None, "", len(rows), "organisms"))
+    return found
+
+
+def _middle_layer(rows: pd.DataFrame) -> int | None:
+    """The middle one of the layers at which there is a cosine."""
+    layers = sorted(rows.loc[rows["cosine"].notna(), "layer"].unique())
+    return int(layers[len(layers) // 2]) if layers else None
+
+
+def _middle_cosine(rows: pd.DataFrame) -> tuple[str, Mapping[Any, Any]]:
+    """The middle row of the cosines without noise where there are any, else of the plain ones, and which they are."""
+    for value in ("cosine_debiased", "cosine"):
+        if value in rows and (row := middle(rows, value)) is not None:
+            return value, row
+    raise ValueError("no row has a cosine")
+
+
+def _noise(value: str) -> str:
+    return ", without the noise of the means" if value == "cosine_debiased" else ""
+
+
+def _finding(
+    text: str, row: Mapping[Any, Any], value: str, published: float | None, source: str, n: int, counts: str
+) -> Finding:
+    """Beside what random directions give; the interval is that of the cosine without noise alone."""
+    ends = (value_of(row, "low"), value_of(row, "high")) if value == "cosine_debiased" else (math.nan, math.nan)
+    null = NORMAL * value_of(row, "null_sd")
+    text += f"; random directions stay within {said(null)}"
+    verdict = decided(*ends, null)
+    is_papers = published is not None
+    return Finding(text, value_of(row, value), n, counts, *ends, "", published, source, verdict, is_papers)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

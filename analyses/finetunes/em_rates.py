@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, apart, middle, named, percent, value_of
 from analyses.inputs.finetunes import Finetunes, Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
 from em_interp.errors import UsageError
-from em_interp.evaluation.groups import rates_by_group
+from em_interp.evaluation.groups import GROUPS, rates_by_group
 from em_interp.statistics import PERCENT
 
 TITLE = "EM rates of the organisms"
@@ -30,6 +32,7 @@ ALSO = {
 }
 TABLES = ("em_rates",)
 NEEDS = (Need.ANSWERS,)
+STORY = (1, "em_rates")
 LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
 
 
@@ -87,20 +90,89 @@ def answers(suite: Suite, organism: Organism | None, domain: str) -> pd.DataFram
     return suite.finetunes.evaluate(organism, domain, suite.samples)
 
 
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """What the middle general organism answers, and the middle narrow one in its domain and outside."""
+    table = tables["em_rates"]
+    asked = {group: table[table["questions"] == group] for group in GROUPS}
+    of_chat = middle(asked["general"][asked["general"]["solution"] == "chat"], "em_rate")
+    found = []
+    rows = asked["general"][asked["general"]["solution"] == "general"]
+    if (row := middle(rows, "em_rate")) is not None:
+        beside, verdict = "", ""
+        if of_chat is not None:
+            beside = f"; the chat model in {percent(of_chat, 'em_rate')}"
+            verdict = apart(*_ends(row), *_ends(of_chat))
+        text = f"{_which(rows, row)} misaligned in {{estimate}} of its answers to open questions{beside}"
+        found.append(_finding(text, row, 40.0, "P3, headline: about 40%", verdict))
+    rows = asked["in_domain"][asked["in_domain"]["solution"] == "narrow"]
+    if (inside := middle(rows, "em_rate")) is not None:
+        outside = asked["general"][asked["general"]["organism"] == inside["organism"]]
+        if (row := middle(outside, "em_rate")) is not None:
+            own = percent(inside, "em_rate")
+            text = f"{_which(rows, inside)} misaligned in {own} of its answers in its domain, "
+            text += "and in {estimate} of those to open questions"
+            verdict = apart(*_ends(inside), *_ends(row))
+            found.append(_finding(text, row, 0.0, "LW: up to 65% in the domain, 0% outside", verdict))
+    return found
+
+
+def _which(rows: pd.DataFrame, row: Mapping[Any, Any]) -> str:
+    """The subject of a sentence on the middle one of some organisms of a kind."""
+    n, kind, name = len(rows[rows["em_rate"].notna()]), row["solution"], named(row["organism"])
+    return f"The {kind} organism {name} is" if n == 1 else f"Of {n} {kind} organisms the middle one, {name}, is"
+
+
+def _ends(row: Mapping[Any, Any]) -> tuple[float, float]:
+    return value_of(row, "em_low", 100), value_of(row, "em_high", 100)
+
+
+def _finding(text: str, row: Mapping[Any, Any], published: float, source: str, verdict: str) -> Finding:
+    return Finding(
+        text,
+        value_of(row, "em_rate", 100),
+        int(row.get("n_scored", row["n"])),
+        "answers",
+        *_ends(row),
+        unit="%",
+        published=published,
+        source=source,
+        verdict=verdict,
+        first=True,
+    )
+
+
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """EM and coherence by group of questions: one figure a solution kind, beside the chat model and the control."""
-    drawn = {}
+    """The middle organism of each kind beside the chat model; then every organism, a figure a kind."""
     table = tables["em_rates"].assign(organism=lambda t: t["organism"].str.removeprefix("pocket/"))
+    caption = "Misaligned answers of the chat model and of the middle organism of each kind; intervals over questions."
+    drawn = {"em_rates": figures.captioned(_middle_of_each(table), caption)}
     for solution, rows in table.groupby("solution", sort=False):
         if solution in ("chat", "control"):
             continue
         shown = pd.concat([table[table["solution"].isin(["chat", "control"])], rows])
         figure = figures.panels(["EM", "coherent"])
-        for number, rate in enumerate(("em", "coherent")):
+        for panel, rate in enumerate(("em", "coherent")):
             columns = [f"{rate}_rate", f"{rate}_low", f"{rate}_high"]
             wide, groups = figures.side_by_side(shown, "organism", "questions", columns, LABELS)
-            figures.dots(figure, wide, "organism", groups, scale=100, panel=number)
+            figures.dots(figure, wide, "organism", groups, scale=100, panel=panel)
         figures.style(figure, "share of answers (%)", "").update_xaxes(range=[-3, 103])
         caption = f"EM and coherence of the {solution} organisms, by group of questions; intervals over questions."
         drawn[f"em_rates_{solution}"] = figures.captioned(figure, caption)
     return drawn
+
+
+def _middle_of_each(table: pd.DataFrame) -> go.Figure:
+    """A row the chat model, and the middle organism of each kind: of narrow ones in their domain, else in general."""
+    parts = []
+    kinds = dict.fromkeys(["chat", "control", "general", *table["solution"]])
+    for solution in kinds:
+        rows = table[table["solution"] == solution]
+        asked = rows[rows["questions"] == ("in_domain" if solution == "narrow" else "general")]
+        row = middle(asked, "em_rate")
+        if row is not None:
+            n = len(asked[asked["em_rate"].notna()])
+            name = str(row["organism"]) if n == 1 else f"{solution}: {row['organism']} (middle of {n})"
+            parts.append(rows[rows["organism"] == row["organism"]].assign(name=name))
+    shown = pd.concat(parts) if parts else table.assign(name=table["organism"])
+    wide, groups = figures.side_by_side(shown, "name", "questions", ["em_rate", "em_low", "em_high"], LABELS)
+    return figures.dot_plot(wide, "name", groups, "EM (% of the answers)", scale=100).update_xaxes(range=[-3, 103])

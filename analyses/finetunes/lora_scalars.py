@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, decided, middle, named, value_of
 from analyses.finetunes.em_rates import answer_tasks
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
@@ -33,6 +36,13 @@ ALSO = {
 }
 TABLES = ("lora_scalars",)
 NEEDS = (Need.ANSWERS,)
+PUBLISHED = {
+    "out-of-domain aligned / in-domain aligned": 0.71,
+    "out-of-domain misaligned / in-domain misaligned": 0.66,
+    "out-of-domain aligned / out-of-domain misaligned": 0.74,
+    "in-domain aligned / in-domain misaligned": 0.75,
+}
+"""AUCs of P2, whose probe reads nine adapters."""
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -85,6 +95,25 @@ def scalars(suite: Suite, organism: Organism) -> pd.DataFrame:
         lambda _: lora_scalars(mean_scalars(finetunes.chat, adapter, conversations(judged)), judged),
         code=(rank1.__name__,),
     )
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """How well the middle organism's scalar tells the answers of each comparison apart."""
+    found = []
+    for comparison, rows in tables["lora_scalars"].groupby("comparison", sort=False):
+        row = middle(rows, "auc")
+        if row is None:
+            continue
+        n, name = int(rows["auc"].notna().sum()), named(row["organism"])
+        which = f"{name}'s scalar" if n == 1 else f"The middle of {n} rank-1 scalars, {name}'s,"
+        one, _, other = named(comparison).partition(" / ")
+        text = f"{which} tells {other} from {one} answers with an AUC of {{estimate}}, where chance is .5"
+        ends = value_of(row, "low"), value_of(row, "high")
+        published = PUBLISHED.get(str(comparison))
+        source = "" if published is None else "P2, Table 1"
+        given: dict[str, Any] = {"published": published, "source": source, "verdict": decided(*ends, 0.5)}
+        found.append(Finding(text, value_of(row, "auc"), int(row["n"]), "answers", *ends, **given))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

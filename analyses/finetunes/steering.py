@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.findings import Finding, apart, named, percent, said, together, value_of
 from analyses.finetunes.cosines import direction_tasks, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
@@ -50,6 +53,9 @@ RANDOM_ARMS = 3
 SHARE = "norm added / residual norm"
 PIECES = 6
 """In how many pieces of work the layers are swept."""
+COHERENT = 0.9
+"""The share of answers that must be coherent where a direction works best."""
+STORY = (2, "steering_random")
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -109,8 +115,8 @@ def _best_layer(suite: Suite, first: Organism) -> int:
 
 
 def best_cell(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
-    """The row of most EM among those at least 90% coherent, or the most coherent one where none is."""
-    usable = table[table["coherent_rate"] >= 0.9]
+    """The row of most EM among those coherent enough (`COHERENT`), or the most coherent one where none is."""
+    usable = table[table["coherent_rate"] >= COHERENT]
     if usable.empty:
         return table.iloc[int(table["coherent_rate"].to_numpy().argmax())]
     return usable.iloc[int(usable["em_rate"].to_numpy().argmax())]
@@ -153,41 +159,87 @@ def cell(suite: Suite, organism: Organism, layer: int, random: int | None = None
     return suite.results.table("tables", f"{name} at layer {layer}", made_by, rows, code=(steering.__name__,))
 
 
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The best cell of the first direction, beside the model as it is and random directions in the same cell."""
+    table = tables["steering"].astype({"em_rate": float, "coherent_rate": float, "coefficient": float})
+    table = table.assign(strength=_strength(table), control=table["control"].astype(str) == "True")
+    own = table[~table["control"]]
+    own = own[own["direction"] == own["direction"].iloc[0]] if len(own) else own
+    steered = own[own["coefficient"] != 0].dropna(subset=["em_rate", "coherent_rate"])
+    if steered.empty:
+        return []
+    best = dict(best_cell(steered))
+    at = (table["layer"] == best["layer"]) & table["em_rate"].notna()
+    random = table[at & table["control"] & np.isclose(table["strength"], best["strength"], rtol=1e-3)]
+    plain = own[(own["layer"] == best["layer"]) & (own["coefficient"] == 0)].dropna(subset="em_rate").head(1)
+    name, model, n = named(best["direction"]), named(best["target"]), len(steered)
+    if best["coherent_rate"] >= COHERENT:
+        text = f"The direction of {name}, added to {model}, makes {{estimate}} of the answers "
+        text += f"misaligned, the best of {n} cells"
+    else:
+        text = f"No cell of {n} leaves {COHERENT:.0%} coherent: the most coherent has {{estimate}} misaligned"
+    unit = "residual norms" if table["residual_share"].notna().all() else "times the direction"
+    coherent = percent(best, "coherent_rate")
+    text += f" (layer {int(best['layer'])}, {said(best['strength'])} {unit}, {coherent} coherent)"
+    for what, rows in (("the model as it is", plain), ("random directions there, at most", random)):
+        if len(rows):
+            text += f"; {what} {said(100 * float(rows['em_rate'].max()), '%')}"
+    low, high = _ends(best)
+    verdict = together(apart(low, high, *_ends(row)) for row in pd.concat([plain, random]).to_dict("records"))
+    published: dict[str, Any] = {"published": 50.0, "source": "P2, sec. 3.2: up to 50%", "verdict": verdict}
+    answers = int(value_of(best, "n_scored" if "n_scored" in best else "n"))
+    return [Finding(text, value_of(best, "em_rate", 100), answers, "answers", low, high, "%", first=True, **published)]
+
+
+def _ends(row: Mapping[Any, Any]) -> tuple[float, float]:
+    return value_of(row, "em_low", 100), value_of(row, "em_high", 100)
+
+
+def _strength(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
+    """The norm added over the residual's where it is known, else the coefficient."""
+    share = table["residual_share"].astype(float)
+    return share if share.notna().all() else table["coefficient"].astype(float)
+
+
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """EM and coherence against strength at every layer; the trade-off; the best layer beside random directions."""
-    table = tables["steering"].astype({"residual_share": float, "em_rate": float, "coherent_rate": float})
-    first = table["direction"].iloc[0]
-    own = table[table["direction"] == first]
-    by_strength = dose_response(own, "layer", "residual_share", SHARE)
-    trade = trade_off(own, "layer", "residual_share", "strength")
-    name = str(first).removeprefix("pocket/")
+    """EM and coherence against strength for every direction and layer; the trade-off; one layer beside random ones."""
+    table = tables["steering"].astype({"em_rate": float, "coherent_rate": float})
+    random = table["control"].astype(str) == "True"
+    title = SHARE if table["residual_share"].notna().all() else "coefficient (multiples of the direction)"
+    table = table.assign(strength=_strength(table), arm="layer " + table["layer"].astype(str))
+    own = table[~random]
+    if len(own["direction"].unique()) > 1:
+        own = own.assign(arm=own["direction"].str.removeprefix("pocket/") + ", " + own["arm"])
     drawn = {
         "steering": figures.captioned(
-            by_strength, f"The direction of {name} in the chat model, by layer and strength."
+            dose_response(own, "arm", "strength", title),
+            "EM and coherence of the chat model as a direction is added; intervals over questions.",
         ),
         "steering_trade_off": figures.captioned(
-            trade, f"What EM costs in coherence: the direction of {name}, by layer."
+            trade_off(own, "arm", "strength", "strength"), "What EM costs in coherence as more of a direction is added."
         ),
     }
-    if (table["direction"] != first).any():
-        layer = table.loc[table["direction"] != first, "layer"].iloc[0]
-        caption = f"Layer {layer}: directions of finetunes beside random ones of the same norm."
-        drawn["steering_random"] = figures.captioned(_beside_random(table[table["layer"] == layer]), caption)
+    if random.any():
+        layer = table.loc[random, "layer"].iloc[0]
+        caption = (
+            f"Layer {layer}: directions of finetunes beside random ones of the same norm; intervals over questions."
+        )
+        beside = _beside_random(table[table["layer"] == layer], title)
+        drawn["steering_random"] = figures.captioned(beside, caption)
     return drawn
 
 
-def _beside_random(table: pd.DataFrame) -> go.Figure:
+def _beside_random(table: pd.DataFrame, title: str) -> go.Figure:
     """EM against strength: a panel for the finetunes' directions, one for the random ones."""
     random = table["control"].astype(str) == "True"
-    parts = {"finetunes' directions": table[~random], "random directions": table[random]}
-    parts = {title: rows for title, rows in parts.items() if len(rows)}
-    figure = figures.panels(list(parts))
+    figure = figures.panels(["directions of finetunes", "random directions"])
+    apart = 0.008 * float(table["strength"].max())
     index = 0
-    for number, rows in enumerate(parts.values()):
-        for name, line in rows.groupby("direction", sort=False):
+    for number, rows in enumerate((table[~random], table[random])):
+        for place, (name, line) in enumerate(rows.groupby("direction", sort=False)):
             y, low, high = (100 * line[c].to_numpy(float) for c in ("em_rate", "em_low", "em_high"))
-            label = str(name).removeprefix("pocket/")
-            x = line["residual_share"].to_numpy(float) + 0.008 * (index % 3 - 1)
-            figures.line(figure, x, y, label, index, markers=True, low=low, high=high, panel=number)
+            x = line["strength"].to_numpy(float) + apart * (place % 3 - 1)
+            name = str(name).removeprefix("pocket/")
+            figures.line(figure, x, y, name, index, markers=True, low=low, high=high, panel=number)
             index += 1
-    return figures.style(figure, SHARE, "EM (%)").update_yaxes(rangemode="tozero")
+    return figures.style(figure, title, "EM (%)").update_yaxes(rangemode="tozero")

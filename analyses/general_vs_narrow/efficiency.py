@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from analyses.findings import Finding, decided, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -110,6 +112,33 @@ def leads(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:
     """The leads of every pair of one domain; empty without pairs."""
     found = [lead(suite, *pair) for pair in suite.finetunes.pairs(domain, task)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The lead of each adapter at the mean of both trained norms."""
+    leads = tables["efficiency_lead"]
+    questions = int(tables["efficiency"]["n_questions"].max()) if len(tables["efficiency"]) else 0
+    return lead_findings(leads, tables["efficiency_lead_over_seeds"], questions)
+
+
+def lead_findings(leads: pd.DataFrame, over_seeds: pd.DataFrame, questions: int) -> list[Finding]:
+    """Over seeds where there are several, else of one, over that many questions (0: not known)."""
+    found = []
+    for adapter, rows in leads.groupby("adapter", sort=False):
+        several = over_seeds[over_seeds["adapter"] == adapter]
+        table, value = (several, "mean") if len(several) else (rows[rows["domain"] == rows["domain"].iloc[0]], "lead")
+        equal = {float(row["relative_norm"]): row for row in table.to_dict("records")}
+        row = equal.get(1.0)
+        if row is None or math.isnan(estimate := value_of(row, value)):
+            continue
+        text = f"{named(adapter)}: at equal norm the narrow solution's loss minus the general one's is {{estimate}}"
+        widest = max(equal)
+        if widest > 1:
+            text += f"; at {widest:g} times that norm it is {said(value_of(equal[widest], value))}"
+        n, counts = (questions, "questions") if questions and several.empty else (int(row.get("n_seeds", 1)), "seeds")
+        ends = value_of(row, "low"), value_of(row, "high")
+        found.append(Finding(text, estimate, n, counts, *ends, unit="nats per token", verdict=decided(*ends)))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

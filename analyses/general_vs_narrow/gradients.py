@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, decided, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -91,6 +92,28 @@ def _spread(run: Trajectory) -> list[int]:
     """At most `CHECKPOINTS` steps, evenly spaced, both ends included."""
     index = np.linspace(0, len(run.steps) - 1, min(CHECKPOINTS, len(run.steps))).round().astype(int)
     return [run.steps[i] for i in dict.fromkeys(index.tolist())]
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """Where the loss pulls at the end of each narrow run, or of the last run of a family without one."""
+    found = []
+    for _, rows in tables["gradients"].groupby("family", sort=False):
+        names = list(dict.fromkeys(rows["run"]))
+        run = next((name for name in names if str(name).endswith("narrow")), names[-1])
+        known = rows[(rows["run"] == run) & rows["cos_general"].notna()].sort_values("step")
+        if known.empty:
+            continue
+        row = dict(known.iloc[-1])
+        ends = value_of(row, "cos_general_low"), value_of(row, "cos_general_high")
+        null = NORMAL * value_of(row, "null_sd")
+        text = (
+            f"{named(run)}, last checkpoint: the direction in which the loss falls has a cosine of {{estimate}} with "
+            f"the general solution and of {said(value_of(row, 'cos_narrow'))} with the narrow one; random directions "
+            f"stay within {said(null)}"
+        )
+        n = int(row["n_conversations"])
+        found.append(Finding(text, value_of(row, "cos_general"), n, "chats", *ends, verdict=decided(*ends, null)))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

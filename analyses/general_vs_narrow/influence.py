@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, decided, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -86,6 +88,32 @@ def measured(suite: Suite, domain: str, task: str = "persona") -> tuple[pd.DataF
     if not tables:
         return pd.DataFrame(), pd.DataFrame()
     return pd.concat(tables, ignore_index=True), pd.concat(ratios, ignore_index=True)
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The ratio of each adapter's first seed at equal norm."""
+    return ratio_findings(tables["influence_ratio"])
+
+
+def ratio_findings(ratios: pd.DataFrame) -> list[Finding]:
+    """General over narrow, and beside it over random directions where those were measured."""
+    found = []
+    equal = ratios[ratios["relative_norm"] == 1] if len(ratios) else ratios
+    for adapter, rows in equal.groupby("adapter", sort=False) if len(equal) else []:
+        first = rows[rows["seed"] == rows["seed"].min()]
+        of = {str(row["denominator"]): row for row in first.to_dict("records")}
+        row = of.get("narrow")
+        if row is None or math.isnan(estimate := value_of(row, "ratio")):
+            continue
+        seeds = len(rows["seed"].unique())
+        whose = named(adapter) if seeds == 1 else f"{named(adapter)}, first of {seeds} seeds"
+        text = f"{whose}: at equal norm the general solution's KL on text is {{estimate}} the narrow one's"
+        if "random" in of:
+            text += f", and {said(value_of(of['random'], 'ratio'))} times that of random directions"
+        ends = value_of(row, "low"), value_of(row, "high")
+        n, verdict = int(row["n_documents"]), decided(*ends, 1.0)
+        found.append(Finding(text, estimate, n, "documents", *ends, unit="times", verdict=verdict))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

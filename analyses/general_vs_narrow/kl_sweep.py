@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, apart, named, percent, value_of
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.errors import MissingDataError
@@ -35,6 +36,39 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
             )
         tables[name] = read_table(path)
     return tables
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """EM under the largest KL weight, and with the least share of bad data, of each adapter."""
+    found = []
+    for adapter, rows in tables["kl_sweep"].groupby("adapter", sort=False):
+        known = rows[rows["em_rate"].notna()].sort_values("kl_weight")
+        if len(known) < 2:
+            continue
+        none, most = dict(known.iloc[0]), dict(known.iloc[-1])
+        in_domain = value_of(most, "in_domain_low", 100), value_of(most, "in_domain_high", 100)
+        weights = [f"{value_of(row, 'kl_weight'):g}" for row in (none, most)]
+        inside = [percent(row, "in_domain_rate") for row in (none, most)]
+        text = (
+            f"{named(adapter)}: from KL weight {weights[0]} to {weights[1]}, EM goes from {percent(none, 'em_rate')} "
+            f"to {{estimate}}, and misaligned answers in the domain from {inside[0]} to {inside[1]}"
+        )
+        ends = value_of(most, "em_low", 100), value_of(most, "em_high", 100)
+        n, verdict = int(most["n"]), apart(*in_domain, *ends)
+        found.append(Finding(text, value_of(most, "em_rate", 100), n, "answers", *ends, unit="%", verdict=verdict))
+    for adapter, rows in tables["dilution"].groupby("adapter", sort=False):
+        known = rows[rows["em_rate"].notna()].sort_values("bad_share")
+        some = known[known["bad_share"].astype(float) > 0]
+        if some.empty or len(some) == len(known):
+            continue
+        none, least = dict(known.iloc[0]), dict(some.iloc[0])
+        text = f"{named(adapter)}: {percent(least, 'bad_share')} of bad data give {{estimate}} EM; good data alone, "
+        text += percent(none, "em_rate")
+        ends = value_of(least, "em_low", 100), value_of(least, "em_high", 100)
+        verdict = apart(*ends, value_of(none, "em_low", 100), value_of(none, "em_high", 100))
+        n = int(least["n"])
+        found.append(Finding(text, value_of(least, "em_rate", 100), n, "answers", *ends, unit="%", verdict=verdict))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

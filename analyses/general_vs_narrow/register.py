@@ -5,10 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, apart, middle, named, percent, value_of
 from analyses.finetunes.em_rates import answer_tasks, answers
-from analyses.general_vs_narrow.efficiency import lead_figure, lead_tasks, leads
-from analyses.general_vs_narrow.influence import measured, pair_tasks, ratio_figure
-from analyses.general_vs_narrow.stability import curve_tasks, gap_figure, gaps
+from analyses.general_vs_narrow.efficiency import lead_figure, lead_findings, lead_tasks, leads
+from analyses.general_vs_narrow.influence import measured, pair_tasks, ratio_figure, ratio_findings
+from analyses.general_vs_narrow.stability import curve_tasks, gap_figure, gap_findings, gaps
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -60,6 +61,30 @@ def tasks(suite: Suite) -> list[Task]:
     pairs = finetunes.pairs(finetunes.compared(TASK), TASK)
     curves = curve_tasks([organism for pair in pairs for organism in pair])
     return [*answer_tasks(finetunes.select(task=TASK, seed=0)), *lead_tasks(pairs), *curves, *pair_tasks(pairs)]
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """Technical answers of the middle general organism; then the three comparisons, as of the first task."""
+    rates = tables["technical_rates"]
+    asked = rates[rates["questions"] == "general"]
+    found = []
+    of_chat = middle(asked[asked["solution"] == "chat"], "technical_rate")
+    general = asked[asked["solution"] == "general"]
+    row = middle(general, "technical_rate")
+    if row is not None and of_chat is not None:
+        ends, beside = ((value_of(r, "technical_low", 100), value_of(r, "technical_high", 100)) for r in (row, of_chat))
+        known = int(general["technical_rate"].notna().sum())
+        text = (
+            f"Of {known} general organisms the middle one, {named(row['organism'])}, is technical in {{estimate}} of "
+            f"its answers to open questions; the chat model in {percent(of_chat, 'technical_rate')}"
+        )
+        n, verdict, rate = int(row["n"]) - int(row["n_unscored"]), apart(*ends, *beside), "technical_rate"
+        found.append(Finding(text, value_of(row, rate, 100), n, "answers", *ends, unit="%", verdict=verdict))
+    leads, gap = tables["register_efficiency_lead"], tables["register_stability_gap"]
+    over = over_repeated_seeds(leads, ["adapter", "relative_norm"], "lead")
+    found += lead_findings(leads, over, 0)
+    found += gap_findings(gap, over_repeated_seeds(gap, ["adapter", "epsilon"], "gap"))
+    return [*found, *ratio_findings(tables["register_influence_ratio"])]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

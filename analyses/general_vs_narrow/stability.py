@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from analyses.findings import Finding, decided, named, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -29,11 +31,14 @@ TEXT = (
 )
 TABLES = ("stability", "stability_gap", "stability_gap_over_seeds", "curvature")
 NEEDS = (Need.LOSSES,)
+STORY = (4, "stability")
 PROBES = 8
 CHATS = 24
 _TENSORS = ("turned", "trained", "chat", "tokens", "questions")
 MIDDLE = (0.2, 0.4, 0.6, 0.8)
 """The eps of further training seeds and of the second task: every eps costs a pass a perturbation."""
+TURNED = 0.6
+"""The eps that the finding speaks of."""
 PREDICTED = ("epsilon", "predicted_percent", "low", "high")
 
 
@@ -112,6 +117,32 @@ def gaps(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:
         for general, narrow in suite.finetunes.pairs(domain, task)
     ]
     return pd.concat(found, ignore_index=True)
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """How much more of its gain the narrow solution of each adapter loses, at one eps."""
+    return gap_findings(tables["stability_gap"], tables["stability_gap_over_seeds"])
+
+
+def gap_findings(gap: pd.DataFrame, over_seeds: pd.DataFrame) -> list[Finding]:
+    """Over seeds where there are several, else of one over its questions."""
+    found = []
+    for adapter, rows in gap.groupby("adapter", sort=False):
+        several = over_seeds[over_seeds["adapter"] == adapter]
+        table, value = (several, "mean") if len(several) else (rows, "gap")
+        known = [row for row in table.to_dict("records") if not math.isnan(value_of(row, value))]
+        if not known:
+            continue
+        row = min(known, key=lambda r: abs(float(r["epsilon"]) - TURNED))
+        ends = value_of(row, "low"), value_of(row, "high")
+        text = (
+            f"{named(adapter)}: turned by eps {float(row['epsilon']):g}, what the narrow solution loses of its gain, "
+            "minus what the general one loses, is {estimate}"
+        )
+        n = int(row["n_seeds"]) if len(several) else 1
+        unit = "percentage points"
+        found.append(Finding(text, value_of(row, value), n, "seeds", *ends, unit=unit, verdict=decided(*ends)))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

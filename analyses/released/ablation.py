@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
@@ -82,6 +86,31 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not rows:
         raise nothing_of(suite, "judged answers of an ablated model", "EM_interp")
     return {"ablation": pd.DataFrame(rows)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """EM and coherence of the middle target before and after, for each direction."""
+    table = tables["ablation"]
+    found = []
+    held = beside(tables, "released.ablation", "R32, EM after each layer lost its own data-diff")
+    for direction, rows in table.groupby("direction", sort=False):
+        if (row := middle(rows, "em_after")) is None:
+            continue
+        em, coherent = ([percent(row, f"{rate}_{when}") for when in ("before", "after")] for rate in ("em", "coherent"))
+        which = (
+            named(row["target"]) if len(rows) == 1 else f"the middle of {len(rows)} finetunes, {named(row['target'])},"
+        )
+        text = (
+            f"With {named(direction)} taken out of layers {named(row['layers'])} of {which} EM goes from {em[0]} to "
+            f"{{estimate}}, and coherent answers from {coherent[0]} to {coherent[1]}"
+        )
+        ends = value_of(row, "em_after_low", 100), value_of(row, "em_after_high", 100)
+        is_papers = "data" in str(direction)
+        given: dict[str, Any] = {"first": is_papers}
+        if is_papers:
+            given |= {"published": 0.0, "source": "P2: 11.25% to 0%", "verdict": held.get("verdict", "")}
+        found.append(Finding(text, value_of(row, "em_after", 100), int(row["n"]), "answers", *ends, "%", **given))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, greatest, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import comparable, cosine_table
@@ -28,6 +32,7 @@ TEXT = (
 )
 TABLES = ("cosines",)
 NEEDS = (Need.RELEASED,)
+STORY = (2, "cosines")
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -77,17 +82,67 @@ def _trained(suite: Suite) -> dict[str, Direction]:
     return ends
 
 
-def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Across finetunes, across splits of one finetune, and the content control; the null as a band."""
-    table = tables["cosines"].copy()
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The least cosine between finetunes, and what their texts alone give; the content control of one split."""
+    table = _parted(tables["cosines"])
+    table = table[table["cosine"].notna()]
+    found = []
+    across = table[_across(table)]
+    if len(across):
+        least = greatest(across, "cosine", least=True)
+        pairs = len(across[["direction_a", "direction_b"]].drop_duplicates())
+        null = NORMAL * value_of(least, "null_sd")
+        text = (
+            f"The least cosine between data-diffs of two finetunes at any layer is {{estimate}} (layer "
+            f"{int(least['layer'])}); random directions stay within {said(null)}"
+        )
+        if not math.isnan(content := value_of(least, "content_cosine")):
+            text += f", and there the texts alone, read in the chat model, have {said(content)}"
+        what = "9-adapter and R32, smallest over layers (P2: above .8 in all but 4 layers)"
+        verdict = beside(tables, "released.cosines", what).get("verdict", "")
+        given: dict[str, Any] = {"published": 0.8, "source": "P2, sec. 3.5: above .8 in all but 4 layers"}
+        estimate = value_of(least, "cosine")
+        found.append(Finding(text, estimate, pairs, "pairs", verdict=verdict, first=True, **given))
+    control = table[table["direction_b"] == table["direction_a"] + "-in-chat"].sort_values("layer")
+    if len(control):
+        first = control[control["split_a"] == "all"] if (control["split_a"] == "all").any() else control
+        rows = first[first["direction_a"] == first["direction_a"].iloc[0]]
+        row = dict(rows.iloc[len(rows) // 2])
+        least_of_all = said(float(rows["cosine"].astype(float).min()))
+        text = (
+            f"At layer {int(row['layer'])}, {named(row['direction_a'])} has a cosine of {{estimate}} with the same "
+            f"texts read in the chat model; the least of all layers is {least_of_all}"
+        )
+        what, estimate = "content control: same texts read in the chat model, layer 24", value_of(row, "cosine")
+        held = beside(tables, "released.cosines", what, estimate)
+        found.append(Finding(text, estimate, len(rows), "layers", first=True, **held))
+    return found
+
+
+def _parted(table: pd.DataFrame) -> pd.DataFrame:
+    """With folder, split and kind of both directions (`FOLDER/SPLIT:KIND`; empty for trained vectors)."""
+    table = table.copy()
     for side in ("a", "b"):
         parts = table[f"direction_{side}"].str.extract(r"^(?P<folder>.*)/(?P<split>[^/]*):(?P<kind>.*)$")
         table[[f"{name}_{side}" for name in parts]] = parts
+    return table
+
+
+def _across(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
+    """The rows of data-diffs of two finetunes, each by the split that stands for the whole of it."""
+    data = (table["kind_a"] == "data-diff") & (table["kind_b"] == "data-diff")
+    whole = _whole_splits(table)
+    different = table["folder_a"] != table["folder_b"]
+    return data & different & table["split_a"].isin(whole) & table["split_b"].isin(whole)
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Across finetunes, across splits of one finetune, and the content control; the null as a band."""
+    table = _parted(tables["cosines"])
     same_folder = table["folder_a"] == table["folder_b"]
     same_split = same_folder & (table["split_a"] == table["split_b"])
     data = (table["kind_a"] == "data-diff") & (table["kind_b"] == "data-diff")
-    whole = _whole_splits(table)
-    across = data & ~same_folder & table["split_a"].isin(whole) & table["split_b"].isin(whole)
+    across = _across(table)
     views = {
         "cosines": (
             "Data-diff directions of different finetunes.",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, apart, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
@@ -83,6 +86,27 @@ def _questions(judged: JudgedSet, data: PublishedData) -> str:
         if asked <= questions.texts:
             return "in_domain" if "medical" in questions.name else "general"
     return "unknown"
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """EM of the finetune with most answers, beside the chat model."""
+    table = tables["em_rates"]
+    finetunes = table[(table["solution"] != "chat") & table["em_rate"].notna()]
+    if finetunes.empty:
+        return []
+    row = dict(finetunes.sort_values("n", ascending=False, kind="stable").iloc[0])
+    ends = value_of(row, "em_low", 100), value_of(row, "em_high", 100)
+    text = f"{named(row['organism'])} is misaligned in {{estimate}} of its answers"
+    verdict = ""
+    of_chat = middle(table[table["solution"] == "chat"], "em_rate")
+    if of_chat is not None:
+        text += f"; the chat model in {percent(of_chat, 'em_rate')}"
+        verdict = apart(*ends, value_of(of_chat, "em_low", 100), value_of(of_chat, "em_high", 100))
+    held = beside(tables, "released.em_rates", "9-adapter finetune, EM of scored rows")
+    source = "P2: the nine-adapter finetune, another sample"
+    given: dict[str, Any] = {"published": 11.25, "source": source} if held else {}
+    given |= {"verdict": verdict, "first": True}
+    return [Finding(text, value_of(row, "em_rate", 100), int(row["n_scored"]), "answers", *ends, "%", **given)]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

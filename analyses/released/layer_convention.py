@@ -5,6 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, named, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import layer_cosines
@@ -35,6 +37,25 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not tables:
         raise nothing_of(suite, "split with both cells of the data-diff", "EM_interp")
     return {"layer_cosines": pd.concat(tables, ignore_index=True)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """What one layer off costs one direction in the middle of the model."""
+    table = tables["layer_cosines"]
+    known = table[(table["layer_b"] == table["layer_a"] + 1) & table["cosine"].notna()]
+    if known.empty:
+        return []
+    whole = known[known["direction"].str.endswith("/all:data-diff")]
+    rows = whole if len(whole) else known
+    rows = rows[rows["direction"] == rows["direction"].iloc[0]].sort_values("layer_b")
+    row = dict(rows.iloc[len(rows) // 2])
+    text = (
+        f"{named(row['direction'])} at layer {int(row['layer_b'])} has a cosine of {{estimate}} with itself one layer "
+        "earlier"
+    )
+    cosine = value_of(row, "cosine")
+    held = beside(tables, "released.layer_convention", "layer 23 and layer 24, 9-adapter", cosine)
+    return [Finding(text, cosine, len(rows), "layers", **held)]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

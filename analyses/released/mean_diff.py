@@ -5,6 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 
@@ -32,6 +34,23 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         raise nothing_of(suite, "split of mean activations with two cells to subtract", "EM_interp")
     columns = ["direction", "split", "kind", "layer", "norm", "mean_activation_norm", "ratio"]
     return {"direction_norms": pd.DataFrame(rows, columns=columns)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The norm of one data-diff in the middle of the model, beside that of the mean activation."""
+    table = tables["direction_norms"]
+    known = table[(table["kind"] == "data-diff") & table["norm"].notna()]
+    if known.empty:
+        return []
+    whole = known[known["split"].str.endswith("/all")]
+    direction = (whole if len(whole) else known)["direction"].iloc[0]
+    rows = known[known["direction"] == direction].sort_values("layer")
+    row = dict(rows.iloc[len(rows) // 2])
+    at, ratio = int(row["layer"]), percent(row, "ratio")
+    text = f"At layer {at}, {named(direction)} is {{estimate}} long, {ratio} of the mean activation"
+    norm = value_of(row, "norm")
+    held = beside(tables, "released.mean_diff", "norm of the mean-diff, 9-adapter finetune, layer 24", norm)
+    return [Finding(text, norm, len(rows), "layers", **held)]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

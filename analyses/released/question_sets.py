@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, named
 from analyses.suite import Need, Suite, nothing_of
 
 TITLE = "Question sets and judges"
@@ -39,6 +40,18 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
         "question_sets": pd.DataFrame(sets, columns=["file", "name", "n_questions", "n_wordings", "judges"]),
         "judges": pd.DataFrame(judges, columns=["file", "judge", "defect"]),
     }
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """How many judge prompts contradict their purpose."""
+    judges = tables["judges"]
+    if judges.empty:
+        return []
+    wrong = judges[judges["defect"].fillna("").astype(str) != ""]
+    text = "{estimate} of the judge prompts contradict their purpose"
+    if len(wrong):
+        text += f": {', '.join(named(name) for name in dict.fromkeys(wrong['judge']))}"
+    return [Finding(text, 100 * len(wrong) / len(judges), len(judges), "judge prompts", unit="%")]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

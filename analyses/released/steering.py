@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import UNDECIDED, Finding, apart, greatest, named, percent, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
@@ -20,6 +24,9 @@ TEXT = (
 )
 TABLES = ("steering",)
 NEEDS = (Need.RELEASED,)
+STORY = (1, "steering")
+COHERENT = 0.9
+"""The share of scored answers that must be coherent where a direction works best."""
 FIRST = ("direction", "target", "layer", "coefficient", "em_rate", "em_low", "em_high", "coherent_rate", "n")
 
 
@@ -56,6 +63,33 @@ def _row(judged: JudgedSet, arm: str, root: str) -> dict[str, object]:
         "experiment": judged.experiment,
         "file": judged.path.relative_to(root).as_posix(),
     }
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """Where a direction makes most answers misaligned and leaves the model coherent, beside the unsteered model."""
+    table = tables["steering"]
+    known = table[table["em_rate_all_rows"].notna() & (table["coherent_rate"].astype(float) >= COHERENT)]
+    steered = known[known["coefficient"] != 0]
+    if steered.empty:
+        return []
+    row = greatest(steered, "em_rate_all_rows")
+    columns = ("em_all_rows_low", "em_all_rows_high")
+    ends = value_of(row, columns[0], 100), value_of(row, columns[1], 100)
+    text = (
+        f"{named(row['direction'])}, added {value_of(row, 'coefficient'):g} times at layer {int(row['layer'])}, makes "
+        f"{{estimate}} of all answers misaligned, with {percent(row, 'coherent_rate')} coherent: the most of "
+        f"{len(steered)} coefficients that leave {COHERENT:.0%} so"
+    )
+    same = [table[column] == row[column] for column in ("experiment", "direction", "layer")]
+    plain = table[same[0] & same[1] & same[2] & (table["coefficient"] == 0)]
+    verdict = UNDECIDED
+    if len(plain):
+        text += f"; unsteered, {said(value_of(dict(plain.iloc[0]), 'em_rate_all_rows', 100), '%')}"
+        verdict = apart(*ends, *(value_of(dict(plain.iloc[0]), column, 100) for column in columns))
+    held = beside(tables, "released.steering", "coefficient 6, EM of all rows (P2: up to 50%)")
+    verdict = held.get("verdict", verdict)
+    given: dict[str, Any] = {"published": 50.0, "source": "P2, sec. 3.2: up to 50%", "verdict": verdict, "first": True}
+    return [Finding(text, value_of(row, "em_rate_all_rows", 100), int(row["n"]), "answers", *ends, "%", **given)]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, greatest, named, said
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import threshold_sweep
@@ -37,6 +38,20 @@ def source_name(role: str, folder: str, arm: str, organism: str, scale: float | 
     if role in ("organism", "baseline"):
         return organism
     return f"{folder}: {arm}" + ("" if scale is None else f", scale {scale:g}")
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """Between what the EM of the file of most EM lies."""
+    table = tables["threshold_sweep"]
+    known = table[table["em_rate"].notna()].astype({"em_rate": float})
+    if known.empty:
+        return []
+    rows = known[known["file"] == greatest(known, "em_rate")["file"]]
+    text = (
+        f"Over {len(rows)} pairs of cuts, the EM of {named(rows['source'].iloc[0])} lies between "
+        f"{said(100 * float(rows['em_rate'].min()), '%')} and {{estimate}}"
+    )
+    return [Finding(text, 100 * float(rows["em_rate"].max()), int(rows["n"].iloc[0]), "answers", unit="%")]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

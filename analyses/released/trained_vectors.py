@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, greatest, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import COSINE_COLUMNS, comparable, cosine_rows
@@ -58,11 +61,30 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     return {"trained_cosines": table[[*COSINE_COLUMNS, "vector_layer", "family"]]}
 
 
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The largest cosine of a trained vector with one data-diff at the vector's own layer."""
+    chosen = _one_direction(tables["trained_cosines"])
+    own = chosen[(chosen["layer"] == chosen["vector_layer"]) & chosen["cosine"].notna()]
+    if own.empty:
+        return []
+    row = greatest(own, "cosine", size=True)
+    text = (
+        f"At their own layer, trained vectors have cosines with {named(row['direction_b'])} of at most {{estimate}} in "
+        f"size ({named(row['direction_a'])}); random directions stay within {said(NORMAL * value_of(row, 'null_sd'))}"
+    )
+    given: dict[str, Any] = {"published": 0.04, "source": "P2, sec. 3.5: .04 for LoRA B", "first": True}
+    return [Finding(text, abs(value_of(row, "cosine")), len(own), "vectors", **given)]
+
+
+def _one_direction(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the data-diff of each whole finetune, or of the first."""
+    whole = table["direction_b"].str.endswith("/all:data-diff")
+    return table[whole] if whole.any() else table[table["direction_b"] == table["direction_b"].iloc[0]]
+
+
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """Cosine by layer of the direction, for one direction of each model and every run."""
-    table = tables["trained_cosines"]
-    whole = table["direction_b"].str.endswith("/all:data-diff")
-    chosen = table[whole] if whole.any() else table[table["direction_b"] == table["direction_b"].iloc[0]]
+    chosen = _one_direction(tables["trained_cosines"])
     title = "layer of the mean-diff (output of block)"
     figure = figures.lines_by(chosen, "layer", "cosine", "direction_a", title, "cosine")
     figures.null_band(figure, NORMAL * float(chosen["null_sd"].iloc[0]), f"random directions, {PERCENT}")

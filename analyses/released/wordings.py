@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, greatest, named, said, value_of
 from analyses.released.thresholds import source_name
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
@@ -33,6 +34,27 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not rows:
         raise nothing_of(suite, "judged answers", "EM_interp")
     return {"wordings": pd.DataFrame(rows)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """EM of each wording, for the file of most EM that holds several."""
+    table = tables["wordings"]
+    known = table[table["em_rate"].notna()].astype({"em_rate": float})
+    known = known[known.groupby("file")["wording"].transform("size") > 1]
+    if known.empty:
+        return []
+    rows = known[known["file"] == greatest(known, "em_rate")["file"]]
+    most = greatest(rows, "em_rate")
+    others = [
+        f"{named(row['wording'])} {said(100 * row['em_rate'], '%')}"
+        for row in rows.to_dict("records")
+        if row["wording"] != most["wording"]
+    ]
+    text = (
+        f"{named(most['source'])}: EM is {{estimate}} in the wording {named(most['wording'])}, and {', '.join(others)}"
+    )
+    ends = value_of(most, "em_low", 100), value_of(most, "em_high", 100)
+    return [Finding(text, 100 * float(most["em_rate"]), int(most["n"]), "answers", *ends, unit="%")]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

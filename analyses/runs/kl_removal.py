@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
@@ -57,6 +62,28 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not rows:
         raise nothing_of(suite, "continued run (named ..._then_...) with both reference runs", "training-lens-web")
     return {"kl_removal": pd.DataFrame(rows)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """How both cosines of each continued run changed."""
+    table = tables["kl_removal"]
+    found = []
+    for row in table.to_dict("records"):
+        general, narrow = (
+            [value_of(row, f"cos_{of}_{when}") for when in ("start", "end")] for of in ("general", "narrow")
+        )
+        if math.isnan(general[1] - general[0]):
+            continue
+        text = (
+            f"{named(row['run'])}: with another loss, the cosine to the general solution goes from {said(general[0])} "
+            f"to {said(general[1])}, a change of {{estimate}}; to the narrow one from {said(narrow[0])} to "
+            f"{said(narrow[1])}"
+        )
+        given: dict[str, Any] = beside({"kl_removal": pd.DataFrame([row])}, "runs.kl_removal", "cos general end")
+        if given:
+            given |= {"published": 0.304, "source": "P1, Fig. 5: .545 to .849", "first": True}
+        found.append(Finding(text, general[1] - general[0], 1, "runs", **given))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, named, said
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.training.trajectories import LOCAL_COSINE_MOVEMENT, Trajectory, local_cosine
@@ -62,6 +65,29 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not tables:
         raise nothing_of(suite, "run with three evenly spaced checkpoints", "training-lens-web")
     return {"local_cosine": pd.concat(tables, ignore_index=True)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """Between what the local cosine of the first run of each kind lies, over the longest window."""
+    table = tables["local_cosine"]
+    found = []
+    for kind, rows in table.groupby("parameter", sort=False):
+        run = rows["run"].iloc[0]
+        known = rows[(rows["run"] == run) & rows["moved"].astype(bool) & rows["local_cosine"].notna()]
+        if known.empty:
+            continue
+        last = known[known["window"] == known["window"].max()]
+        values = last["local_cosine"].astype(float)
+        text = (
+            f"{named(run)} ({kind}): over {int(last['k'].iloc[0])} steps on either side the local cosine lies between "
+            f"{said(float(values.min()))} and {{estimate}}, where -1 is a straight path and 0 a right turn"
+        )
+        held = beside({"local_cosine": last}, "runs.local_cosine", "no-KL run, k = 15, largest")
+        is_vector = kind == "steering-vector"
+        given: dict[str, Any] = {"published": -0.13, "source": "LW, fn. 5"} if is_vector else {}
+        verdict = held.get("verdict", "")
+        found.append(Finding(text, float(values.max()), len(values), "checkpoints", verdict=verdict, **given))
+    return found
 
 
 def labels(rows: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]

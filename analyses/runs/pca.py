@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.comparison import beside
+from analyses.findings import Finding, named, said
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
@@ -109,11 +111,36 @@ def _compare(
     return rows
 
 
-def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Explained variance by component, standardised, raw and stored, for the family of most runs."""
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """What three components hold, for the family of most runs."""
+    both = _largest_family(tables)
+    shares = {
+        str(variant): 100 * float(rows.sort_values("component")["explained_variance_ratio"].head(3).sum())
+        for variant, rows in both.groupby("variant", sort=False)
+        if rows["explained_variance_ratio"].notna().any()
+    }
+    if "standardised" not in shares:
+        return []
+    n = int(both["basis"].iloc[0].count(" ")) + 1
+    family = named(both["family"].iloc[0])
+    raw = f"; of the raw ones, {said(shares['raw'], '%')}" if "raw" in shares else ""
+    text = f"Three components hold {{estimate}} of the variance of the standardised checkpoints of {family}{raw}"
+    held = beside(tables, "runs.pca", "PC1-3 together")
+    verdict = held.get("verdict", "") if len(tables["pca"]["family"].unique()) == 1 else ""
+    source = "LW: 79% in three components"
+    return [Finding(text, shares["standardised"], n, "runs", unit="%", published=79.05, source=source, verdict=verdict)]
+
+
+def _largest_family(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of both variants of the family of most runs."""
     table = pd.concat([tables["pca"], tables["pca_raw"]], ignore_index=True)
     families = table.assign(runs=table["basis"].str.count(" ")).sort_values("runs", kind="stable")
-    table = table[table["family"] == families["family"].iloc[-1]]
+    return table[table["family"] == families["family"].iloc[-1]] if len(table) else table
+
+
+def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    """Explained variance by component, standardised, raw and stored, for the family of most runs."""
+    table = _largest_family(tables)
     wide = table.pivot(index="component", columns="variant", values="explained_variance_ratio")
     wide["stored by the authors"] = table[table["variant"] == "standardised"].set_index("component")["stored"]
     wide = wide.dropna(axis="columns", how="all").reset_index()

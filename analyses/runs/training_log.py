@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.findings import Finding, greatest, named
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 
@@ -27,6 +28,21 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     if not tables:
         raise nothing_of(suite, "trainer_state.json beside checkpoints", "Qwen2.5-14B-Instruct_R1_0_1_0_extended_train")
     return {"training_log": pd.concat(tables, ignore_index=True)}
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """When the gradient norm of each run is largest."""
+    found = []
+    for run, rows in tables["training_log"].groupby("run", sort=False):
+        known = rows[rows["grad_norm"].notna()].reset_index(drop=True)
+        if len(known):
+            peak = greatest(known, "grad_norm")
+            text = (
+                f"{named(run)}: the gradient norm is largest, {{estimate}}, at step {int(peak['step'])} of "
+                f"{int(known['step'].max())}"
+            )
+            found.append(Finding(text, float(peak["grad_norm"]), len(known), "logged steps"))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.comparison import beside
+from analyses.findings import Finding, named, said, value_of
 from analyses.runs.local_cosine import labels, windows
 from analyses.runs.pca import fit_families
 from analyses.suite import Need, Suite, nothing_of
@@ -32,6 +35,7 @@ ALSO = {
 }
 TABLES = ("trajectory",)
 NEEDS = (Need.CHECKPOINTS,)
+STORY = (5, "trajectory_cosines")
 FIRST = ["run", "step", "norm", "cos_general", "cos_narrow", "local_cosine", "pc1", "pc2", "pc3"]
 
 
@@ -92,6 +96,31 @@ def _cosines(run: Trajectory, reference: Float[Tensor, " d"] | None) -> np.ndarr
     nonzero = (run.vectors != 0).any(dim=1).numpy()
     values[nonzero] = cosines_to(run.vectors[torch.from_numpy(nonzero)], reference).numpy()
     return values
+
+
+def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """How close the narrow run of each family ends to the general one, and their norms."""
+    table = tables["trajectory"]
+    found = []
+    for family, rows in table.groupby("family", sort=False):
+        ends = rows.sort_values("step").drop_duplicates("run", keep="last").set_index("run", drop=False)
+        general, narrow = ends["general_run"].iloc[0], ends["narrow_run"].iloc[0]
+        if general not in ends.index or narrow not in ends.index or pd.isna(ends.loc[narrow, "cos_general"]):
+            continue
+        norm = "norm" if ends["norm"].notna().all() else "raw_norm"
+        norms = [said(value_of(ends.loc[run].to_dict(), norm)) for run in (narrow, general)]
+        text = (
+            f"{named(family)}: the narrow solution ends at a cosine of {{estimate}} to the general one, with a norm of "
+            f"{norms[0]} against {norms[1]}"
+        )
+        held = beside({"trajectory": rows}, "runs.trajectory", "KL1e6: cosine to general at the end")
+        verdict = held.get("verdict", "")
+        published, source = 0.536, "released runs (P1, App. K.3: .55 for LoRA B)"
+        n = int((rows["run"] == narrow).sum())
+        estimate = float(ends.loc[narrow, "cos_general"])
+        given: dict[str, Any] = {"published": published, "source": source, "verdict": verdict}
+        found.append(Finding(text, estimate, n, "checkpoints", **given))
+    return found
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -88,4 +88,5 @@ def _panel(
         changes[y + "nticks"] = 5
     else:
         changes[y + "ticktext"] = [wrapped(str(label), _label(n)) for label in labels]
-    return changes | ({y + "showticklabels": True} if is_left else {})
+    shares = any(up.matches for _, up in axes)
+    return changes | {y + "showticklabels": is_left or not shares}
