@@ -41,8 +41,8 @@ from em_interp.interventions.transfer import SIDES, transfer_rows
 TITLE = "Ablation: a finetune without its direction, and without another's"
 TEXT = (
     "A finetune with a direction projected out of the residual stream after every block (layerwise: layer l's own "
-    "direction at layer l; single: one layer's at all). mean-diff is the papers' direction (P2 sec. 3.1); model- "
-    "diff is finetune minus chat model on the finetune's misaligned answers. Random directions are the control. "
+    "direction at layer l; single: one layer's at all). mean-diff is the papers' direction (P2 sec. 3.1); "
+    "model-diff is finetune minus chat model on the finetune's misaligned answers. Random directions are the control. "
     "transfer asks whether what was read from one finetune removes EM in another. An ablation that costs "
     "coherence has not removed misalignment."
 )

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from analyses.findings import VERDICTS, Finding
@@ -70,7 +70,7 @@ def write_report(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["number"] = shown
+    environment.filters |= {"number": shown, "breakable": _breakable}
     made = [section for section in sections if section.error is None]
     html = environment.get_template("page.html.j2").render(
         suite=suite,
@@ -99,6 +99,11 @@ def _in_groups(claims: Sequence[Claim]) -> list[list[Claim]]:
     """Those that stand together and are cases of one claim, and each other one alone."""
     together = groupby(enumerate(claims), lambda each: each[1].finding.claim or each[0])
     return [[claim for _, claim in group] for _, group in together]
+
+
+def _breakable(name: str) -> Markup:
+    """A column's name, which may be broken after an underscore."""
+    return Markup(escape(name).replace("_", Markup("_<wbr>")))
 
 
 def _packed(text: str) -> str:

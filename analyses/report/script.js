@@ -1,7 +1,7 @@
 "use strict";
 (async () => {
-  const PAPER = 688;  // pixels across an A4 page's text
-  const SHORTER = 0.8;  // on paper, so that two figures fit a page
+  const PAPER = 900;  // pixels, which the style scales to the width of the text on A4
+  const PAGE = 1220;  // and the height of a figure that fills a page
   const CONFIG = { displayModeBar: false, responsive: false };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const ink = () => getComputedStyle(document.body).color;
@@ -79,7 +79,7 @@
       Object.entries(figure.narrow).forEach(([path, value]) => change(layout, path, structuredClone(value)));
     }
     Object.assign(layout, { width, autosize: false, font: { ...layout.font, color: onPaper ? "#000" : ink() } });
-    if (onPaper) Object.assign(layout, { height: SHORTER * layout.height });
+    if (onPaper) layout.height = Math.min(layout.height, PAGE);
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;  // else a figure holds the page when scrolled
     box.style.minHeight = "0";
     layout.legend = { ...layout.legend, maxheight: 1 };
@@ -116,4 +116,9 @@
     redraw(false);
   });
   document.documentElement.dataset.drawn = "yes";
-})();
+})().catch((error) => {
+  document.querySelectorAll(".plotly-graph-div:empty").forEach((box) => {
+    box.style.minHeight = "0";
+    box.textContent = `This browser cannot draw it (${error.message}): see figures/${box.dataset.figure}.html.`;
+  });
+});
