@@ -39,6 +39,7 @@ Where everything is; each package tells of its modules and of its conventions. A
 imports what stands above it, never the other way round.
 
 - `errors`, `arguments`, `checking`: typed errors and checked arguments; `units`: what the numbers of tables are in
+- `cards`: what objects look like in a notebook
 - `lazily`: names imported as they are asked for
 - `statistics`: intervals and nulls; `files`: what goes to disk and comes from it; `figures`: tables to figures
 - `models`: chat models, layers and hooks; `solutions`: theta, what a finetune trained

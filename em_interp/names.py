@@ -86,7 +86,7 @@ def load_solution(source: str | Path, base: Base = None) -> Solution:
     0.5
     """
     known = _located(base) if isinstance(base, (str, Path)) else base
-    return solutions.load(solutions.folder_of(_located(source)), known)
+    return solutions.load(solutions.folder_of(_located(source)), known).read_from(source)
 
 
 def _located(name: str | Path) -> str:

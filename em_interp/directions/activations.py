@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from em_interp.cards import ranges
 from em_interp.directions.direction import TOKEN_SCOPES
 from em_interp.directions.store import ActivationStore
 from em_interp.errors import ActivationError, ChatTemplateError, StoreError
@@ -42,7 +43,7 @@ _UPCAST_BYTES: Final = 2**25
 """Half-precision residuals are widened at most this much at a time."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Activations:
     """Means of the residual stream over a set of conversations, by token scope and layer."""
 
@@ -66,6 +67,10 @@ class Activations:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def __repr__(self) -> str:
+        scopes = ", ".join(self.pooled)
+        return f"Activations({len(self)} conversations, {scopes} tokens at {ranges(self.layers)} of {self.model})"
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values that `of_state` makes the same of again. Not for those that are kept in a store."""

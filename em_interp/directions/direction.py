@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from em_interp.arguments import plain_numbers
+from em_interp.cards import bars, card, ranges
 from em_interp.errors import BadValueError, DirectionError, ShapeError
 from em_interp.files.directions import (
     FORMAT_VERSION,
@@ -126,13 +127,13 @@ class Direction:
     def at(self, layer: int) -> Float[Tensor, " d_model"]:
         """The vector at one layer. Raises `DirectionError` where this direction has none there."""
         if layer not in self.layers:
-            raise DirectionError(f"this {self.kind} direction has no layer {layer}; it has {_ranges(self.layers)}.")
+            raise DirectionError(f"this {self.kind} direction has no layer {layer}; it has {ranges(self.layers)}.")
         return self.vectors[self.layers.index(layer)]
 
     def only(self, layers: Sequence[int]) -> Direction:
         """The same direction at fewer layers."""
         if not layers:
-            raise DirectionError(f"no layers are named; this direction has {_ranges(self.layers)}.")
+            raise DirectionError(f"no layers are named; this direction has {ranges(self.layers)}.")
         return replace(
             self,
             vectors=torch.stack([self.at(layer) for layer in sorted(layers)]),
@@ -158,7 +159,7 @@ class Direction:
         common = [layer for layer in self.layers if layer in other.layers]
         self._check_same_space(other)
         if not common:
-            raise DirectionError(f"no layer in common: {_ranges(self.layers)} against {_ranges(other.layers)}.")
+            raise DirectionError(f"no layer in common: {ranges(self.layers)} against {ranges(other.layers)}.")
         a, b = self.unit().only(common).vectors.double(), other.unit().only(common).vectors.double()
         values = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
         return dict(zip(common, values.clamp(-1.0, 1.0).tolist(), strict=True))
@@ -212,7 +213,7 @@ class Direction:
         self._check_same_space(other)
         if self.layers != other.layers:
             raise DirectionError(
-                f"layers differ: {_ranges(self.layers)} against {_ranges(other.layers)}; bring both to the same ones "
+                f"layers differ: {ranges(self.layers)} against {ranges(other.layers)}; bring both to the same ones "
                 "with .only(layers)."
             )
         return other.vectors
@@ -247,9 +248,22 @@ class Direction:
     def describe(self) -> str:
         """One line: kind, layers, width, where it came from."""
         source = f" from {'; '.join(self.sources)}" if self.sources else ""
-        return f"{self.kind} at {_ranges(self.layers)}, d_model {self.d_model}{source}"
+        return f"{self.kind} at {ranges(self.layers)}, d_model {self.d_model}{source}"
 
     __repr__ = describe
+
+    def _repr_html_(self) -> str:
+        counts = [f"{n} {side}" for n, side in ((self.n_positive, "misaligned"), (self.n_negative, "aligned")) if n]
+        tokens = self.token_scope + (", end of turn included" if self.token_scope == "response" else "")
+        facts = {
+            "model": self.model,
+            "tokens": tokens,
+            "conversations": " and ".join(counts),
+            "from": self.sources,
+            "norm": f"{next(iter(self.norms().values())):.4g}" if len(self.layers) == 1 else "",
+        }
+        what = f"Direction: {self.kind} at {ranges(self.layers)}, d_model {self.d_model}"
+        return card(what, facts, bars(self.norms(), "norm, in units of the residual stream,"))
 
     # -- files
 
@@ -342,20 +356,6 @@ def _check_model(
             f"(weights {weights})",
             "use that model, or load without model= and weights= if you know that the two share their axes",
         )
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """'layer 24', 'layers 0-47', 'layers 3, 5-7'."""
-    parts: list[str] = []
-    start = previous = layers[0]
-    for layer in [*layers[1:], None]:
-        if layer is not None and layer == previous + 1:
-            previous = layer
-            continue
-        parts.append(str(start) if start == previous else f"{start}-{previous}")
-        if layer is not None:
-            start = previous = layer
-    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(parts)
 
 
 def random_directions(like: Direction, count: int, generator: torch.Generator) -> list[Direction]:

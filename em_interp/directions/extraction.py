@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 import pandas as pd
 from torch import Tensor
 
-from em_interp.arguments import one_of
+from em_interp.cards import bars, card, ranges, short
 from em_interp.directions.activations import Activations, check_readable, collect
 from em_interp.directions.direction import Direction
 from em_interp.errors import ActivationError, DirectionError, ModelError, UsageError
@@ -46,7 +46,7 @@ READ_IN: Final[dict[str, tuple[Reader, Reader]]] = {
 """kind -> what reads the positive and the negative texts."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Contrast:
     """Two sets of activations, `positive` and `negative`, and the direction between them.
 
@@ -83,6 +83,19 @@ class Contrast:
             for side in ("positive", "negative")
         }
         return cls(**{**note, **sides, "sources": tuple(note["sources"])})
+
+    def __repr__(self) -> str:
+        sides = f"{len(self.positive)} against {len(self.negative)} conversations"
+        where = f"{ranges(self.positive.layers)} of {self.positive.model}"
+        return f"Contrast({self.kind}, {sides}, {self.scope} tokens at {where})"
+
+    def _repr_html_(self) -> str:
+        tokens = self.scope + (", end of turn included" if self.scope == "response" else "")
+        sides = f"{len(self.positive)} against {len(self.negative)}"
+        facts = {"model": self.positive.model, "tokens": tokens, "conversations": sides, "from": self.sources}
+        difference = self.positive.mean(self.scope) - self.negative.mean(self.scope)
+        norms = dict(zip(self.positive.layers, difference.norm(dim=1).tolist(), strict=True))
+        return card(f"Contrast: {self.kind}", facts, bars(norms, "norm of the difference of means"))
 
     @property
     def paired(self) -> bool:
@@ -163,7 +176,8 @@ def contrast(
     >>> list(found.norms())
     ['layer', 'norm', 'residual_norm', 'ratio']
     """
-    one_of("kind", kind, READ_IN)
+    if kind not in READ_IN:
+        raise UsageError(f"kind {kind!r} cannot be extracted; use one of {', '.join(READ_IN)}.")
     positive, layers = chats(positive), None if layers is None else several(layers)
     negative = None if negative is None else chats(negative)
     if kind == "model-diff":
@@ -283,11 +297,13 @@ def _named(model: ChatModel, where: Reader, finetune: str | Solution | None) -> 
     source = model.attachable(adapter)
     if isinstance(source, Solution):
         return f"{model.name} with {adapter}, a {_told(source)}"
+    source_said = f" from {short(model.sources[adapter])}" if adapter in model.sources else ""
     with model.adapter(adapter):
         norm = adapter_norm(model.hf)
         size = "" if norm is None else f" of norm {norm:.6g}"
-        return f"{model.name} with {adapter}{size} (SHA-256 {str(adapter_hash(model.hf))[:16]})"
+        return f"{model.name} with {adapter}{source_said}{size} (SHA-256 {str(adapter_hash(model.hf))[:16]})"
 
 
 def _told(solution: Solution) -> str:
-    return f"{type(solution).__name__} of norm {solution.norm:.6g} (SHA-256 {solution.fingerprint[:16]})"
+    where = f" from {short(solution.source)}" if solution.source else ""
+    return f"{type(solution).__name__} of norm {solution.norm:.6g}{where} (SHA-256 {solution.fingerprint[:16]})"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from em_interp.cards import card
 from em_interp.errors import StatisticsError
 from em_interp.statistics import LEVEL, Interval, wilson_interval
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval
@@ -71,8 +72,13 @@ class Rate:
         """count / n."""
         return self.count / self.n
 
+    def __str__(self) -> str:
+        low, high = self.interval.low, self.interval.high
+        bounds = f" [{100 * low:.1f}, {100 * high:.1f}]" if low == low else f" ({self.interval.method})"
+        return f"{100 * self.value:.1f}%{bounds}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Rates:
     """Everything that one set of judged answers says."""
 
@@ -96,6 +102,27 @@ class Rates:
     """Coherent answers, of the rows with both scores (the reference code's denominator)."""
     coherent_all: Rate
     """Coherent answers, of all rows."""
+
+    def _told(self) -> dict[str, Rate | None]:
+        return {
+            "EM": self.em_scored,
+            "EM, all rows": self.em_all,
+            "EM, strict": self.em_strict,
+            "coherent": self.coherent,
+            "coherent, all rows": self.coherent_all,
+        }
+
+    def __repr__(self) -> str:
+        said = [f"{name} {'none' if rate is None else rate}" for name, rate in self._told().items() if ", " not in name]
+        return f"Rates({'; '.join(said)}; {self.n_questions} questions; {self.criterion})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            name: "no such rows" if rate is None else f"{rate} ({rate.count} of {rate.n}: {rate.denominator})"
+            for name, rate in self._told().items()
+        }
+        asked = f"{self.n} answers to {self.n_questions} questions, {self.n - self.n_scored} without both scores"
+        return card(f"Rates: {asked}", {**facts, "criterion": str(self.criterion)})
 
     def columns(self) -> dict[str, Any]:
         """The part that every table of rates shares. Empty cells where there is no denominator."""

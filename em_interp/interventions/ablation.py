@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from em_interp.arguments import check_seed
+from em_interp.cards import bars, card, ranges
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import DirectionError, UsageError
 from em_interp.files.given import Source, several
@@ -23,7 +24,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import check_layer
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ablate:
     """Project a direction, or the span of several, out of the output of `layers` at the tokens in `scope`.
 
@@ -56,6 +57,24 @@ class Ablate:
     def directions(self) -> tuple[Direction, ...]:
         """The directions whose span is removed."""
         return (self.direction,) if isinstance(self.direction, Direction) else tuple(self.direction)
+
+    def __repr__(self) -> str:
+        return f"Ablate({self._what()})"
+
+    def _what(self) -> str:
+        kinds = ", ".join(dict.fromkeys(direction.kind for direction in self.directions))
+        if self.from_layer is None:
+            where = ranges(sorted(self.own_layers()))
+        else:
+            at = "every layer" if self.layers is None else ranges(sorted(self.layers))
+            where = f"{at} with the vector of layer {self.from_layer}"
+        return f"{kinds} at {where}, {self.scope} tokens"
+
+    def _repr_html_(self) -> str:
+        facts = {"direction": [direction.describe() for direction in self.directions]}
+        chosen = self.own_layers() if self.from_layer is None else [self.from_layer]
+        plot = bars(self.directions[0].norms(), "norm of the direction", chosen=chosen)
+        return card(f"Ablate: take out {self._what()}", facts, plot)
 
     def own_layers(self) -> tuple[int, ...]:
         """The layers asked for, or those that all the directions have."""
@@ -93,7 +112,7 @@ class Ablate:
         return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Erase:
     """An affine eraser at each layer, at the tokens in `scope`: h - left @ right @ (h - bias). Made by `leace`."""
 
@@ -101,6 +120,13 @@ class Erase:
     right: Mapping[int, Float[Tensor, "_ d_model"]]
     bias: Mapping[int, Float[Tensor, " d_model"]]
     scope: str = "all"
+
+    def __repr__(self) -> str:
+        return f"Erase(LEACE at {ranges(sorted(self.left))}, {self.scope} tokens)"
+
+    def _repr_html_(self) -> str:
+        ranks = {layer: left.shape[1] for layer, left in self.left.items()}
+        return card(f"Erase: LEACE at {ranges(sorted(self.left))}, {self.scope} tokens", {"rank": max(ranks.values())})
 
     def edits(self, model: ChatModel) -> dict[int, Project]:
         """The eraser at each layer. Raises DirectionError where it was fitted on another width."""

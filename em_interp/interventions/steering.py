@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from em_interp.arguments import check_seed
+from em_interp.cards import bars, card
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import DirectionError, UsageError
 from em_interp.evaluation.rates import PAPER, Criterion, em_rates
@@ -35,7 +36,7 @@ LARGEST_SHARE: Final = 1000.0
 """What a sweep adds at most, in typical residual norms of the layer: a hundred already leave no answer coherent."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steer:
     """Add coefficient * direction.at(layer) to the output of block `layer` at the tokens in `scope`.
 
@@ -60,6 +61,20 @@ class Steer:
         check_scope(self.scope)
         as_coefficients(self.coefficient)
         self.direction.only([self.layer]).unit()  # refuses an absent layer and a zero vector
+
+    def __repr__(self) -> str:
+        return f"Steer({self._what()})"
+
+    def _what(self) -> str:
+        amounts = as_coefficients(self.coefficient)
+        times = f"{float(amounts):.4g}" if amounts.ndim == 0 else f"{len(amounts)} coefficients, one a row,"
+        return f"{times} times {self.direction.kind} at layer {self.layer}, {self.scope} tokens"
+
+    def _repr_html_(self) -> str:
+        added = as_coefficients(self.coefficient).abs().max() * self.direction.only([self.layer]).norms()[self.layer]
+        facts = {"norm added": f"{float(added):.4g}", "direction": self.direction.describe()}
+        plot = bars(self.direction.norms(), "norm of the direction", chosen=[self.layer])
+        return card(f"Steer: add {self._what()}", facts, plot)
 
     @classmethod
     def of_residual(

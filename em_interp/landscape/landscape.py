@@ -127,6 +127,10 @@ class Landscape:
         self._caches: dict[int, ResidualCache] = {}
         self._probed: dict[Hashable, str | None] = {}
 
+    def __repr__(self) -> str:
+        said = f"{len(self.encoded)} responses to {len(set(self.questions.tolist()))} prompts"
+        return f"Landscape({said}, {int(self.tokens.sum())} tokens, on {self.model.name})"
+
     # -- losses ---------------------------------------------------------------------------------------------
 
     def losses(self, solutions: Sequence[Solution], *, progress: bool = False) -> Losses:

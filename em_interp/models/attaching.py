@@ -55,7 +55,7 @@ def check_tensor(name: str, x: Tensor, ndim: int) -> None:
         raise SolutionError(f"{name} holds NaN or infinite values. The run that made it diverged.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AddedVector:
     """theta = alpha * vector [d_model], added to the output of block `layer` at every token.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from em_interp.cards import card, short
 from em_interp.errors import AdapterError, HookError, ModelError, UsageError
 from em_interp.files.adapter_folders import read_lora
 from em_interp.files.adapters import LoraConfig, VectorConfig
@@ -69,6 +70,8 @@ class ChatModel:
         self.n_layers = len(find_blocks(self.hf))
         self.d_model = int(self.hf.config.get_text_config().hidden_size)
         self.active: str | None = None
+        self.sources: dict[str, str] = {}
+        """Adapter -> folder or hub name that it was read from."""
         self._attachables: dict[str, Attachable] = {}
         self._entered = ExitStack()
         self._bridge: Bridged | None = None
@@ -94,6 +97,28 @@ class ChatModel:
     def __repr__(self) -> str:
         adapters = f", adapters {sorted(self.adapters)}, active {self.active!r}" if self.adapters else ""
         return f"ChatModel({self.name!r}, {self.n_layers} layers, d_model {self.d_model}{adapters})"
+
+    def _repr_html_(self) -> str:
+        numbers = sum(parameter.numel() for parameter in self.hf.parameters())
+        adapters = [
+            name
+            + (f", from {short(self.sources[name])}" if name in self.sources else "")
+            + (" (active)" if name == self.active else "")
+            for name in self.adapters
+        ]
+        facts = {
+            "size": f"{self.n_layers} layers, d_model {self.d_model}, {numbers:,} parameters",
+            "weights": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+            "revision": self.revision,
+            "adapters": adapters or "none: the base itself answers",
+        }
+        return card(f"ChatModel: {self.name} ({type(self.hf).__name__})", facts)
+
+    def __getattr__(self, name: str) -> Any:
+        hf = vars(self).get("hf")
+        if not name.startswith("_") and hasattr(hf, name):
+            raise AttributeError(f"a ChatModel has no {name!r}, its transformers model has: model.hf.{name}")
+        raise AttributeError(f"a ChatModel has no {name!r}")
 
     @property
     def device(self) -> torch.device:
@@ -211,10 +236,13 @@ class ChatModel:
         before = self.active
         if not isinstance(source, (str, Path)):
             self._attachables[name] = source
+            if read_from := str(getattr(source, "source", "")):
+                self.sources[name] = read_from
             try:
                 self._activate(name if activate else before)
             except BaseException:
                 del self._attachables[name]
+                self.sources.pop(name, None)
                 self._activate(before)
                 raise
             return
@@ -232,6 +260,7 @@ class ChatModel:
                 self._add_folder(name, folder, description)
                 self._prove(name, folder, probe, own)
                 self._activate(name if activate else before)
+            self.sources[name] = str(source)
         except BaseException:
             self.peft, self._bridge = peft, bridge
             self._attachables.pop(name, None)

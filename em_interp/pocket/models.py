@@ -35,4 +35,5 @@ def load(name: str, **options: Any) -> ChatModel:
         return models.load(folder, **options)
     model = load_chat(**options)
     model.add_adapter(folder.name, folder)
+    model.sources[folder.name] = name
     return model

@@ -21,7 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from em_interp.cards import bars, card, short
 from em_interp.errors import SolutionError
+from em_interp.models.architectures import layer_of
 from em_interp.models.chat_model import ChatModel
 
 Base = ChatModel | str | Path | None
@@ -159,6 +161,40 @@ class Solution(ABC):
         return f"a {type(self).__name__}"
 
     @property
+    def source(self) -> str:
+        """Where it was read from; empty for one that was made here, or made of another."""
+        return str(vars(self).get("_source", ""))
+
+    def read_from(self, source: str | Path) -> Solution:
+        """The same, which says that it was read from there."""
+        object.__setattr__(self, "_source", str(source))
+        return self
+
+    @property
+    def identity(self) -> str:
+        """What tells it from another of its kind: its source, or where it has none a hash of theta."""
+        if self.source:
+            return f"from {short(self.source)}"
+        return "" if self.OF_BASE else f"SHA-256 {self.fingerprint[:16]}"
+
+    def __repr__(self) -> str:
+        parts = [self.describe().removeprefix("a "), f"norm {self.norm:.6g}", self.identity]
+        parts += [f"base {self.base}"] if self.base else []
+        return f"{type(self).__name__}({', '.join(part for part in parts if part)})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "norm": f"{self.norm:.6g}",
+            "from": short(self.source),
+            "base": self.base,
+            "acts from": f"layer {self.first_layer}",
+            "outside the blocks": self.outside_blocks,
+            "SHA-256": "" if self.OF_BASE else self.fingerprint[:16],
+        }
+        plot = bars(self.norms_by_layer(), "norm of theta")
+        return card(f"{type(self).__name__}: {self.describe()}", facts, plot)
+
+    @property
     def fixed_layer(self) -> int | None:
         """The last block whose output theta does not change, before theta is added; None where there is none."""
         return self.first_layer - 1 if self.first_layer else None
@@ -177,6 +213,19 @@ class Solution(ABC):
     def norm(self) -> float:
         """Frobenius norm of the effective theta."""
         return math.sqrt(sum(float(self.delta(place).square().sum()) for place in self.space))
+
+    def norms(self) -> Mapping[str, float]:
+        """Norm of theta at each place of the space."""
+        return {place: float(self.delta(place).norm()) for place in self.space}
+
+    def norms_by_layer(self) -> dict[int, float]:
+        """Norm of theta in each block that it touches."""
+        squares: dict[int, float] = {}
+        for place, norm in self.norms().items():
+            layer = layer_of(place)
+            if layer is not None and norm:
+                squares[layer] = squares.get(layer, 0.0) + norm**2
+        return {layer: math.sqrt(square) for layer, square in sorted(squares.items())}
 
     def paper_norms(self) -> dict[str, float]:
         """Norms under the papers' other conventions, by the name of their table column."""

@@ -26,7 +26,7 @@ from em_interp.solutions.base import Base, Solution, check_factor
 from em_interp.solutions.lora import LoraAdapter, oriented
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DoraAdapter(Solution):
     """theta = factor * (m * V / ||V|| - W) with V = W + scale * B A, on the modules of `lora`.
 
@@ -85,6 +85,10 @@ class DoraAdapter(Solution):
     def norm(self) -> float:
         """Frobenius norm over all modules, whose dense thetas are made one after the other."""
         return sum(length**2 for length in self._norms) ** 0.5
+
+    def norms(self) -> Mapping[str, float]:
+        """Norm of theta of each module."""
+        return dict(zip(self.space, self._norms, strict=True))
 
     @cached_property
     def _norms(self) -> list[float]:

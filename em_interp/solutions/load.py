@@ -91,7 +91,7 @@ def load(source: str | Path, base: Base = None) -> Solution:
     a hub name where a base is given. Raises SolutionError.
     """
     folder = local(source) if base is None else folder_of(source)
-    return kind_of(folder).read(folder, base)
+    return kind_of(folder).read(folder, base).read_from(source)
 
 
 def load_checkpoints(path: str | Path, base: Base = None) -> dict[int, Solution]:

@@ -35,7 +35,7 @@ from em_interp.solutions.base import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoraAdapter(Solution):
     """theta = scale * B A on the named linear modules of the transformers model.
 
@@ -116,8 +116,11 @@ class LoraAdapter(Solution):
     @property
     def norm(self) -> float:
         """Frobenius norm of scale * B A over all modules, through rank x rank products, in float64."""
-        norms = self._product_norms()
-        return math.sqrt(sum((self.scale_of(name) * norm) ** 2 for name, norm in norms.items()))
+        return math.sqrt(sum(norm**2 for norm in self.norms().values()))
+
+    def norms(self) -> Mapping[str, float]:
+        """||scale * B A|| of each module."""
+        return {name: abs(self.scale_of(name)) * norm for name, norm in self._product_norms().items()}
 
     @property
     def fingerprint(self) -> str:

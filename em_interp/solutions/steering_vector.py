@@ -20,7 +20,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import STACKED_ENTRIES, Base, Solution, Trained, check_factor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringVector(AddedVector, Solution):
     """theta = alpha * vector [d_model], added to the output of block `layer` at every token."""
 
@@ -43,6 +43,10 @@ class SteeringVector(AddedVector, Solution):
     def place(self) -> str:
         """The name of its one place."""
         return f"layer {self.layer}"
+
+    def norms_by_layer(self) -> dict[int, float]:
+        """That of its one layer."""
+        return {self.layer: self.norm}
 
     def delta(self, place: str) -> Float[Tensor, "d_model"]:
         """theta."""

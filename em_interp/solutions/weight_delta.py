@@ -145,7 +145,7 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightDelta(Solution):
     """theta = factor * (finetuned - base weights), each of the tensors that differ turned by `turns`.
 
@@ -193,6 +193,17 @@ class WeightDelta(Solution):
         if self.values is not None:
             return math.sqrt(sum(float(x.detach().double().square().sum()) for x in self.values.values()))
         return abs(self.factor) * math.sqrt(sum(self.finetune.squares.values()))
+
+    def norms(self) -> Mapping[str, float]:
+        """Norm of theta of each tensor that differs."""
+        if self.values is not None:
+            return {name: float(x.detach().double().norm()) for name, x in self.values.items()}
+        return dict(zip(self.finetune.squares, self._norms(), strict=True))
+
+    @property
+    def source(self) -> str:
+        """The finetuned model's folder or name, also of a theta made of it."""
+        return self.finetune.source
 
     def paper_norms(self) -> dict[str, float]:
         """raw_norm: mean over the tensors that differ of their norms, as P1's code has it over modules."""
