@@ -9,6 +9,7 @@ from typing import Final
 
 _WIDTH: Final = 260.0
 _HEIGHT: Final = 44.0
+_CELL: Final = "text-align:left;vertical-align:top;padding:0;border:none"
 
 
 def card(what: str, facts: Mapping[str, object], plot: str = "") -> str:
@@ -17,8 +18,8 @@ def card(what: str, facts: Mapping[str, object], plot: str = "") -> str:
     Colours are those of the page, so that it reads in a dark notebook too.
     """
     rows = "".join(
-        f'<tr><td style="text-align:left;opacity:.7;padding:0 1em 0 0">{escape(name)}</td>'
-        f'<td style="text-align:left;padding:0">{_lines(fact)}</td></tr>'
+        f'<tr style="background:none"><td style="{_CELL};opacity:.7;padding-right:1em;white-space:nowrap">'
+        f'{escape(name)}</td><td style="{_CELL}">{_lines(fact)}</td></tr>'
         for name, fact in facts.items()
         if fact not in ("", None, (), [])
     )
@@ -56,6 +57,7 @@ def bars(by_layer: Mapping[int, float], of: str, chosen: Collection[int] = ()) -
         f'<svg role="img" aria-label="{escape(said)}" width="{_WIDTH + 60:.0f}" height="{_HEIGHT + 16:.0f}" '
         f'viewBox="0 0 {_WIDTH + 60:.0f} {_HEIGHT + 16:.0f}"><title>{escape(said)}</title>{"".join(drawn)}'
         f'<text x="0" y="{_HEIGHT + 12:.0f}" {text}>{first}</text>'
+        f'<text x="{_WIDTH / 2:.0f}" y="{_HEIGHT + 12:.0f}" text-anchor="middle" {text}>{escape(of)}, by layer</text>'
         f'<text x="{_WIDTH:.0f}" y="{_HEIGHT + 12:.0f}" text-anchor="end" {text}>{last}</text>'
         f'<text x="{_WIDTH + 5:.0f}" y="10" {text}>{highest:.4g}</text></svg>'
     )

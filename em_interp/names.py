@@ -81,7 +81,7 @@ def load_solution(source: str | Path, base: Base = None) -> Solution:
     >>> import em_interp as em
     >>> theta = em.load_solution("pocket/medicine-rank1")
     >>> theta.describe()
-    'a rank-1 LoRA on 1 modules'
+    'a rank-1 LoRA on 1 module'
     >>> round(theta.scaled(0.5).norm / theta.norm, 3)
     0.5
     """

@@ -366,7 +366,7 @@ def test_the_command_writes_the_direction_and_prints_norms(chats):
     assert done.exit_code == 0, done.output
     ours = extract(make_chat(), BAD, kind="model-diff", finetune=lora(), layers=[2], progress=False)
     torch.testing.assert_close(Direction.load(out).vectors, ours.vectors, rtol=1e-3, atol=1e-4)
-    assert "with tuned from" in Direction.load(out).sources[0]
+    assert "/tuned of norm" in Direction.load(out).sources[0]
 
 
 def test_the_command_knows_the_pocket_names(chats, monkeypatch):

@@ -89,7 +89,7 @@ def test_names_of_models_and_finetunes(chat, tmp_path):
     with pytest.raises(UsageError, match="bring their own"):
         em.load("pocket/medicine-rank1", base="pocket/chat")
     solution = em.load_solution("pocket/medicine-rank1")
-    assert solution.describe() == "a rank-1 LoRA on 1 modules" and solution.base == "pocket/chat"
+    assert solution.describe() == "a rank-1 LoRA on 1 module" and solution.base == "pocket/chat"
     solution.save(tmp_path / "run" / "checkpoints" / "checkpoint-5")
     again = em.load_solution(tmp_path / "run" / "checkpoints" / "checkpoint-5")
     assert again.fingerprint == solution.fingerprint

@@ -263,7 +263,7 @@ class Direction:
             "norm": f"{next(iter(self.norms().values())):.4g}" if len(self.layers) == 1 else "",
         }
         what = f"Direction: {self.kind} at {ranges(self.layers)}, d_model {self.d_model}"
-        return card(what, facts, bars(self.norms(), "norm, in units of the residual stream,"))
+        return card(what, facts, bars(self.norms(), "norm"))
 
     # -- files
 

@@ -297,11 +297,12 @@ def _named(model: ChatModel, where: Reader, finetune: str | Solution | None) -> 
     source = model.attachable(adapter)
     if isinstance(source, Solution):
         return f"{model.name} with {adapter}, a {_told(source)}"
-    source_said = f" from {short(model.sources[adapter])}" if adapter in model.sources else ""
+    read_from = short(model.sources.get(adapter, adapter))
+    called = read_from if read_from.rpartition("/")[2] == adapter else f"{adapter} from {read_from}"
     with model.adapter(adapter):
         norm = adapter_norm(model.hf)
         size = "" if norm is None else f" of norm {norm:.6g}"
-        return f"{model.name} with {adapter}{source_said}{size} (SHA-256 {str(adapter_hash(model.hf))[:16]})"
+        return f"{model.name} with {called}{size} (SHA-256 {str(adapter_hash(model.hf))[:16]})"
 
 
 def _told(solution: Solution) -> str:

@@ -71,7 +71,8 @@ class Ablate:
         return f"{kinds} at {where}, {self.scope} tokens"
 
     def _repr_html_(self) -> str:
-        facts = {"direction": [direction.describe() for direction in self.directions]}
+        sources = [source for direction in self.directions for source in direction.sources]
+        facts = {"made on": self.directions[0].model, "from": sources}
         chosen = self.own_layers() if self.from_layer is None else [self.from_layer]
         plot = bars(self.directions[0].norms(), "norm of the direction", chosen=chosen)
         return card(f"Ablate: take out {self._what()}", facts, plot)

@@ -72,7 +72,7 @@ class Steer:
 
     def _repr_html_(self) -> str:
         added = as_coefficients(self.coefficient).abs().max() * self.direction.only([self.layer]).norms()[self.layer]
-        facts = {"norm added": f"{float(added):.4g}", "direction": self.direction.describe()}
+        facts = {"norm added": f"{float(added):.4g}", "made on": self.direction.model, "from": self.direction.sources}
         plot = bars(self.direction.norms(), "norm of the direction", chosen=[self.layer])
         return card(f"Steer: add {self._what()}", facts, plot)
 

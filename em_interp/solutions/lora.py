@@ -98,7 +98,7 @@ class LoraAdapter(Solution):
 
     def describe(self) -> str:
         """Rank and number of modules."""
-        return f"a rank-{self.rank} LoRA on {len(self.a)} modules"
+        return f"a rank-{self.rank} LoRA on {len(self.a)} module{'' if len(self.a) == 1 else 's'}"
 
     def update(self, name: str) -> LowRank:
         """What it adds to one module."""

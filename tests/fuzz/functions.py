@@ -40,6 +40,7 @@ INNER = {
     "models.attaching": "called by solutions",
     "files.base_names": "called by models",
     "lazily": "called by packages",
+    "cards": "called by notebooks",
     "files.atomic": "called by the commands",
     "models.hooks": "called by passes",
     "statistics.jackknife": "called by intervals",
