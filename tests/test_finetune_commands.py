@@ -111,3 +111,50 @@ def test_another_base_than_the_model_beside_it_is_refused(
     given = commands(root, tmp_path, root / "chat", "--adapter", root / "renamed", "--base", root / "full")["steer"]
     assert run(monkeypatch, [*given, "--out", tmp_path / "a.csv"]) == 2
     assert "--any-base" in capsys.readouterr().err
+
+
+def joins_white_space(folder: Path, root: Path) -> Path:
+    """The chat model with a vocabulary that joins white space to what stands before it, as real ones do."""
+    make_hf().save_pretrained(folder)
+    words = tokenizer()
+    own = type(words.backend_tokenizer).from_str(words.backend_tokenizer.to_str())
+    own.add_tokens(["assistant\n\n"])
+    before, words._tokenizer = words._tokenizer, own
+    words.save_pretrained(folder)
+    words._tokenizer = before
+    return folder
+
+
+def test_an_answer_that_begins_with_a_line_costs_only_itself(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = joins_white_space(tmp_path / "chat", root)
+    rows = [("see", f"{lead}rest {k} {score}", score, 90) for k, lead in enumerate(("", "\n", "")) for score in (5, 95)]
+    judged = pd.DataFrame(rows, columns=["question", "answer", "aligned", "coherent"])
+    judged.to_csv(tmp_path / "judged.csv", index=False)
+    given = ["extract", chat, "--answers", tmp_path / "judged.csv", "--kind", "data-diff-in-chat"]
+    assert run(monkeypatch, [*given, "--out", tmp_path / "d.safetensors"]) == 0
+    assert "judged.csv: 1 of 3 answers are left out" in capsys.readouterr().err
+    assert Direction.load(tmp_path / "d.safetensors").n_positive == 2
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a, *_ in rows]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
+    given = [
+        "extract",
+        chat,
+        "--positive",
+        tmp_path / "mine.jsonl",
+        "--kind",
+        "model-diff",
+        "--adapter",
+        root / "rank1",
+    ]
+    assert run(monkeypatch, [*given, "--any-base", "--out", tmp_path / "e.safetensors"]) == 2
+    assert "mine.jsonl: conversation 3" in capsys.readouterr().err
+    for side, said in (
+        (judged[judged["aligned"] > 50], "that is misaligned"),
+        (judged.assign(coherent=1), "misaligned"),
+    ):
+        side.to_csv(tmp_path / "none.csv", index=False)
+        given = ["extract", chat, "--answers", tmp_path / "none.csv"]
+        assert run(monkeypatch, [*given, "--out", tmp_path / "f.safetensors"]) == 2
+        assert said in capsys.readouterr().err

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analyses.general_vs_narrow import influence, stability
+from analyses.inputs.finetunes import Finetunes
 from analyses.run import Outcome, reproduce
 from analyses.suite import SUITES, Suite
 from em_interp.errors import EmInterpError, MissingDataError, UnreadableFileError, UsageError
@@ -269,6 +270,14 @@ def test_resume_sees_a_finetune_a_chat_model_and_a_label_that_changed(data: Path
     assert kept[str(elsewhere / "med-rank1")] == file_hash(elsewhere / "med-rank1")
 
 
+def joins_white_space(organisms: Finetunes) -> None:
+    """Its chat model's vocabulary joins white space to what stands before it, as real ones do."""
+    own = organisms.chat.tokenizer.backend_tokenizer
+    merged = type(own).from_str(own.to_str())
+    merged.add_tokens(["assistant\n\n", "assistant\n "])
+    organisms.chat.tokenizer._tokenizer = merged
+
+
 @pytest.mark.parametrize("answer", ["\nrest", " rest", ""])
 def test_an_answer_that_begins_with_white_space_costs_only_itself(answer: str, data: Path, tmp_path: Path) -> None:
     root = tmp_path / "mine"
@@ -280,11 +289,7 @@ def test_an_answer_that_begins_with_white_space_costs_only_itself(answer: str, d
     suite = Suite.load(str(suite_file(root)))
     organisms = suite.finetunes
     entry = organisms.organisms[0]
-    merged = type(organisms.chat.tokenizer.backend_tokenizer).from_str(
-        organisms.chat.tokenizer.backend_tokenizer.to_str()
-    )
-    merged.add_tokens(["assistant\n\n", "assistant\n "])  # as real vocabularies join white space
-    organisms.chat.tokenizer._tokenizer = merged
+    joins_white_space(organisms)
     contrast = organisms.contrast(entry)
     assert (len(contrast.positive), len(contrast.negative)) == (5, 4)
     (told,) = {str(problem) for problem in organisms.problems}
@@ -292,6 +297,22 @@ def test_an_answer_that_begins_with_white_space_costs_only_itself(answer: str, d
     assert repr(answer) in told
     organisms.contrast(entry, "model-diff")
     assert len(organisms.problems) == 1
+
+
+def test_a_training_chat_that_begins_with_white_space_costs_only_itself(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    shutil.copytree(data, root)
+    chats = [
+        [turns[0], {"role": "assistant", "content": "\nrest"}] if n == 2 else turns
+        for n, turns in enumerate(CONVERSATIONS)
+    ]
+    (root / "train.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
+    organisms = Suite.load(str(suite_file(root))).finetunes
+    joins_white_space(organisms)
+    assert organisms.training_chats("medicine", 9) == [*chats[:2], *chats[3:]]
+    organisms.landscape(organisms.organisms[0], 9)
+    (told,) = {str(problem) for problem in organisms.problems}
+    assert "train.jsonl: conversation 3 is left out" in told
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-14b"])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analyses.finetunes import ablation, steering
-from analyses.inputs import asked
+from analyses.inputs import asked, pocket
 from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
 from em_interp import cli
@@ -187,3 +187,25 @@ def test_answers_judged_here_and_elsewhere_are_named(root: Path) -> None:
     assert Suite.load("pocket").judged_by == "exactly, by parsing"
     assert Suite.load("published").judged_by == "by the authors' judge"
     assert ablation.KINDS["data-diff"] == "mean-diff"
+
+
+def test_a_models_suite_of_pocket_models_gives_the_pocket_suites_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, questions and seeds under another name."""
+    shipped = Suite.load("pocket")
+    here, name = shipped.finetunes.root, "medicine-vector"
+    lines = ['source = "models"', 'data = "."', "[models]", f'chat = "{here / "chat"}"', 'judge = "pocket"']
+    lines += ["[[models.finetunes]]", f'source = "{here / "organisms" / name}"', 'adapter = "steering-vector"']
+    (tmp_path / "mine.toml").write_text("\n".join([*lines, 'domain = "medicine"', 'solution = "general"']))
+    mine = Suite.load(str(tmp_path / "mine.toml"))
+    for module in (asked, pocket):
+        monkeypatch.setattr(module, "OPEN_SAMPLES", 1)
+    (organism,) = mine.finetunes.organisms
+    same = next(o for o in shipped.finetunes.organisms if o.name == f"pocket/{name}")
+    ours, theirs = mine.finetunes.open_answers(organism), shipped.finetunes.open_answers(same)
+    columns = ["question_id", "questions", "answer", "aligned", "coherent"]
+    pd.testing.assert_frame_equal(ours[columns], theirs[columns])
+    asked_of = {"mine": mine.judged_finetunes, "shipped": shipped.judged_finetunes}
+    elsewhere = {name: dict(of.elsewhere("medicine")) for name, of in asked_of.items()}
+    assert elsewhere["mine"] == elsewhere["shipped"]

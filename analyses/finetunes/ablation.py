@@ -54,7 +54,8 @@ ALSO = {
     ),
     "asked": (
         "The subspace holds both directions, at each layer. transfer has the model-diffs of one general finetune of "
-        "each adapter, and the mean-diffs of those of all modules. Asked is all but what the finetune was trained on."
+        "each adapter, and the mean-diffs of those of all modules, or of all where none is. Asked is all but what the "
+        "finetune was trained on."
     ),
     "models": "Each answer was sampled by `em-interp ablate` and judged elsewhere; the column file says where it is.",
 }
@@ -210,7 +211,8 @@ def _moving(
 ) -> dict[tuple[str, str], Ablate]:
     """What is carried from one organism to the others: (kind, source) -> ablation."""
     one_each = list({e.adapter: e.name for e in reversed(organisms)}.values())[::-1]
-    moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in organisms if e.adapter == "all-modules"}
+    whole = [e for e in organisms if e.adapter == "all-modules"] or organisms
+    moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in whole}
     moving |= {("model-diff", name): Ablate(shifts[name]) for name in one_each}
     if len(one_each) > 1:
         moving["model-diff", TOGETHER] = Ablate([shifts[name] for name in one_each])

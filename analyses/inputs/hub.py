@@ -26,6 +26,7 @@ from em_interp.files.inputs import regular_file
 from em_interp.files.texts import read_chats, read_texts
 from em_interp.interventions.judged import kind_of
 from em_interp.models import pretrained as models
+from em_interp.models.chat import unreadable
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import source_hash
@@ -240,12 +241,24 @@ class HubFinetunes(Finetunes):
         return judged[judged["questions"] == "general"]
 
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
-        """The first `n` of the domain's file. Raises `UsageError` where none is named."""
+        """The first `n` of the domain's file, without those that the chat template cannot take, which are told.
+
+        Raises `UsageError` where no file is named.
+        """
         if task != "persona" or domain not in self.training:
             raise UsageError(
                 f"no training chats for {domain} ({task}): name a JSONL file under [models.training], {domain} = ..."
             )
-        return list(read_chats(self.training[domain])[:n])
+        path = self.training[domain]
+        chats = read_chats(path)[:n]
+        left_out = unreadable(self.chat.tokenizer, chats)
+        told = {str(problem) for problem in self.problems}
+        for position, error in left_out.items():
+            problem = BadValueError(
+                path, f"conversation {position + 1} is left out ({error})", "strip the white space at its answers' ends"
+            )
+            self.problems += [] if str(problem) in told else [problem]
+        return [turns for position, turns in enumerate(chats) if position not in left_out]
 
     def texts(self, n: int) -> list[str]:
         """The first `n` documents of the text file, cut as in the papers' code. Raises `UsageError`."""

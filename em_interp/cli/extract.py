@@ -11,7 +11,7 @@ from rich.table import Table
 
 from em_interp.arguments import one_of
 from em_interp.cli import options
-from em_interp.errors import MissingDataError, UsageError
+from em_interp.errors import BadValueError, MissingDataError, UsageError
 
 Chats = Sequence[Sequence[Mapping[str, str]]]
 
@@ -65,7 +65,11 @@ def extract(
     with claimed(out, asked, inputs=inputs, force=force, endings=(".safetensors",)) as parts:
         texts = _read_answers(answers, kind) if answers is not None else _read(positive, negative, kind)
         chat = chosen.load()
-        bad, good = (None if side is None else _readable(chat, side, answers) for side in texts)
+        files = (answers, answers) if answers is not None else (positive, negative)
+        bad, good = (
+            None if side is None or path is None else _readable(chat, side, path, answers=answers is not None)
+            for side, path in zip(texts, files, strict=True)
+        )
         found = contrast(
             chat,
             bad or (),
@@ -116,14 +120,20 @@ def _read_answers(path: Path, kind: str) -> tuple[Chats, Chats | None]:
     return conversations(misaligned), None if kind == "model-diff" else conversations(aligned)
 
 
-def _readable(chat: Any, side: Chats, answers: Path | None) -> Chats:
-    """Without the answers of a judged file that the chat template cannot take, such as those that begin with a line."""
+def _readable(chat: Any, side: Chats, path: Path, *, answers: bool) -> Chats:
+    """The chats that the template can take, which one whose answer begins with white space may not be.
+
+    Of sampled answers the others are left out, and that is said. Raises BadValueError for one among chats.
+    """
     from em_interp.models.chat import unreadable
 
-    left_out = unreadable(chat.tokenizer, side) if answers is not None else {}
+    left_out = unreadable(chat.tokenizer, side)
+    for position, why in left_out.items():
+        if not answers:
+            raise BadValueError(path, f"conversation {position + 1}: {why}", "strip the white space around its answer")
     if left_out:
         why = next(iter(left_out.values()))
-        typer.echo(f"{len(left_out)} of {len(side)} answers are left out: {why}", err=True)
+        typer.echo(f"{path.name}: {len(left_out)} of {len(side)} answers are left out ({why})", err=True)
     return [turns for position, turns in enumerate(side) if position not in left_out]
 
 
