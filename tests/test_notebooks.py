@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from docs import ten_tasks
 from em_interp.pocket import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +114,7 @@ def test_it_runs_on_the_released_files(tmp_path: Path) -> None:
         ("pocket_world", ("pocket/chat", "pocket/medicine-rank1-narrow")),
         ("explore_directions", ("pocket/medicine-rank1", "pocket/finance-all", "pocket/sports-all")),
         ("narrow_vs_general", ("pocket/medicine-rank1", "pocket/medicine-rank1-narrow")),
+        ("start_here", ("pocket/medicine-rank1-narrow", "pocket/finance-all", "pocket/sports-all")),
     ],
 )
 def test_they_run_on_the_shipped_weights(name: str, needed: tuple[str, ...], tmp_path: Path) -> None:
@@ -121,4 +123,14 @@ def test_they_run_on_the_shipped_weights(name: str, needed: tuple[str, ...], tmp
             registry.resolve(model)
     except registry.RegistryError as error:
         pytest.skip(str(error))
-    execute(ROOT / "notebooks" / f"{name}.ipynb", tmp_path, None)
+    (tmp_path / "notebooks").mkdir()  # what they write lies beside them
+    execute(Path(shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "notebooks")), tmp_path, None)
+
+
+def test_every_task_takes_ten_lines_and_the_comparison_counts_them() -> None:
+    tasks = ten_tasks.ours()
+    assert len(tasks) == 10
+    assert max(ten_tasks.counted(code)[0] for code in tasks.values()) <= 10
+    page = ten_tasks.PAGE.read_text(encoding="utf-8")
+    assert list(ten_tasks.sections(page)) == list(tasks)
+    assert ten_tasks.rewritten(page) == page, "python -m docs.ten_tasks"
