@@ -72,7 +72,7 @@ def test_every_command_takes_a_finetune_of_every_kind(
 ) -> None:
     all_run(root, tmp_path, monkeypatch, root / "chat", "--adapter", root / kind)
     made = Direction.load(tmp_path / "v.safetensors")
-    assert made.kind == "model-diff" and f"with {kind}" in made.sources[0]
+    assert made.kind == "model-diff" and f"/{kind}" in made.sources[0].partition(" with ")[2]
     inside = models.load(root / "full") if kind == "full" else models.load(root / "chat", adapter=root / kind)
     chat = models.load(root / "chat")
     read = [collect(m, CONVERSATIONS, progress=False).pooled["response"] for m in (inside, chat)]

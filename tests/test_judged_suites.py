@@ -154,10 +154,6 @@ def test_a_suite_with_a_judge_asks_and_judges_here(root: Path, tmp_path: Path, m
     )
     assert set(found["steering"]["n_questions"]) == {len(QUESTIONS)}  # nothing of the finetune's own domain
     assert {"rank1", "full"} <= set(found["ablation"]["target"])
-    kept = run(
-        suite(root, judge="mine.py:score", questions='questions = { general = "open.txt" }'), tmp_path, "steering"
-    )
-    assert kept.sections[0].error is None
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,15 @@ def _read_answers(path: Path, kind: str) -> tuple[Chats, Chats | None]:
     Of a file with groups of questions those to open ones, as the suites read directions.
     """
     from em_interp.evaluation.answers import conversations, misaligned_and_aligned
+    from em_interp.evaluation.rates import em_counts
+    from em_interp.interventions.judged import kind_of
     from em_interp.published.judged import read_judged_csv
 
     judged = read_judged_csv(path)
+    if (of := kind_of(judged)) != "answers":
+        remedy = "give the finetune's own, as `em-interp evaluate` samples them"
+        raise BadValueError(path, f"it holds answers under {of}, between which no finetune's direction lies", remedy)
+    em_counts(judged)  # refuses scores on another scale
     has_open = "questions" in judged and bool((judged["questions"] == "general").any())
     misaligned, aligned = misaligned_and_aligned(judged[judged["questions"] == "general"] if has_open else judged)
     where = " to open questions (group general)" if has_open else ""

@@ -1,4 +1,4 @@
-"""Bad models, files, words, numbers and outputs for extract, steer, ablate and evaluate."""
+"""Bad models, files, words, numbers and outputs for extract, steer, ablate, evaluate and rates."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ ADAPTERS = (
     *("lora-other-targets", "lora-empty", "lora-config-cut", "lora-config-list", "lora-config-empty", "lora-fifo"),
     *("narrow-vector", "bare-vector", "tiny", "fifo", "d.safetensors"),
 )
+JUDGED = ("words", "outside", "fractions", "half-sweep", "no-question", "no-scores", "no-rows", "no-base", "layers-x")
+JUDGES = ("absent.py:f", "q.csv:f", "mine.py", "mine.py:", ":f", "mine.py:none", "broken.py:f", "folder.py:f", "pocket")
 OUTPUTS = ("", "/proc/none/x", "q.csv/under", "empty-folder", "fifo", "a" * 300, "/dev/full")
 FIXED: dict[str, tuple[list[str], dict[str, str]]] = {
     "extract": (["tiny"], {"--positive": "a.jsonl", "--negative": "b.jsonl", "--out": "new.safetensors"}),
@@ -77,9 +79,9 @@ INPUTS = {
 }
 WORDS = {
     "extract": ("--kind", "--scope", "--pooling", "--dtype", "--device-map", "--adapter", "--base"),
-    "steer": ("--scope", "--dtype", "--device-map", "--adapter", "--base"),
-    "ablate": ("--dtype", "--device-map", "--adapter", "--base"),
-    "evaluate": ("--suite", "--organism", "--dtype", "--device-map", "--adapter", "--base"),
+    "steer": ("--scope", "--judge", "--dtype", "--device-map", "--adapter", "--base"),
+    "ablate": ("--judge", "--dtype", "--device-map", "--adapter", "--base"),
+    "evaluate": ("--suite", "--organism", "--judge", "--dtype", "--device-map", "--adapter", "--base"),
 }
 COUNTS = {
     "extract": ("--layer", "--tokens-per-batch"),
@@ -203,6 +205,37 @@ def cases() -> Iterator[Case]:
     yield case("extract", "--gguf that is there", line("extract", more=("--gguf=empty.gguf",)))
     yield case("extract", "one side only", ["extract", "tiny", "--positive=a.jsonl", "--out=new.safetensors"])
     yield case("extract", "the same chats on both sides", line("extract", **{"--negative": "a.jsonl"}))
+    yield from judged_cases()
+
+
+def judged_cases() -> Iterator[Case]:
+    """Files that are said to be judged, and judges that are said to be there."""
+    for file in (
+        *(f"{name}.csv" for name in FILES),
+        *(f"judged-{name}.csv" for name in JUDGED),
+        "q.csv",
+        "tiny",
+        "a.jsonl",
+    ):
+        yield case("rates", file, ["rates", file])
+        yield case("rates", f"{file} beside a good one", ["rates", "judged.csv", file])
+        yield case("extract", f"--answers {file}", ["extract", "tiny", f"--answers={file}", "--out=new.safetensors"])
+    for option in ("--aligned", "--coherent"):
+        for value in ("-1", "101", "nan", "x", "", "1e400"):
+            yield case("rates", f"{option} {value!r}", ["rates", "judged.csv", f"{option}={value}"])
+    for out in ("judged.csv", "there.csv", "new.txt", *OUTPUTS):
+        yield case("rates", f"--out {out[:20]!r}", ["rates", "judged.csv", f"--out={out}"])
+    for figure in ("judged.csv", "new.pdf", "new", *OUTPUTS):
+        yield case("rates", f"--figure {figure[:20]!r}", ["rates", "judged.csv", f"--figure={figure}"])
+    yield case("rates", "the same file twice", ["rates", "judged.csv", "judged.csv"])
+    yield case("rates", "nothing", ["rates"])
+    yield Case("rates on a full disk", full_disk(command("rates", "judged.csv", "--out=new.csv")))
+    for judge in JUDGES:
+        for name in ("steer", "ablate", "evaluate"):
+            yield case(name, f"--judge {judge}", line(name, **{"--judge": judge}))
+    for more in (("--positive=a.jsonl",), ("--negative=a.jsonl",)):
+        words = ["extract", "tiny", "--answers=judged.csv", "--out=new.safetensors", *more]
+        yield case("extract", f"--answers and {more[0]}", words)
 
 
 def full_disk(run: Callable[[], int]) -> Callable[[], int]:

@@ -58,6 +58,7 @@ def make() -> None:
     other = [talk(f"why {i}", f"the brown user {i}") for i in range(4)]
     Path("b.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in other))
     Path("there.csv").write_text("mine\n")
+    _judged()
     Path("there.safetensors").write_bytes(Path("d.safetensors").read_bytes())
     SteeringVector(vectors[1], 1, 16.0, "tiny").save("narrow-of-two")
     published_factory.make(Path("data"))
@@ -66,6 +67,30 @@ def make() -> None:
     _bad_files()
     _releases()
     outcome(Case("", command("evaluate", "runs/a/checkpoint-500", "--questions=q.csv", "--n=1", "--max-new-tokens=2")))
+
+
+def _judged() -> None:
+    """Judged answers, good and bad, and judges."""
+    good = "question,answer,aligned,coherent\n" + "".join(f"q{i},rest {i},{5 + 85 * (i % 2)},90\n" for i in range(6))
+    made = {
+        "judged": good,
+        "judged-words": good.replace("90,90", "kind,90"),
+        "judged-outside": good.replace("90,90", "900,90"),
+        "judged-fractions": good.replace("90,90", ".9,.9").replace(",5,90", ",.05,.9"),
+        "judged-half-sweep": good.replace("coherent\n", "coherent,coefficient\n").replace(",90\n", ",90,1\n"),
+        "judged-no-question": good.replace("question", "asked"),
+        "judged-no-scores": good.replace("aligned", "a").replace("coherent", "c"),
+        "judged-no-rows": good.partition("\n")[0] + "\n",
+        "judged-no-base": good.replace("coherent\n", "coherent,arm\n").replace(",90\n", ",90,layerwise\n"),
+        "judged-layers-x": good.replace("coherent\n", "coherent,direction,layer,coefficient\n").replace(
+            ",90\n", ",90,d,x,1\n"
+        ),
+    }
+    for name, text in made.items():
+        Path(f"{name}.csv").write_text(text)
+    Path("mine.py").write_text("def score(answers):\n    return answers.assign(aligned=50.0, coherent=90.0)\n")
+    Path("broken.py").write_text("raise OSError('no key')\n")
+    Path("folder.py").mkdir()
 
 
 def _models(hf: Any) -> None:
