@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,11 +97,21 @@ def test_former_names_still_work_and_are_not_listed() -> None:
     assert isinstance(found.exception, UsageError) and "no organism" in str(found.exception)
 
 
-def test_every_command_is_in_a_group_and_says_what_it_does() -> None:
-    said = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+def test_every_command_is_in_a_group_and_says_what_it_does_in_a_line() -> None:
+    said = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    assert "..." not in said.partition("Pocket models")[0].partition("[ARGS]...")[2]
     for name, command in ROOT.commands.items():  # type: ignore[attr-defined]
-        assert command.rich_help_panel and command.rich_help_panel in said, name
-        assert command.help and command.help.splitlines()[0].rstrip(".") in said, name
+        assert f"{command.rich_help_panel}:" in said, name
+        assert re.search(rf"^  {name} +\S", said, flags=re.M), name
+
+
+def test_help_loads_nothing_that_takes_long() -> None:
+    """Numbers are in the closing note of issue 12; here, what they come from."""
+    run = "import sys; sys.argv = ['em-interp', '--help']\nfrom em_interp.cli import main\n"
+    code = run + "try: main()\nexcept SystemExit: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert not loaded & {"torch", "transformers", "numpy", "pandas", "plotly", "yaml", "safetensors", "markdown_it"}
 
 
 def test_the_model_is_given_once_in_either_way(tmp_path: Path) -> None:

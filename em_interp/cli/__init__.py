@@ -3,7 +3,8 @@
 - `reproduce`, `fetch`: the papers' figures; `pocket`: pocket models
 - `extract`, `steer`, `ablate`, `evaluate`, `rates`: any chat model and its finetunes
 - `inspect` with `describe`, of `describe_files` and `describe_folders`: what a file or folder holds
-- `options`, `judging`: what they share; `remedies`: messages of the package in their words
+- `doctor`: versions, devices, Chrome, network, disk
+- `options`, `judging`: what they share; `remedies`: messages of the package in their words; `pages`: of help
 
 | exit status | meaning |
 |---|---|
@@ -26,10 +27,12 @@ from rich.markup import escape
 
 from em_interp.cli import options
 from em_interp.cli.ablate import ablate
+from em_interp.cli.doctor import doctor
 from em_interp.cli.evaluate import evaluate
 from em_interp.cli.extract import extract
 from em_interp.cli.fetch import fetch
 from em_interp.cli.inspect import inspect
+from em_interp.cli.pages import Command, Group
 from em_interp.cli.pocket import app as pocket_app
 from em_interp.cli.rates import rates
 from em_interp.cli.remedies import in_options
@@ -40,25 +43,27 @@ from em_interp.errors import EmInterpError, UsageError
 __all__ = ["main"]
 
 app = typer.Typer(
+    cls=Group,
     help="The geometry of emergent misalignment: what a finetune learned, what it does, and which others share it.",
     epilog="What a command takes: em-interp COMMAND --help",
-    context_settings={"token_normalize_func": options.now_called},
+    context_settings={"token_normalize_func": options.now_called, "max_content_width": 110},
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 GROUPS: Final = {
     "The papers' figures": (reproduce, fetch),
     "Any chat model and its finetunes": (extract, steer, ablate, evaluate, rates),
-    "Files and this machine": (inspect,),
+    "Files and this machine": (inspect, doctor),
 }
 for title, commands in GROUPS.items():
     for command in commands:
-        app.command(rich_help_panel=title)(command)
+        app.command(cls=Command, rich_help_panel=title)(command)
 app.add_typer(pocket_app, name="pocket", rich_help_panel="Pocket models")
 
 
-@app.command(rich_help_panel="Files and this machine")
+@app.command(cls=Command, rich_help_panel="Files and this machine")
 def version() -> None:
     """Print the version."""
 

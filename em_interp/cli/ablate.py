@@ -37,10 +37,10 @@ def ablate(
     tokens_per_batch: options.BatchTokens = 65_536,
     force: options.Force = False,
 ) -> None:
-    """Take a direction out: as a checkpoint (--save), or in answers beside the unablated model and random controls.
+    """Answer with a direction taken out, or --save a model without it.
 
-    With --judge, their rates and a figure too; else have the file judged, and give it to `em-interp rates`.
-    A killed run goes on where it stopped.
+    Beside the answers are those of the model as it is and of random controls. With --judge, their rates and a figure
+    too; else have the file judged, and give it to `em-interp rates`. A killed run goes on where it stopped.
     """
 
     from em_interp.files.atomic import claim_output

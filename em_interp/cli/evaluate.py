@@ -37,12 +37,12 @@ def evaluate(
     tokens_per_batch: options.BatchTokens = 65_536,
     force: options.Force = False,
 ) -> None:
-    """Sample answers. The pocket suite is judged here; of another MODEL they go to OUT/answers.csv, for a judge.
+    """Sample answers for a judge, or judge the pocket suite's.
 
-    --judge pocket brings open questions of its own. With --judge, OUT/judged.csv has the scores, and
-    OUT/judged-rates.csv and .html what they say; else have the file judged, and give it to `em-interp rates`. A killed
-    run goes on where it stopped, and a finished one is not repeated. --questions, --max-new-tokens, --judge, --adapter
-    and --base belong to MODEL.
+    The pocket suite gets tables; answers of another MODEL go to OUT/answers.csv. --judge pocket brings open questions
+    of its own. With --judge, OUT/judged.csv has the scores, and OUT/judged-rates.csv and .html what they say; else have
+    the file judged, and give it to `em-interp rates`. A killed run goes on where it stopped, and a finished one is not
+    repeated. --questions, --max-new-tokens, --judge, --adapter and --base belong to MODEL.
     """
 
     from em_interp.files.texts import read_questions

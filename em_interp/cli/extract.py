@@ -41,10 +41,10 @@ def extract(
     tokens_per_batch: options.BatchTokens = 8192,
     force: options.Force = False,
 ) -> None:
-    """Extract a direction from judged answers or from two files of chats, and print its norm at each layer.
+    """Read a direction from judged answers or from two files of chats.
 
-    model-diff is the finetune (--adapter, of any kind) minus the model, on the misaligned chats alone.
-    A killed run goes on where it stopped.
+    Its norm at each layer is printed. model-diff is the finetune (--adapter, of any kind) minus the model, on the
+    misaligned chats alone. A killed run goes on where it stopped.
     """
     from em_interp.directions.activations import POOLINGS
     from em_interp.directions.extraction import contrast

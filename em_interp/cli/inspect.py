@@ -20,7 +20,10 @@ def inspect(
     ],
     base: options.Base = None,
 ) -> None:
-    """Say what a file or folder is, whether it is sound, and what can be done with it. Runs no code that it holds."""
+    """Say what a file or folder is, whether it is sound, what is next.
+
+    Commands to copy are what can be done with it. No code that it holds is run.
+    """
     from em_interp.cli.describe import describe
 
     for line in describe(options.located(file), base):

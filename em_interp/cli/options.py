@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -49,7 +50,7 @@ _SHARED: Final = {
 
 _MODEL: Final = "folder, hub name, adapter, or a pocket model such as pocket/chat"
 _PANEL: Final = "The model"
-Model = Annotated[str | None, typer.Argument(help=f"{_MODEL}; or --model", show_default=False)]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{_MODEL}; or --model", show_default=False)]
 NamedModel = Annotated[str | None, typer.Option("--model", help=_MODEL, rich_help_panel=_PANEL)]
 Adapter = Annotated[
     str | None,
@@ -82,7 +83,8 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="decides whatever i
 NewTokens = Annotated[int, typer.Option(min=1, help="length at which answers are cut, in tokens")]
 BatchTokens = Annotated[int, typer.Option("--tokens-per-batch", min=1, help="tokens in memory at once")]
 DirectionFile = Annotated[
-    Path | None, typer.Argument(help="a direction, as `em-interp extract` writes it", show_default=False)
+    Path | None,
+    typer.Argument(metavar="DIRECTION", help="a direction, as `em-interp extract` writes it", show_default=False),
 ]
 QuestionFile = Annotated[
     Path | None, typer.Option("--questions", help="YAML, .jsonl or .csv of questions, or .txt with one a line")
@@ -231,3 +233,8 @@ def questions_asked(path: Path | None, prompts: Sequence[str]) -> dict[str, list
     if not asked:
         raise UsageError("no questions: give --questions FILE or --prompt TEXT.")
     return asked
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

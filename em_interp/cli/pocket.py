@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from em_interp.cli import options
+from em_interp.cli.pages import Command, Group
 
-app = typer.Typer(help="Train the pocket chat model and its organisms.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group, help="Train the pocket chat model and its organisms.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     out: Annotated[Path, options.takes("out", "a folder for base/, chat/, losses.csv and manifest.json")],
     seed: options.Seed = 0,
@@ -34,7 +37,7 @@ def build(
     typer.echo(f"chat model: {run(BuildConfig(seed=seed), out, resume=resume, device=device)}")
 
 
-@app.command()
+@app.command(cls=Command)
 def organisms(
     out: Annotated[Path, options.takes("out", "a folder for organisms/ and trajectories/")],
     only: Annotated[list[str] | None, options.takes("only", "names of organisms or trajectories")] = None,
@@ -115,9 +118,11 @@ def _chat_of(out: Path, named: str | None, device_map: str | None) -> Any:
     return model
 
 
-@app.command(
-    context_settings={"token_normalize_func": lambda name: "only" if name == "adapter" else options.now_called(name)}
-)
+def _sweeps_called(name: str) -> str:
+    return "only" if name == "adapter" else options.now_called(name)
+
+
+@app.command(cls=Command, context_settings={"token_normalize_func": _sweeps_called})
 def sweeps(
     out: Annotated[Path, options.takes("out", "a folder for sweeps/")],
     model: options.NamedModel = None,

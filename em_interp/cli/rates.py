@@ -26,9 +26,10 @@ def rates(
     inclusive: Inclusive = False,
     force: options.Force = False,
 ) -> None:
-    """EM and coherence of judged answers, with intervals over questions: of `evaluate`, `steer` and `ablate`.
+    """EM and coherence of judged answers, with intervals and figure.
 
-    Several files of one kind stand side by side, and each is compared with the first, question by question.
+    Intervals are over questions. Several files of one kind stand side by side, and each is compared with the first,
+    question by question.
     """
     from em_interp.evaluation.rates import Criterion
     from em_interp.published.judged import read_judged_csv

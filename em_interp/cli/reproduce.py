@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -39,7 +38,11 @@ def reproduce(
     ] = "loky",
     static: Annotated[bool, typer.Option(help="also write .svg and .png where Chrome is found")] = True,
 ) -> None:
-    """Regenerate the papers' tables and figures, with a manifest and a self-contained report."""
+    """The papers' tables and figures, in a self-contained report.
+
+    Of pocket models, of what the authors released, or of models of your own: see --suite. Tables, figures and a
+    manifest lie beside the report.
+    """
     from analyses.report import summary
     from analyses.run import reproduce as run
     from analyses.suite import Suite
@@ -51,7 +54,7 @@ def reproduce(
     chosen.loading = options.loading(device_map, dtype)
     try:
         # Small models: a second process costs little memory. Others take one, and whatever devices they ask for.
-        n = workers if workers is not None else _cores() if chosen.source == "pocket" or backend == "ray" else 1
+        n = workers if workers is not None else options.cores() if chosen.source == "pocket" or backend == "ray" else 1
         outcome = run(chosen, out, only=tuple(only or ()), resume=resume, static=static, workers=n, backend=backend)
     except KeyboardInterrupt:
         options.err.print("Stopped. Finished analyses are kept: run the same command with --resume.")
@@ -78,8 +81,3 @@ def _reasons(sections: Sequence[Any]) -> dict[tuple[str, str], list[str]]:
             what = "no data" if section.missing else "failed"
             found.setdefault((what, brief(section.error)), []).append(section.name)
     return found
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

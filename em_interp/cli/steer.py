@@ -37,10 +37,10 @@ def steer(
     tokens_per_batch: options.BatchTokens = 65_536,
     force: options.Force = False,
 ) -> None:
-    """Answers while multiples of a direction are added, beside random controls: every layer with every coefficient.
+    """Answer with a direction added, at each layer and coefficient.
 
-    With --judge, their rates and a figure too; else have the file judged, and give it to `em-interp rates`.
-    A killed run goes on where it stopped.
+    Beside it are random controls. With --judge, their rates and a figure too; else have the file judged, and give it to
+    `em-interp rates`. A killed run goes on where it stopped.
     """
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.steering import sweep
