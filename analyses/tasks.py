@@ -19,6 +19,7 @@ from joblib import Parallel, delayed, parallel_config
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from analyses.progress import told
 from analyses.suite import ANALYSES, Suite, load_analysis
 from em_interp.errors import EmInterpError, MemoryLimitError, OutputError, UsageError
 from em_interp.files.atomic import make_folder
@@ -158,7 +159,8 @@ class Workers:
                 self._pool.enter_context(self._parallel)
         self._parallel.begun_at = self.bar.n
         calls = (delayed(_do)(self.run_name, self.suite, self.running, t) for t in tasks)
-        with _none_waits_for_the_dead(self._parallel) if self.backend == "loky" else nullcontext():
+        careful = _none_waits_for_the_dead(self._parallel) if self.backend == "loky" else nullcontext()
+        with careful, told(self.bar, self.running, {task.mark: task.what for task in tasks}):
             return list(self._parallel(calls))
 
     def _close(self) -> None:
