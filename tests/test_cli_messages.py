@@ -27,10 +27,13 @@ PYTHON = re.compile(r"\w\([^()]*[=.)]|\b\w+=\w|=\.\.\.|\bdataclasses\b|\bfrom_la
 FOR_PYTHON = {
     "errors.py": "of a call, which no command makes",
     "plots.py": "of a call, which no command makes",
+    "directions/activations.py: Activations(": "a repr",
     "directions/activations.py: per-response means": "commands ask for means alone",
+    "directions/extraction.py: Contrast(": "a repr",
     "directions/direction.py: layers differ": "no command adds directions up",
     "files/adapters.py: Merge it into its base": "another package does it",
     "files/adapters.py: Save it again with PEFT": "another package does it",
+    "interventions/ablation.py: Erase(": "a repr",
     "interventions/intervening.py: a pass outside": "commands generate with a KV cache",
     "interventions/steering.py: the residual norm is": "commands measure it",
     "landscape/influence.py: document": "suites cut their texts",

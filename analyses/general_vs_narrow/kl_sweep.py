@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -54,8 +56,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
             f"to {{estimate}}, and misaligned answers in the domain from {inside[0]} to {inside[1]}"
         )
         ends = value_of(most, "em_low", 100), value_of(most, "em_high", 100)
-        n, verdict = int(most["n"]), apart(*in_domain, *ends)
-        found.append(Finding(text, value_of(most, "em_rate", 100), n, "answers", *ends, unit="%", verdict=verdict))
+        verdict = apart(*in_domain, *ends)
+        found.append(Finding(text, value_of(most, "em_rate", 100), *_n(most), *ends, unit="%", verdict=verdict))
     for adapter, rows in tables["dilution"].groupby("adapter", sort=False):
         known = rows[rows["em_rate"].notna()].sort_values("bad_share")
         some = known[known["bad_share"].astype(float) > 0]
@@ -66,9 +68,13 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         text += percent(none, "em_rate")
         ends = value_of(least, "em_low", 100), value_of(least, "em_high", 100)
         verdict = apart(*ends, value_of(none, "em_low", 100), value_of(none, "em_high", 100))
-        n = int(least["n"])
-        found.append(Finding(text, value_of(least, "em_rate", 100), n, "answers", *ends, unit="%", verdict=verdict))
+        found.append(Finding(text, value_of(least, "em_rate", 100), *_n(least), *ends, unit="%", verdict=verdict))
     return found
+
+
+def _n(row: dict[Any, Any]) -> tuple[int, str]:
+    """What a rate is of, and what that counts: answers, where the sweep kept their number."""
+    return (int(row["n"]), "answers") if "n" in row else (1, "finetunes")
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -1,7 +1,7 @@
 """Tables -> plotly figures, in one house style that reads on screen, on a phone and in print.
 
-A solid bar or a shaded band is always the 95% interval. What is not (a range over pairs, all perturbations) is a thin
-dotted line with a name of its own (`extent`). A hollow marker is an estimate without an interval.
+A solid bar or a shaded band is always the interval, at the level of `statistics`. What is not (a range over pairs, all
+perturbations) is a thin dotted line with a name of its own (`extent`). A hollow marker has no interval.
 
 - `layout`: axis titles, panels, the legend; `phone`: the same on a narrow screen
 - `steering`: figures of a table of steered answers
