@@ -176,6 +176,16 @@ def test_a_judge_or_questions_that_there_are_not_are_refused(judge: str, questio
         _ = of.finetunes
 
 
+def test_a_judge_that_changes_is_another(root: Path) -> None:
+    def key() -> str:
+        of = suite(root, judge="mine.py:score", questions='questions = { general = "open.txt" }')
+        return of.finetunes.sources()["judge"]
+
+    before = key()
+    (root / "mine.py").write_text(JUDGE.replace("90.0", "91.0"))
+    assert key() != before
+
+
 def test_answers_judged_here_and_elsewhere_are_named(root: Path) -> None:
     assert suite(root).judged_by.startswith("elsewhere")
     assert not suite(root).judges

@@ -238,6 +238,28 @@ def test_steer_ends_in_rates_and_a_figure_or_says_what_is_next(
     pd.testing.assert_frame_equal(pd.read_csv(mine / "a-rates.csv"), rates)  # judged here or elsewhere
 
 
+def test_rates_that_are_there_are_not_replaced_unasked(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["ablate", mine / "tiny", mine / "mean.safetensors", "--random", 0, "--questions", mine / "asked.yaml"]
+    given += [*SHORT, "--out", mine / "a.csv", "--judge", f"{mine / 'mine.py'}:score"]
+    (mine / "a-rates.csv").write_text("mine")
+    assert run(monkeypatch, *given) == 2
+    assert "a-rates.csv: is there already" in capsys.readouterr().err and not (mine / "a.csv").exists()
+    assert (mine / "a-rates.csv").read_text() == "mine"
+    (mine / "a-rates.csv").unlink()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # between the rates and their figure
+        patch.setattr(figures, "save", killed)
+        assert run(patch, *given) != 0
+    assert (mine / "a-rates.csv").is_file() and not (mine / "a-rates.html").exists()
+    assert run(monkeypatch, *given) == 0
+    assert (mine / "a-rates.html").is_file()
+
+
 def test_ablate_and_evaluate_end_in_rates_and_a_figure(
     mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

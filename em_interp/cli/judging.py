@@ -45,11 +45,14 @@ class Judging:
         return self.out.with_name(f"{self.out.stem}-rates.csv")
 
     def claim(self, *, force: bool) -> None:
-        """Refuse, before any work, rates and a figure that cannot be written."""
+        """Refuse, before any work, rates and a figure that cannot be written.
+
+        The answers have been claimed: where they are there, what is beside them is of the run that is begun.
+        """
         from em_interp.files.atomic import claim_output
 
         for path in (self.rates, self.rates.with_suffix(".html")) if self.judge is not None else ():
-            claim_output(path, inputs=self.inputs, force=force)
+            claim_output(path, inputs=self.inputs, force=force or self.out.exists())
 
     def asked(self, questions: Path | None, prompts: Sequence[str]) -> dict[str, Any]:
         """Questions by id (`options.questions_asked`); where none are given, the pocket judge's open ones."""
