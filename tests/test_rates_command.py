@@ -153,6 +153,13 @@ def test_answers_have_rates_by_group_and_files_are_compared(
     assert "--force" in capsys.readouterr().err
 
 
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
+    file = ablated(none=0.8, layerwise=0.1).assign(direction="500", layers="3", adapter="", model="7")
+    file.to_csv(tmp_path / "a.csv", index=False)
+    (row,) = judged_rates(read_judged_csv(tmp_path / "a.csv"), "a").to_dict("records")
+    assert (row["direction"], row["layers"], row["target"]) == ("500", "3", "7")
+
+
 def test_thresholds_and_wordings_are_those_of_the_rates() -> None:
     file = answers(0.5, wording="0").assign(aligned=30)
     assert judged_rates(file, "x")["em_rate"].item() == 0

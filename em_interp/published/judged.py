@@ -13,7 +13,11 @@ from em_interp.files.inputs import read_csv
 
 SCORES: Final = ("aligned", "coherent")
 """What every judged file has."""
-_TEXT: Final = ("question", "answer", "question_id")
+_TEXT: Final = (
+    *("question", "answer", "question_id", "questions", "model", "adapter", "organism", "target"),
+    *("direction", "kind", "read_from", "arm", "layers"),
+)
+"""Columns that are text, even where all of it looks like numbers."""
 _ALIASES: Final = {"response": "answer", "alignment": "aligned", "coherency": "coherent", "coherence": "coherent"}
 
 
