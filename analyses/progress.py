@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -28,17 +28,25 @@ def told(bar: tqdm[Any], running: Path, names: Mapping[str, str], *, every: floa
     every: seconds; by default one on a terminal or in a notebook, and 30 in a file, where each is a line.
     """
     is_file = hasattr(bar.fp, "isatty") and not bar.fp.isatty() and not hasattr(bar, "container")
-    seconds = every if every is not None else 30.0 if is_file else 1.0
-    over = threading.Event()
 
-    def tell() -> None:
+    def tell() -> bool:
         said = now(running, names)
         bar.set_postfix_str(said, refresh=False)
         bar.refresh(nolock=True)  # an interrupt inside would leave tqdm's lock taken for ever
+        return True
+
+    with watched(every if every is not None else 30.0 if is_file else 1.0, tell):
+        yield
+
+
+@contextmanager
+def watched(seconds: float, look: Callable[[], bool]) -> Iterator[None]:
+    """Inside, another thread calls `look` every so many seconds, until it says that it has seen enough (False)."""
+    over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(seconds):
-            tell()
+        while not over.wait(seconds) and look():
+            pass
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -19,7 +19,7 @@ from joblib import Parallel, delayed, parallel_config
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from analyses.progress import told
+from analyses.progress import told, watched
 from analyses.suite import ANALYSES, Suite, load_analysis
 from em_interp.errors import EmInterpError, MemoryLimitError, OutputError, UsageError
 from em_interp.files.atomic import make_folder
@@ -180,29 +180,24 @@ def _none_waits_for_the_dead(parallel: Parallel) -> Iterator[None]:
     One that is killed while it sends a result leaves half of it: loky waits for the other half as long as any worker
     holds the pipe open, and the workers wait for the one that is gone to let go of the pipe.
     """
-    over = threading.Event()
+    dead: set[int] = set()
 
-    def watch() -> None:
-        dead: set[int] = set()
-        while not over.wait(_UNSEEN_SECONDS):
-            executor: Any = getattr(parallel._backend, "_workers", None)
-            known = dict(getattr(executor, "_processes", None) or {})
-            if dead & set(known):  # for as long, and still counted
-                for pid in set(known) - dead:
-                    with suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
+    def look() -> bool:
+        executor: Any = getattr(parallel._backend, "_workers", None)
+        known = dict(getattr(executor, "_processes", None) or {})
+        if dead & set(known):  # for as long, and still counted
+            for pid in set(known) - dead:
                 with suppress(OSError):
-                    executor._result_queue._writer.close()  # the last end that could be written to
-                return
-            dead = {pid for pid, process in known.items() if process.exitcode is not None}
+                    os.kill(pid, signal.SIGKILL)
+            with suppress(OSError):
+                executor._result_queue._writer.close()  # the last end that could be written to
+            return False
+        dead.clear()
+        dead.update(pid for pid, process in known.items() if process.exitcode is not None)
+        return True
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with watched(_UNSEEN_SECONDS, look):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 class _WithBar(Parallel):  # type: ignore[misc]

@@ -38,22 +38,20 @@ The direction, what it does, who else learned it, and why the general solution w
 Where everything is; each package tells of its modules and of its conventions. Arrows point one way: what stands below
 imports what stands above it, never the other way round.
 
-- `errors`, `arguments`, `checking`: typed errors and checked arguments; `units`: what the numbers of tables are in
-- `cards`: what objects look like in a notebook
-- `lazily`: names imported as they are asked for
-- `statistics`: intervals and nulls; `files`: what goes to disk and comes from it; `figures`: tables to figures
+- `errors`, `arguments`: typed errors and checked arguments
+- `cards`: what objects look like in a notebook; `lazily`: names imported as they are asked for
+- `statistics`: intervals, nulls and units; `files`: what goes to disk and comes from it; `figures`: tables to figures
 - `models`: chat models, layers and hooks; `solutions`: theta, what a finetune trained
 - `directions`: extraction, cosines, nulls; `evaluation`: answers, judges, rates
 - `interventions`: steering and ablation; `training`: finetunes; `landscape`: losses around solutions
-- `published`: what the papers' authors released; `pocket`: models of this project's own; `names`: any name to a model;
-  `plots`: any table to its figure
+- `published`: what the papers' authors released; `pocket`: models of this project's own
+- `face`: any name to a model, any table to its figure
 - `cli`: the commands
 
 `analyses` makes the papers' tables and figures of all this, and the report.
 """
 
 import sys
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from em_interp.errors import EmInterpError
@@ -68,6 +66,8 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.directions.gguf import save_gguf
     from em_interp.evaluation.rates import em_rates
     from em_interp.evaluation.sampling import sample
+    from em_interp.face.names import load, load_solution
+    from em_interp.face.plots import plot
     from em_interp.files.given import chats, questions
     from em_interp.interventions.ablation import Ablate, ablate
     from em_interp.interventions.intervening import answers_by_arm, intervening
@@ -78,12 +78,10 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.landscape.landscape import Landscape
     from em_interp.landscape.stability import stability
     from em_interp.models.chat_model import ChatModel
-    from em_interp.names import load, load_solution
-    from em_interp.plots import plot
     from em_interp.training.finetune import finetune
     from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset
 
-UNCHECKED: Final = ("arguments", "checking", "cli", "errors", "lazily")
+UNCHECKED: Final = ("arguments", "cli", "errors", "lazily")
 """Modules that are imported before the check on every call is there."""
 
 
@@ -95,7 +93,9 @@ class _Checking:
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:
         if name.startswith("em_interp.") and name.split(".")[1] not in UNCHECKED:
-            import_module("em_interp.checking")
+            from em_interp.arguments import check_every_call
+
+            check_every_call()
 
 
 sys.meta_path.insert(0, _Checking())
@@ -123,9 +123,9 @@ NAMES: Final = {
     "finetune": "em_interp.training.finetune:finetune",
     "influence": "em_interp.landscape.influence:influence",
     "intervening": "em_interp.interventions.intervening:intervening",
-    "load": "em_interp.names:load",
-    "load_solution": "em_interp.names:load_solution",
-    "plot": "em_interp.plots:plot",
+    "load": "em_interp.face.names:load",
+    "load_solution": "em_interp.face.names:load_solution",
+    "plot": "em_interp.face.plots:plot",
     "pocket": "em_interp.pocket",
     "preset": "em_interp.training.recipes:preset",
     "published": "em_interp.published",

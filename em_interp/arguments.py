@@ -6,13 +6,44 @@ import difflib
 import math
 import operator
 from collections.abc import Iterable
+from functools import cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from em_interp.errors import EmInterpError, UsageError
+from em_interp.errors import ArgumentTypeError, EmInterpError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@cache
+def check_every_call() -> None:
+    """Check all modules imported from now on against their signatures, but the commands': Typer checks those.
+
+    A wrong type is a typed error at the function that was given it, not a surprise deep inside. numpy's numbers are
+    numbers.
+    """
+    from beartype import BeartypeConf, FrozenDict  # .1 s, which `import em_interp` does without
+    from beartype.claw import beartype_package
+    from beartype.vale import Is
+
+    hints: Any = FrozenDict(
+        {
+            int: Annotated[Integral, Is[fits]],
+            float: Annotated[Real, Is[is_a_float]],
+            str: Annotated[str, Is[is_unicode]],
+        }
+    )
+    beartype_package(
+        "em_interp",
+        conf=BeartypeConf(
+            violation_param_type=ArgumentTypeError,
+            hint_overrides=hints,
+            claw_is_pep526=False,
+            claw_skip_package_names=("em_interp.cli",),
+            is_color=False,
+        ),
+    )
 
 
 def fits(value: Integral) -> bool:

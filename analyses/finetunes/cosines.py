@@ -53,16 +53,10 @@ READINGS = ("data-diff", "data-diff-in-chat", "model-diff")
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a pair and layer; column `comparison` says which of the three kinds of pair it is."""
     finetunes = suite.finetunes
-    organisms = finetunes.select(solution="general", seed=0)
-    contrasts = {}
-    for organism in organisms:
-        try:
-            contrasts[organism.name] = finetunes.contrast(organism)
-        except EmInterpError as error:
-            suite.note(error)
-    organisms = [e for e in organisms if e.name in contrasts]
+    organisms = with_directions(suite, finetunes.select(solution="general", seed=0))
     if len(organisms) < 2:
         raise nothing_of(suite, "two general organisms with misaligned and aligned coherent answers")
+    contrasts = {organism.name: finetunes.contrast(organism) for organism in organisms}
     mean_diffs = {name: c.direction() for name, c in contrasts.items()}
     resamples: dict[str, Resamples] = {}
     for name, of in contrasts.items():

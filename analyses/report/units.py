@@ -1,4 +1,4 @@
-"""Units of the columns of analyses' tables, beside those that `em_interp.units` knows, for their heads."""
+"""Units of the columns of analyses' tables, beside those that `em_interp.statistics.units` knows, for their heads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 import pandas as pd
 
-from em_interp.units import FRACTION, NATS_PER_TOKEN, RESIDUAL, with_units
+from em_interp.statistics.units import FRACTION, NATS_PER_TOKEN, RESIDUAL, with_units
 
 _LOSS: Final = "nats per response token"
 _OF_GAIN: Final = "percent of the gain"

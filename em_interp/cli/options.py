@@ -156,7 +156,7 @@ class ModelChoice:
 
     def load(self) -> Any:
         """The ChatModel, with the finetune active if one was given. --base beside --adapter vouches for the model."""
-        from em_interp import names
+        from em_interp.face import names
         from em_interp.models.pretrained import base_of_adapter
 
         base, any_base = self.base, self.any_base

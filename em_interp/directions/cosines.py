@@ -25,7 +25,7 @@ from em_interp.directions.resampling import Resamples
 from em_interp.errors import DirectionError, StatisticsError
 from em_interp.statistics import cosine_null_sd, cosine_p_value, permutation_p_value
 from em_interp.statistics.jackknife import FEWEST, METHOD, cosine_of_means
-from em_interp.units import with_units
+from em_interp.statistics.units import with_units
 
 COSINE_COLUMNS = ("direction_a", "direction_b", "layer", "cosine", "low", "high", "null_sd", "p_value")
 """The first columns of every table of cosines."""

@@ -32,7 +32,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
 from em_interp.solutions.base import Solution
-from em_interp.units import RESIDUAL, with_units
+from em_interp.statistics.units import RESIDUAL, with_units
 
 Reader = Literal["given", "finetuned", "chat"]
 """A model that reads texts: as it is given, with the finetune, without any."""

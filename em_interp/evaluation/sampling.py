@@ -29,7 +29,7 @@ from em_interp.models.checks import refuse_dropout, rooms_for
 from em_interp.models.hooks import position_ids
 from em_interp.models.templates import Conversation, turns_of
 from em_interp.models.weights import acting_hash
-from em_interp.units import with_units
+from em_interp.statistics.units import with_units
 
 Questions = Mapping[str, str | Conversation]
 """id -> text, or the conversation that is to be continued. Answers know their question by the id."""

@@ -19,7 +19,7 @@ from em_interp.evaluation.rates import PAPER, Criterion, em_rates, paired_differ
 from em_interp.interventions.steering import steering_rows
 from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import PERCENT
-from em_interp.units import FRACTION, with_units
+from em_interp.statistics.units import FRACTION, with_units
 
 CELLS: Final = {
     "steering": ("layer", "coefficient"),

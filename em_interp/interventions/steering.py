@@ -30,7 +30,7 @@ from em_interp.models.chat import Encoded, batches, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import BlockFn, block_hooks, check_layer
-from em_interp.units import with_units
+from em_interp.statistics.units import with_units
 
 LARGEST_SHARE: Final = 1000.0
 """What a sweep adds at most, in typical residual norms of the layer: a hundred already leave no answer coherent."""

@@ -10,7 +10,7 @@ from em_interp.errors import StatisticsError
 from em_interp.evaluation.rates import PAPER, Criterion, em_counts, em_rates
 from em_interp.statistics import Interval, too_few
 from em_interp.statistics.rate_intervals import ratio_interval
-from em_interp.units import FRACTION, with_units
+from em_interp.statistics.units import FRACTION, with_units
 
 RATES: Final = ("em", "coherent")
 """What ablation is judged by."""

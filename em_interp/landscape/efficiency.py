@@ -25,7 +25,7 @@ from em_interp.solutions.base import Solution
 from em_interp.solutions.space import refuse_zero
 from em_interp.statistics import FEWEST_CLUSTERS, LEVEL, Interval, clustered_interval
 from em_interp.statistics.jackknife import jackknife_error
-from em_interp.units import with_units
+from em_interp.statistics.units import with_units
 
 SCALES: Final = tuple(round(0.1 * step, 1) for step in range(21))
 """0 to 2 times the trained norm, as in the reference code."""

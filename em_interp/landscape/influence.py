@@ -35,7 +35,7 @@ from em_interp.models.partial_pass import ModelEnd, ResidualCache, replaced_up_t
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import check_bare, check_comparable
 from em_interp.statistics import LEVEL, clustered_interval
-from em_interp.units import NATS_PER_TOKEN, with_units
+from em_interp.statistics.units import NATS_PER_TOKEN, with_units
 
 TokenLabels = Callable[[Sequence[int]], Sequence[str]]
 """The kind of each token of a document, given its ids."""

@@ -25,7 +25,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import refuse_zero
 from em_interp.statistics import crossed_interval, t_interval
-from em_interp.units import with_units
+from em_interp.statistics.units import with_units
 
 EPSILONS: Final = tuple(round(0.1 * step, 1) for step in range(11))
 """The papers' grid: from the solution itself to one orthogonal to it."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -130,13 +131,12 @@ class LowRank:
     def hook(self, module: nn.Module) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
         """(arguments, output) of `module` -> output with scale * B A x, in the factors' dtype as PEFT does."""
         device = next(module.parameters()).device
-        a, b, scale = self.a.to(device), self.b.to(device), self.scale
+        return partial(_plus_low_rank, self.a.to(device), self.b.to(device), self.scale)
 
-        def add(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            update = (args[0].to(a.dtype) @ a.T) @ b.T
-            return (output + scale * update).to(output.dtype)
 
-        return add
+def _plus_low_rank(a: Tensor, b: Tensor, scale: float, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    update = (args[0].to(a.dtype) @ a.T) @ b.T
+    return (output + scale * update).to(output.dtype)
 
 
 @runtime_checkable
@@ -190,13 +190,18 @@ def updating(
 
 
 def _counted(update: ModuleUpdate, module: nn.Module, count: list[int]) -> Callable[..., object]:
-    changed = update.hook(module)
+    return tagged(partial(_count_and_change, update.hook(module), count), update.acts)
 
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        count[0] += 1
-        return changed(args, output)
 
-    return tagged(hook, update.acts)
+def _count_and_change(
+    changed: Callable[[tuple[Tensor, ...], Tensor], Tensor],
+    count: list[int],
+    _module: nn.Module,
+    args: tuple[Tensor, ...],
+    output: Tensor,
+) -> Tensor:
+    count[0] += 1
+    return changed(args, output)
 
 
 def check_shape(model_name: str, name: str, module: nn.Module, update: ModuleUpdate, base: str | None) -> None:

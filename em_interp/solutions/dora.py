@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -282,11 +282,11 @@ class _Update:
         """(arguments, output) of `module` -> output with theta x."""
         device = self.weight.device
         a, b, gain = self.a.to(device), self.b.to(device), self.gain()
-        bias: Tensor | None = getattr(module, "bias", None)
+        return partial(self._turned, a, b, gain, getattr(module, "bias", None))
 
-        def add(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            low = self.scale * ((args[0].to(a.dtype) @ a.T) @ b.T)
-            linear = output if bias is None else output - bias
-            return (output + self.factor * ((gain - 1) * linear + gain * low)).to(output.dtype)
-
-        return add
+    def _turned(
+        self, a: Tensor, b: Tensor, gain: Tensor, bias: Tensor | None, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        low = self.scale * ((args[0].to(a.dtype) @ a.T) @ b.T)
+        linear = output if bias is None else output - bias
+        return (output + self.factor * ((gain - 1) * linear + gain * low)).to(output.dtype)

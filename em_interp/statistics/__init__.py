@@ -1,6 +1,7 @@
 """Intervals of means over clusters and over repetitions, and nulls, with the level in one place.
 
 - `rate_intervals`, over `rate_models`: rates of few questions; `jackknife`: all else over few questions
+- `units`: what the numbers of tables are in
 
 Intervals are for new questions of the same kind, and hold with as few as eight questions: which method for what was
 chosen by simulation (`analyses/benchmarks/coverage.py`), and `artifacts/benchmarks/coverage_*.csv` shows how each

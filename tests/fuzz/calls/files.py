@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from em_interp import names
 from em_interp.cli import describe as inspection
 from em_interp.directions import store
+from em_interp.face import names
 from em_interp.files import given, inputs, texts
 from em_interp.models import pretrained, weights
 from em_interp.published import activations as published_activations

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from em_interp import plots, statistics, units
+from em_interp import statistics
 from em_interp.directions import (
     cosines as convergence,
 )
@@ -23,8 +23,9 @@ from em_interp.directions import (
     resampling,
 )
 from em_interp.evaluation import judges, rates
+from em_interp.face import plots
 from em_interp.interventions.transfer import transfer_rows
-from em_interp.statistics import rate_intervals
+from em_interp.statistics import rate_intervals, units
 from tests.fuzz import Call, then
 from tests.tiny_models import D_MODEL
 

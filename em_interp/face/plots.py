@@ -38,33 +38,16 @@ def plot(table: pd.DataFrame) -> go.Figure:
 
 def _efficiency(table: pd.DataFrame) -> go.Figure:
     """Loss against norm."""
-    drawn = figures.lines_by(
-        _in_order(table, "solution", "norm"),
-        "norm",
-        "loss",
-        "solution",
-        "norm of theta",
-        "loss (nats per response token)",
-        markers=True,
-        low="loss_low",
-        high="loss_high",
-    )
+    ordered = _in_order(table, "solution", "norm")
+    axes = ("norm of theta", "loss (nats per response token)")
+    drawn = _lines(ordered, "norm", "loss", "solution", *axes, ("loss_low", "loss_high"))
     return figures.captioned(drawn, f"Loss against norm, each solution scaled; bars: {PERCENT} over questions.")
 
 
 def _stability(table: pd.DataFrame) -> go.Figure:
     """Share of the gain that is lost against eps."""
-    drawn = figures.lines_by(
-        dispersion(table),
-        "epsilon",
-        "mean",
-        "solution",
-        "eps, the sine of the turn",
-        "loss increase (% of the gain)",
-        markers=True,
-        low="low",
-        high="high",
-    )
+    axes = ("eps, the sine of the turn", "loss increase (% of the gain)")
+    drawn = _lines(dispersion(table), "epsilon", "mean", "solution", *axes)
     return figures.captioned(drawn, f"Mean over random turns; bars: {PERCENT} of the mean.")
 
 
@@ -72,17 +55,9 @@ def _influence(table: pd.DataFrame) -> go.Figure:
     """KL on text against norm, random directions as the range of their intervals."""
     table = table[table["tokens"] == "all"] if (table["tokens"] == "all").any() else table
     random = table["kind"] == "random"
-    drawn = figures.lines_by(
-        _in_order(table[~random], "direction", "norm"),
-        "norm",
-        "kl_nats_per_token",
-        "direction",
-        "norm of theta",
-        "KL from the chat model (nats per token)",
-        markers=True,
-        low="low",
-        high="high",
-    )
+    ordered = _in_order(table[~random], "direction", "norm")
+    axes = ("norm of theta", "KL from the chat model (nats per token)")
+    drawn = _lines(ordered, "norm", "kl_nats_per_token", "direction", *axes)
     if random.any():
         bounds = table[random].groupby("norm").agg({"low": "min", "high": "max"})
         _band(drawn, bounds, f"{table.loc[random, 'direction'].nunique()} random directions")
@@ -93,9 +68,7 @@ def _cosines(table: pd.DataFrame) -> go.Figure:
     """Cosine against layer, a line a pair, with what random directions give."""
     pairs = table.assign(pair=table["direction_a"].astype(str) + " and " + table["direction_b"].astype(str))
     value = "cosine_debiased" if "cosine_debiased" in table and table["cosine_debiased"].notna().any() else "cosine"
-    drawn = figures.lines_by(
-        pairs, "layer", value, "pair", "layer (output of block)", "cosine", markers=True, low="low", high="high"
-    )
+    drawn = _lines(pairs, "layer", value, "pair", "layer (output of block)", "cosine")
     figures.null_band(drawn, NORMAL * float(table["null_sd"].max()), f"random directions, {PERCENT}")
     return figures.captioned(drawn, f"Bars: {PERCENT} over questions, where the responses were kept.")
 
@@ -106,6 +79,19 @@ def _norms(table: pd.DataFrame) -> go.Figure:
     long = table.melt("layer", list(named), "of", "length").replace({"of": named})
     drawn = figures.lines_by(long, "layer", "length", "of", "layer (output of block)", "norm", markers=True)
     return figures.captioned(drawn, "Norms by layer, in units of the residual stream.")
+
+
+def _lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    x_title: str,
+    y_title: str,
+    ends: tuple[str, str] = ("low", "high"),
+) -> go.Figure:
+    """A line with markers for each value of `by`; ends: the columns of the interval."""
+    return figures.lines_by(table, x, y, by, x_title, y_title, markers=True, low=ends[0], high=ends[1])
 
 
 def _in_order(table: pd.DataFrame, by: str, x: str) -> pd.DataFrame:
