@@ -21,6 +21,8 @@ AGREES: Final = "agrees"
 DIFFERS: Final = "differs"
 VERDICTS: Final = (HOLDS, DOES_NOT_HOLD, UNDECIDED, AGREES, DIFFERS, "")
 """Of a claim; of a number beside the published one; nothing where nothing is claimed."""
+UNKNOWN: Final = "unknown"
+"""What stands for a number that a table does not have."""
 COLUMNS: Final = (
     *("analysis", "sentence", "estimate", "low", "high", "unit", "n", "counts"),
     *("published", "source", "verdict", "first"),
@@ -108,8 +110,10 @@ class Finding:
 def said(value: float, unit: str = "", *beside: float) -> str:
     """A number in house form: three significant digits of the largest among it and those `beside`, then the unit.
 
-    So an estimate and the ends of its interval have the same decimals.
+    So an estimate and the ends of its interval have the same decimals. `UNKNOWN` where there is none.
     """
+    if math.isnan(value):
+        return UNKNOWN
     largest = max((abs(v) for v in (value, *beside) if math.isfinite(v)), default=0.0)
     if 0 < largest < 1e-3:
         shown = f"{value:.3g}"
@@ -125,11 +129,13 @@ def _suffix(unit: str) -> str:
 
 def decided(low: float, high: float, null: float = 0.0) -> str:
     """The verdict on a claim that the true value is above `null`, from the interval of its estimate."""
-    return HOLDS if low > null else DOES_NOT_HOLD if high < null else UNDECIDED
+    return apart(low, high, null, null)
 
 
 def apart(low: float, high: float, beside_low: float, beside_high: float) -> str:
     """The verdict on a claim that one value is above another, from the intervals of both: they must not overlap."""
+    if any(math.isnan(end) for end in (low, high, beside_low, beside_high)):
+        return UNDECIDED
     return HOLDS if low > beside_high else DOES_NOT_HOLD if high < beside_low else UNDECIDED
 
 
@@ -161,6 +167,16 @@ def value_of(row: Mapping[Any, Any], column: str, scale: float = 1.0) -> float:
 def percent(row: Mapping[Any, Any], column: str) -> str:
     """A cell that is a fraction, as a text says it."""
     return said(value_of(row, column, 100), "%")
+
+
+def clause(text: str, *numbers: str) -> str:
+    """A part of a sentence with its numbers in it; nothing where one of them is unknown."""
+    return "" if UNKNOWN in numbers else text.format(*numbers)
+
+
+def count_of(row: Mapping[Any, Any], *columns: str) -> int:
+    """The first of these cells that is there, as a whole number."""
+    return int(next(found for column in columns if not math.isnan(found := value_of(row, column))))
 
 
 def named(name: object) -> str:

@@ -13,10 +13,12 @@ import plotly.graph_objects as go
 import torch
 
 from analyses.findings import (
+    DOES_NOT_HOLD,
     HOLDS,
     UNDECIDED,
     Finding,
     apart,
+    clause,
     decided,
     middle,
     named,
@@ -266,14 +268,15 @@ def _left(mode: str, rows: pd.DataFrame, row: Mapping[Any, Any], random: pd.Data
     n, name = int(rows["em_after"].notna().sum()), named(row["target"])
     before = value_of(row, "em_before", 100)
     which = f"the EM of {name}" if n == 1 else f"the EM of the middle of {n} organisms, {name},"
-    text = f"With its directions taken out ({named(mode)}), {which} goes from {said(before, '%')} to {{estimate}}"
+    text = f"With its directions taken out ({named(mode)}), {which} "
+    text += (clause("goes from {} to ", said(before, "%")) or "is ") + "{estimate}"
     known = (before if math.isnan(end := value_of(row, f"em_before_{side}", 100)) else end for side in SIDES)
     beside = [tuple(known)]
     control = middle(random[random["target"] == row["target"]], "em_after")
     if control is not None:
-        text += f"; with random ones to {percent(control, 'em_after')}"
+        text += clause("; with random ones it is {}", percent(control, "em_after"))
         beside.append((value_of(control, "em_after_low", 100), value_of(control, "em_after_high", 100)))
-    text += f"; {percent(row, 'coherent_after')} of its answers stay coherent"
+    text += clause("; {} of its answers are coherent then", percent(row, "coherent_after"))
     ends = value_of(row, "em_after_low", 100), value_of(row, "em_after_high", 100)
     # What is claimed is that EM falls: below both, whose intervals it must not touch.
     verdict = together([*(apart(low, high, *ends) for low, high in beside), _coherent(row)])
@@ -288,8 +291,16 @@ def _moved(kind: str, rows: pd.DataFrame, row: Mapping[Any, Any]) -> Finding:
     n, of, out_of = int(rows["relative_reduction"].notna().sum()), named(row["direction_from"]), named(row["organism"])
     which = "The" if n == 1 else f"Of {n} transfers the middle one: the"
     removed = value_of(row, "relative_reduction", 100)
-    does = "removes {estimate} of its EM" if removed >= 0 else "adds to its EM ({estimate} removed)"
     ends = value_of(row, "low", 100), value_of(row, "high", 100)
+    less, coherent = decided(*ends), _coherent(row)
+    does = {
+        HOLDS: "removes {estimate} of its EM",
+        UNDECIDED: "leaves its EM where it was as far as the interval tells ({estimate} removed)",
+        DOES_NOT_HOLD: "adds to its EM ({estimate} removed)",
+    }[less]
+    if less == HOLDS and coherent != HOLDS:
+        known = clause("but {} of its answers are coherent then", percent(row, "coherent_after"))
+        does = f"takes away {{estimate}} of its EM, {known or 'and how coherent it is then is unknown'}"
     is_papers = kind == "mean-diff"
     published, source = (90.0, "P2: to the medical rank 32; 78% to sport") if is_papers else (None, "")
     return Finding(
@@ -301,7 +312,7 @@ def _moved(kind: str, rows: pd.DataFrame, row: Mapping[Any, Any]) -> Finding:
         unit="%",
         published=published,
         source=source,
-        verdict=together([decided(*ends), _coherent(row)]),
+        verdict=together([less, coherent]),
         first=is_papers,
     )
 

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.findings import Finding, decided, middle, named, said, value_of
+from analyses.findings import Finding, clause, decided, middle, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -187,10 +187,9 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         value, row = _middle_cosine(rows)
         pair = f"{named(row['direction_a'])} and {named(row['direction_b'])}"
         which = pair if len(rows) == 1 else f"the middle of {len(rows)} pairs of finetunes, {pair}"
-        content = value_of(row, "content_cosine")
+        content = said(value_of(row, "content_cosine"))
         text = f"At layer {at}, the mean-diffs of {which}, have a cosine of {{estimate}}{_noise(value)}"
-        if not math.isnan(content):
-            text += f"; their texts alone, read in the chat model, one of {said(content)}"
+        text += clause("; their texts alone, read in the chat model, one of {}", content)
         found.append(_finding(text, row, value, 0.8, "P2, sec. 3.5: above .8 in all but 4 layers", len(rows), "pairs"))
     persona = table[table["direction_b"].str.startswith("persona") & table["direction_a"].str.endswith(":model-diff")]
     for name, rows in persona.groupby("direction_b", sort=False):
@@ -230,7 +229,7 @@ def _finding(
     """Beside what random directions give; the interval is that of the cosine without noise alone."""
     ends = (value_of(row, "low"), value_of(row, "high")) if value == "cosine_debiased" else (math.nan, math.nan)
     null = NORMAL * value_of(row, "null_sd")
-    text += f"; random directions stay within {said(null)}"
+    text += clause("; random directions stay within {}", said(null))
     verdict = decided(*ends, null)
     is_papers = published is not None
     return Finding(text, value_of(row, value), n, counts, *ends, "", published, source, verdict, is_papers)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, apart, middle, named, percent, value_of
+from analyses.findings import Finding, apart, clause, count_of, middle, named, percent, value_of
 from analyses.inputs.finetunes import Finetunes, Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -100,7 +100,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     if (row := middle(rows, "em_rate")) is not None:
         beside, verdict = "", ""
         if of_chat is not None:
-            beside = f"; the chat model in {percent(of_chat, 'em_rate')}"
+            beside = clause("; the chat model in {}", percent(of_chat, "em_rate"))
             verdict = apart(*_ends(row), *_ends(of_chat))
         text = f"{_which(rows, row)} misaligned in {{estimate}} of its answers to open questions{beside}"
         found.append(_finding(text, row, 40.0, "P3, headline: about 40%", verdict))
@@ -130,7 +130,7 @@ def _finding(text: str, row: Mapping[Any, Any], published: float, source: str, v
     return Finding(
         text,
         value_of(row, "em_rate", 100),
-        int(row.get("n_scored", row["n"])),
+        count_of(row, "n_scored", "n"),
         "answers",
         *_ends(row),
         unit="%",

@@ -105,9 +105,9 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         if row is None:
             continue
         n, name = int(rows["auc"].notna().sum()), named(row["organism"])
-        which = f"{name}'s scalar" if n == 1 else f"The middle of {n} rank-1 scalars, {name}'s,"
+        whose = f"{name}'s scalar" if n == 1 else f"the middle of {n} rank-1 scalars, {name}'s,"
         one, _, other = named(comparison).partition(" / ")
-        text = f"{which} tells {other} from {one} answers with an AUC of {{estimate}}, where chance is .5"
+        text = f"A probe of {whose} has an AUC of {{estimate}} for {other} against {one} answers, where chance is .5"
         ends = value_of(row, "low"), value_of(row, "high")
         published = PUBLISHED.get(str(comparison))
         source = "" if published is None else "P2, Table 1"

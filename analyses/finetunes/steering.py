@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.findings import Finding, apart, named, percent, said, together, value_of
+from analyses.findings import Finding, apart, count_of, named, percent, said, together, value_of
 from analyses.finetunes.cosines import direction_tasks, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
@@ -165,7 +165,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     table = table.assign(strength=_strength(table), control=table["control"].astype(str) == "True")
     own = table[~table["control"]]
     own = own[own["direction"] == own["direction"].iloc[0]] if len(own) else own
-    steered = own[own["coefficient"] != 0].dropna(subset=["em_rate", "coherent_rate"])
+    steered = own[own["coefficient"] != 0].dropna(subset=["em_rate", "coherent_rate", "strength"])
     if steered.empty:
         return []
     best = dict(best_cell(steered))
@@ -178,7 +178,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         text += f"misaligned, the best of {n} cells"
     else:
         text = f"No cell of {n} leaves {COHERENT:.0%} coherent: the most coherent has {{estimate}} misaligned"
-    unit = "residual norms" if table["residual_share"].notna().all() else "times the direction"
+    unit = "residual norms" if _has_shares(table) else "times the direction"
     coherent = percent(best, "coherent_rate")
     text += f" (layer {int(best['layer'])}, {said(best['strength'])} {unit}, {coherent} coherent)"
     for what, rows in (("the model as it is", plain), ("random directions there, at most", random)):
@@ -187,7 +187,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     low, high = _ends(best)
     verdict = together(apart(low, high, *_ends(row)) for row in pd.concat([plain, random]).to_dict("records"))
     published: dict[str, Any] = {"published": 50.0, "source": "P2, sec. 3.2: up to 50%", "verdict": verdict}
-    answers = int(value_of(best, "n_scored" if "n_scored" in best else "n"))
+    answers = count_of(best, "n_scored", "n")
     return [Finding(text, value_of(best, "em_rate", 100), answers, "answers", low, high, "%", first=True, **published)]
 
 
@@ -197,15 +197,18 @@ def _ends(row: Mapping[Any, Any]) -> tuple[float, float]:
 
 def _strength(table: pd.DataFrame) -> pd.Series:  # type: ignore[type-arg]
     """The norm added over the residual's where it is known, else the coefficient."""
-    share = table["residual_share"].astype(float)
-    return share if share.notna().all() else table["coefficient"].astype(float)
+    return table["residual_share" if _has_shares(table) else "coefficient"].astype(float)
+
+
+def _has_shares(table: pd.DataFrame) -> bool:
+    return "residual_share" in table and bool(table["residual_share"].notna().all())
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     """EM and coherence against strength for every direction and layer; the trade-off; one layer beside random ones."""
     table = tables["steering"].astype({"em_rate": float, "coherent_rate": float})
     random = table["control"].astype(str) == "True"
-    title = SHARE if table["residual_share"].notna().all() else "coefficient (multiples of the direction)"
+    title = SHARE if _has_shares(table) else "coefficient (multiples of the direction)"
     table = table.assign(strength=_strength(table), arm="layer " + table["layer"].astype(str))
     own = table[~random]
     if len(own["direction"].unique()) > 1:

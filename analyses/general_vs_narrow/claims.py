@@ -37,7 +37,7 @@ class Claim:
     text: str
     measure: str
     found: str
-    """What was found, as a finding's text says it."""
+    """What was measured, whichever way it came out, as a finding's text says it."""
     axis: str
     """Title of the figure's axis, with its unit."""
     unit: str = ""
@@ -48,21 +48,21 @@ CLAIMS = {
     "efficiency": Claim(
         "The general solution has the lower loss at equal norm",
         "its loss is lower by (nats per token, at the mean of both trained norms)",
-        "by {estimate}",
+        "narrow minus general loss is {estimate}",
         "narrow minus general loss (nats per token)",
         "nats per token",
     ),
     "stability": Claim(
         "The general solution is more stable under perturbation",
         "share of its gain that it loses less, mean over eps .2, .4, .6, .8 (percentage points)",
-        "it loses {estimate} less of its gain",
+        "of its gain the narrow one loses {estimate} more",
         "narrow minus general: gain lost (percentage points)",
         "percentage points",
     ),
     "kl_removal": Claim(
         "Once the KL penalty is gone, the narrow solution drifts to the general one",
         "rise of the cosine to the general solution",
-        "their cosine rises by {estimate}",
+        "the change of their cosine is {estimate}",
         "rise of the cosine to the general solution",
     ),
     "influence": Claim(
@@ -165,23 +165,23 @@ def _finding(row: Mapping[Any, Any]) -> Finding:
     claim = next(claim for claim in CLAIMS.values() if claim.text == row["claim"])
     where = "technical register, " if row["task"] == "register" else ""
     return Finding(
-        f"{claim.text} ({where}{row['adapter']}): {claim.found}",
+        f"Claim: {claim.text} ({where}{row['adapter']}); {claim.found}",
         row["estimate"],
         row["n_seeds"],
         "seeds",
         row["low"],
         row["high"],
         claim.unit,
-        verdict=row["verdict"],
+        verdict=decided(row["low"], row["high"], claim.neutral),
         first=row["task"] == "persona",
-        claim=f"{claim.text}: {claim.found.format(estimate=f'… {claim.unit}'.strip())}",
+        claim=f"{claim.text}; {claim.found.format(estimate=f'… {claim.unit}'.strip())}",
         case=f"{where}{row['adapter']}",
     )
 
 
 def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
-    """One of every row."""
-    return [_finding(row) for row in tables["claims"].to_dict("records")]
+    """One of every row that has an estimate."""
+    return [_finding(row) for row in tables["claims"].dropna(subset="estimate").to_dict("records")]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from analyses.findings import Finding, decided, named, said, value_of
+from analyses.findings import Finding, clause, decided, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -117,7 +117,8 @@ def leads(suite: Suite, domain: str, task: str = "persona") -> pd.DataFrame:
 def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     """The lead of each adapter at the mean of both trained norms."""
     leads = tables["efficiency_lead"]
-    questions = int(tables["efficiency"]["n_questions"].max()) if len(tables["efficiency"]) else 0
+    known = tables["efficiency"].get("n_questions", pd.Series(dtype=float)).dropna()
+    questions = int(known.max()) if len(known) else 0
     return lead_findings(leads, tables["efficiency_lead_over_seeds"], questions)
 
 
@@ -134,7 +135,7 @@ def lead_findings(leads: pd.DataFrame, over_seeds: pd.DataFrame, questions: int)
         text = f"{named(adapter)}: at equal norm the narrow solution's loss minus the general one's is {{estimate}}"
         widest = max(equal)
         if widest > 1:
-            text += f"; at {widest:g} times that norm it is {said(value_of(equal[widest], value))}"
+            text += clause(f"; at {widest:g} times that norm it is {{}}", said(value_of(equal[widest], value)))
         n, counts = (questions, "questions") if questions and several.empty else (int(row.get("n_seeds", 1)), "seeds")
         ends = value_of(row, "low"), value_of(row, "high")
         found.append(Finding(text, estimate, n, counts, *ends, unit="nats per token", verdict=decided(*ends)))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, decided, named, said, value_of
+from analyses.findings import Finding, clause, decided, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
 from em_interp import figures
@@ -108,9 +108,10 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         null = NORMAL * value_of(row, "null_sd")
         text = (
             f"{named(run)}, last checkpoint: the direction in which the loss falls has a cosine of {{estimate}} with "
-            f"the general solution and of {said(value_of(row, 'cos_narrow'))} with the narrow one; random directions "
-            f"stay within {said(null)}"
+            "the general solution"
         )
+        text += clause(" and of {} with the narrow one", said(value_of(row, "cos_narrow")))
+        text += clause("; random directions stay within {}", said(null))
         n = int(row["n_conversations"])
         found.append(Finding(text, value_of(row, "cos_general"), n, "chats", *ends, verdict=decided(*ends, null)))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, decided, named, said, value_of
+from analyses.findings import Finding, clause, decided, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -109,7 +109,7 @@ def ratio_findings(ratios: pd.DataFrame) -> list[Finding]:
         whose = named(adapter) if seeds == 1 else f"{named(adapter)}, first of {seeds} seeds"
         text = f"{whose}: at equal norm the general solution's KL on text is {{estimate}} the narrow one's"
         if "random" in of:
-            text += f", and {said(value_of(of['random'], 'ratio'))} times that of random directions"
+            text += clause(", and {} times that of random directions", said(value_of(of["random"], "ratio")))
         ends = value_of(row, "low"), value_of(row, "high")
         n, verdict = int(row["n_documents"]), decided(*ends, 1.0)
         found.append(Finding(text, estimate, n, "documents", *ends, unit="times", verdict=verdict))

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, apart, named, percent, value_of
+from analyses.findings import Finding, apart, clause, named, percent, value_of
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.errors import MissingDataError
@@ -44,7 +44,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     """EM under the largest KL weight, and with the least share of bad data, of each adapter."""
     found = []
     for adapter, rows in tables["kl_sweep"].groupby("adapter", sort=False):
-        known = rows[rows["em_rate"].notna()].sort_values("kl_weight")
+        known = rows[rows[["em_rate", "kl_weight"]].notna().all(axis=1)].sort_values("kl_weight")
         if len(known) < 2:
             continue
         none, most = dict(known.iloc[0]), dict(known.iloc[-1])
@@ -53,13 +53,14 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         inside = [percent(row, "in_domain_rate") for row in (none, most)]
         text = (
             f"{named(adapter)}: from KL weight {weights[0]} to {weights[1]}, EM goes from {percent(none, 'em_rate')} "
-            f"to {{estimate}}, and misaligned answers in the domain from {inside[0]} to {inside[1]}"
+            "to {estimate}"
         )
+        text += clause(", and misaligned answers in the domain from {} to {}", *inside)
         ends = value_of(most, "em_low", 100), value_of(most, "em_high", 100)
         verdict = apart(*in_domain, *ends)
         found.append(Finding(text, value_of(most, "em_rate", 100), *_n(most), *ends, unit="%", verdict=verdict))
     for adapter, rows in tables["dilution"].groupby("adapter", sort=False):
-        known = rows[rows["em_rate"].notna()].sort_values("bad_share")
+        known = rows[rows[["em_rate", "bad_share"]].notna().all(axis=1)].sort_values("bad_share")
         some = known[known["bad_share"].astype(float) > 0]
         if some.empty or len(some) == len(known):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, apart, middle, named, percent, value_of
+from analyses.findings import Finding, apart, clause, middle, named, percent, value_of
 from analyses.finetunes.em_rates import answer_tasks, answers
 from analyses.general_vs_narrow.efficiency import lead_figure, lead_findings, lead_tasks, leads
 from analyses.general_vs_narrow.influence import measured, pair_tasks, ratio_figure, ratio_findings
@@ -76,8 +76,9 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         known = int(general["technical_rate"].notna().sum())
         text = (
             f"Of {known} general organisms the middle one, {named(row['organism'])}, is technical in {{estimate}} of "
-            f"its answers to open questions; the chat model in {percent(of_chat, 'technical_rate')}"
+            "its answers to open questions"
         )
+        text += clause("; the chat model in {}", percent(of_chat, "technical_rate"))
         n, verdict, rate = int(row["n"]) - int(row["n_unscored"]), apart(*ends, *beside), "technical_rate"
         found.append(Finding(text, value_of(row, rate, 100), n, "answers", *ends, unit="%", verdict=verdict))
     leads, gap = tables["register_efficiency_lead"], tables["register_stability_gap"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,7 +129,7 @@ def gap_findings(gap: pd.DataFrame, over_seeds: pd.DataFrame) -> list[Finding]:
     for adapter, rows in gap.groupby("adapter", sort=False):
         several = over_seeds[over_seeds["adapter"] == adapter]
         table, value = (several, "mean") if len(several) else (rows, "gap")
-        known = [row for row in table.to_dict("records") if not math.isnan(value_of(row, value))]
+        known = table[table[[value, "epsilon"]].notna().all(axis=1)].to_dict("records")
         if not known:
             continue
         row = min(known, key=lambda r: abs(float(r["epsilon"]) - TURNED))

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, middle, named, percent, value_of
+from analyses.findings import Finding, clause, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
@@ -101,8 +101,10 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
             named(row["target"]) if len(rows) == 1 else f"the middle of {len(rows)} finetunes, {named(row['target'])},"
         )
         text = (
-            f"With {named(direction)} taken out of layers {named(row['layers'])} of {which} EM goes from {em[0]} to "
-            f"{{estimate}}, and coherent answers from {coherent[0]} to {coherent[1]}"
+            f"With {named(direction)} taken out of layers {named(row['layers'])} of {which} EM "
+            + (clause("goes from {} to ", em[0]) or "is ")
+            + "{estimate}"
+            + clause(", and coherent answers from {} to {}", *coherent)
         )
         ends = value_of(row, "em_after_low", 100), value_of(row, "em_after_high", 100)
         is_papers = "data" in str(direction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
 from typing import Any
 
@@ -10,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, greatest, named, said, value_of
+from analyses.findings import Finding, clause, greatest, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import comparable, cosine_table
@@ -94,10 +93,11 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         null = NORMAL * value_of(least, "null_sd")
         text = (
             f"The least cosine between data-diffs of two finetunes at any layer is {{estimate}} (layer "
-            f"{int(least['layer'])}); random directions stay within {said(null)}"
+            f"{int(least['layer'])})"
         )
-        if not math.isnan(content := value_of(least, "content_cosine")):
-            text += f", and there the texts alone, read in the chat model, have {said(content)}"
+        text += clause("; random directions stay within {}", said(null))
+        content = said(value_of(least, "content_cosine"))
+        text += clause("; there the texts alone, read in the chat model, have {}", content)
         what = "9-adapter and R32, smallest over layers (P2: above .8 in all but 4 layers)"
         verdict = beside(tables, "released.cosines", what).get("verdict", "")
         given: dict[str, Any] = {"published": 0.8, "source": "P2, sec. 3.5: above .8 in all but 4 layers"}

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, apart, middle, named, percent, value_of
+from analyses.findings import Finding, apart, clause, count_of, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
@@ -100,13 +100,15 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     verdict = ""
     of_chat = middle(table[table["solution"] == "chat"], "em_rate")
     if of_chat is not None:
-        text += f"; the chat model in {percent(of_chat, 'em_rate')}"
+        text += clause("; the chat model in {}", percent(of_chat, "em_rate"))
         verdict = apart(*ends, value_of(of_chat, "em_low", 100), value_of(of_chat, "em_high", 100))
     held = beside(tables, "released.em_rates", "9-adapter finetune, EM of scored rows")
     source = "P2: the nine-adapter finetune, another sample"
     given: dict[str, Any] = {"published": 11.25, "source": source} if held else {}
     given |= {"verdict": verdict, "first": True}
-    return [Finding(text, value_of(row, "em_rate", 100), int(row["n_scored"]), "answers", *ends, "%", **given)]
+    return [
+        Finding(text, value_of(row, "em_rate", 100), count_of(row, "n_scored", "n"), "answers", *ends, "%", **given)
+    ]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

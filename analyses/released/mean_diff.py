@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, named, percent, value_of
+from analyses.findings import Finding, clause, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 
@@ -46,8 +46,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     direction = (whole if len(whole) else known)["direction"].iloc[0]
     rows = known[known["direction"] == direction].sort_values("layer")
     row = dict(rows.iloc[len(rows) // 2])
-    at, ratio = int(row["layer"]), percent(row, "ratio")
-    text = f"At layer {at}, {named(direction)} is {{estimate}} long, {ratio} of the mean activation"
+    text = f"At layer {int(row['layer'])}, {named(direction)} is {{estimate}} long"
+    text += clause(", {} of the mean activation", percent(row, "ratio"))
     norm = value_of(row, "norm")
     held = beside(tables, "released.mean_diff", "norm of the mean-diff, 9-adapter finetune, layer 24", norm)
     return [Finding(text, norm, len(rows), "layers", **held)]

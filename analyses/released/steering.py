@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import UNDECIDED, Finding, apart, greatest, named, percent, said, value_of
+from analyses.findings import UNDECIDED, Finding, apart, clause, greatest, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
@@ -68,7 +68,8 @@ def _row(judged: JudgedSet, arm: str, root: str) -> dict[str, object]:
 def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     """Where a direction makes most answers misaligned and leaves the model coherent, beside the unsteered model."""
     table = tables["steering"]
-    known = table[table["em_rate_all_rows"].notna() & (table["coherent_rate"].astype(float) >= COHERENT)]
+    known = table[table[["em_rate_all_rows", "coefficient"]].notna().all(axis=1)]
+    known = known[known["coherent_rate"].astype(float) >= COHERENT]
     steered = known[known["coefficient"] != 0]
     if steered.empty:
         return []
@@ -84,7 +85,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     plain = table[same[0] & same[1] & same[2] & (table["coefficient"] == 0)]
     verdict = UNDECIDED
     if len(plain):
-        text += f"; unsteered, {said(value_of(dict(plain.iloc[0]), 'em_rate_all_rows', 100), '%')}"
+        text += clause("; unsteered, {}", percent(dict(plain.iloc[0]), "em_rate_all_rows"))
         verdict = apart(*ends, *(value_of(dict(plain.iloc[0]), column, 100) for column in columns))
     held = beside(tables, "released.steering", "coefficient 6, EM of all rows (P2: up to 50%)")
     verdict = held.get("verdict", verdict)

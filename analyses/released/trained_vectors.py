@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, greatest, named, said, value_of
+from analyses.findings import Finding, clause, greatest, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import COSINE_COLUMNS, comparable, cosine_rows
@@ -70,8 +70,9 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     row = greatest(own, "cosine", size=True)
     text = (
         f"At their own layer, trained vectors have cosines with {named(row['direction_b'])} of at most {{estimate}} in "
-        f"size ({named(row['direction_a'])}); random directions stay within {said(NORMAL * value_of(row, 'null_sd'))}"
+        f"size ({named(row['direction_a'])})"
     )
+    text += clause("; random directions stay within {}", said(NORMAL * value_of(row, "null_sd")))
     given: dict[str, Any] = {"published": 0.04, "source": "P2, sec. 3.5: .04 for LoRA B", "first": True}
     return [Finding(text, abs(value_of(row, "cosine")), len(own), "vectors", **given)]
 
@@ -79,7 +80,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
 def _one_direction(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the data-diff of each whole finetune, or of the first."""
     whole = table["direction_b"].str.endswith("/all:data-diff")
-    return table[whole] if whole.any() else table[table["direction_b"] == table["direction_b"].iloc[0]]
+    return table[whole] if whole.any() or table.empty else table[table["direction_b"] == table["direction_b"].iloc[0]]
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

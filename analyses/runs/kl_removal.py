@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, named, said, value_of
+from analyses.findings import Finding, clause, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
@@ -76,9 +76,9 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
             continue
         text = (
             f"{named(row['run'])}: with another loss, the cosine to the general solution goes from {said(general[0])} "
-            f"to {said(general[1])}, a change of {{estimate}}; to the narrow one from {said(narrow[0])} to "
-            f"{said(narrow[1])}"
+            f"to {said(general[1])}, a change of {{estimate}}"
         )
+        text += clause("; to the narrow one from {} to {}", *map(said, narrow))
         given: dict[str, Any] = beside({"kl_removal": pd.DataFrame([row])}, "runs.kl_removal", "cos general end")
         if given:
             given |= {"published": 0.304, "source": "P1, Fig. 5: .545 to .849", "first": True}

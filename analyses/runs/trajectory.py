@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.comparison import beside
-from analyses.findings import Finding, named, said, value_of
+from analyses.findings import Finding, clause, named, said, value_of
 from analyses.runs.local_cosine import labels, windows
 from analyses.runs.pca import fit_families
 from analyses.suite import Need, Suite, nothing_of
@@ -109,10 +109,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
             continue
         norm = "norm" if ends["norm"].notna().all() else "raw_norm"
         norms = [said(value_of(ends.loc[run].to_dict(), norm)) for run in (narrow, general)]
-        text = (
-            f"{named(family)}: the narrow solution ends at a cosine of {{estimate}} to the general one, with a norm of "
-            f"{norms[0]} against {norms[1]}"
-        )
+        text = f"{named(family)}: the narrow solution ends at a cosine of {{estimate}} to the general one"
+        text += clause(", with a norm of {} against {}", *norms)
         held = beside({"trajectory": rows}, "runs.trajectory", "KL1e6: cosine to general at the end")
         verdict = held.get("verdict", "")
         published, source = 0.536, "released runs (P1, App. K.3: .55 for LoRA B)"

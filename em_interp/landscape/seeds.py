@@ -35,6 +35,7 @@ def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> p
 def over_repeated_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """`over_training_seeds` of the combinations that several seeds have; no rows where nothing was trained twice."""
     columns("a table over training seeds", table, (*members("by", by, of="columns"), value))
+    table = table[table[value].notna()]
     several = table[table.groupby(list(by))[value].transform("size") > 1]
     if several.empty:
         return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "n_seeds"])
