@@ -13,8 +13,9 @@ from em_interp import cli, figures
 from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, OutputError, UsageError
 from em_interp.evaluation.answers import judge_name
+from em_interp.evaluation.criteria import Criterion
 from em_interp.evaluation.judges import judge_of_file
-from em_interp.evaluation.rates import Criterion, em_rates, paired_difference
+from em_interp.evaluation.rates import em_rates, paired_difference
 from em_interp.interventions.judged import differences, judged_rates, kind_of, rates_figure
 from em_interp.published.judged import read_judged_csv
 from tests.tiny_models import make_hf, tokenizer

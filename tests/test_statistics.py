@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from em_interp.errors import StatisticsError
-from em_interp.evaluation.rates import PAPER, REFERENCE_CODE, Criterion, em_rates, rates_by_question, threshold_sweep
+from em_interp.evaluation.criteria import PAPER, REFERENCE_CODE, Criterion
+from em_interp.evaluation.rates import em_rates, rates_by_question, threshold_sweep
 from em_interp.statistics import (
     LEVEL,
     NORMAL,

@@ -17,7 +17,7 @@ from em_interp.directions import rank1
 from em_interp.directions.rank1 import lora_scalars, mean_scalars
 from em_interp.errors import SolutionError, StatisticsError, UsageError
 from em_interp.evaluation.answers import conversations
-from em_interp.evaluation.rates import PAPER
+from em_interp.evaluation.criteria import PAPER
 from em_interp.files.manifest import fingerprint
 from em_interp.solutions.lora import as_lora
 from em_interp.statistics import PERCENT

@@ -18,8 +18,8 @@ from em_interp.directions import extraction
 from em_interp.directions.extraction import Contrast, contrast
 from em_interp.errors import BadValueError, EmInterpError
 from em_interp.evaluation.answers import conversations, misaligned_and_aligned
+from em_interp.evaluation.criteria import PAPER
 from em_interp.evaluation.judges import Judge
-from em_interp.evaluation.rates import PAPER
 from em_interp.evaluation.sampling import Questions
 from em_interp.files.manifest import fingerprint
 from em_interp.files.results import KEEPING_NOTHING, Results

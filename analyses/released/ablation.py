@@ -12,7 +12,8 @@ from analyses.findings import Finding, clause, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
-from em_interp.evaluation.rates import REFERENCE_CODE, Rates, em_rates
+from em_interp.evaluation.criteria import REFERENCE_CODE
+from em_interp.evaluation.rates import Rates, em_rates
 from em_interp.statistics import PERCENT
 
 TITLE = "Ablating the direction from a misaligned finetune"

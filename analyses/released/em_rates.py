@@ -12,7 +12,8 @@ from analyses.comparison import beside
 from analyses.findings import Finding, apart, clause, count_of, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
-from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+from em_interp.evaluation.criteria import REFERENCE_CODE
+from em_interp.evaluation.rates import em_rates
 from em_interp.published.scan import JudgedSet, PublishedData
 from em_interp.statistics import PERCENT
 

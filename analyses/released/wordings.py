@@ -9,7 +9,8 @@ from analyses.findings import Finding, greatest, named, said, value_of
 from analyses.released.thresholds import source_name
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
-from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+from em_interp.evaluation.criteria import REFERENCE_CODE
+from em_interp.evaluation.rates import em_rates
 
 TITLE = "EM by wording of the question"
 TEXT = (

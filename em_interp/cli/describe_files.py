@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from em_interp.directions.direction import Direction
 from em_interp.directions.gguf import read_gguf
 from em_interp.errors import MissingDataError, UnreadableFileError
-from em_interp.evaluation.rates import REFERENCE_CODE, em_rates
+from em_interp.evaluation.criteria import REFERENCE_CODE
+from em_interp.evaluation.rates import em_rates
 from em_interp.files.directions import METADATA_KEY
 from em_interp.files.inputs import open_text, read_json
 from em_interp.files.texts import QuestionSet, chats_read, json_lines, read_chats, read_questions, read_texts

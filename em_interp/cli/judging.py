@@ -99,7 +99,7 @@ class Judging:
 
     def tell(self, table: Any) -> None:
         """Print what judged answers say; write it, and its figure."""
-        from em_interp.evaluation.rates import PAPER
+        from em_interp.evaluation.criteria import PAPER
 
         tell({self.out.stem: table}, PAPER, out=self.rates, figure=None, inputs=self.inputs, force=True)
 

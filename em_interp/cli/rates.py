@@ -31,7 +31,7 @@ def rates(
     Intervals are over questions. Several files of one kind stand side by side, and each is compared with the first,
     question by question.
     """
-    from em_interp.evaluation.rates import Criterion
+    from em_interp.evaluation.criteria import Criterion
     from em_interp.published.judged import read_judged_csv
 
     names = [_name(path, files) for path in files]

@@ -8,8 +8,8 @@ import pandas as pd
 
 from em_interp.arguments import columns
 from em_interp.errors import UsageError
+from em_interp.evaluation.criteria import PAPER
 from em_interp.evaluation.judges import Judge, judged
-from em_interp.evaluation.rates import PAPER
 from em_interp.evaluation.sampling import Questions, sample
 from em_interp.files.manifest import fingerprint
 from em_interp.files.results import Results

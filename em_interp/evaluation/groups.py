@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from em_interp.arguments import columns
-from em_interp.evaluation.rates import PAPER, em_rates
+from em_interp.evaluation.criteria import PAPER
+from em_interp.evaluation.rates import em_rates
 from em_interp.statistics.rate_intervals import rate_interval
 
 GROUPS = ("general", "in_domain", "heldout_domain")

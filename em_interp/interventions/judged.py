@@ -15,7 +15,8 @@ import plotly.graph_objects as go
 from em_interp import figures
 from em_interp.arguments import columns
 from em_interp.errors import StatisticsError, UsageError
-from em_interp.evaluation.rates import PAPER, Criterion, em_rates, paired_difference
+from em_interp.evaluation.criteria import PAPER, Criterion
+from em_interp.evaluation.rates import em_rates, paired_difference
 from em_interp.interventions.steering import steering_rows
 from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import PERCENT

@@ -20,7 +20,8 @@ from em_interp.arguments import check_seed
 from em_interp.cards import bars, card
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.errors import DirectionError, UsageError
-from em_interp.evaluation.rates import PAPER, Criterion, em_rates
+from em_interp.evaluation.criteria import PAPER, Criterion
+from em_interp.evaluation.rates import em_rates
 from em_interp.evaluation.sampling import Questions, answer_table, as_conversation, sample_rows
 from em_interp.files import given
 from em_interp.files.given import Source

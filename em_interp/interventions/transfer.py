@@ -7,7 +7,8 @@ from typing import Final
 import pandas as pd
 
 from em_interp.errors import StatisticsError
-from em_interp.evaluation.rates import PAPER, Criterion, em_counts, em_rates
+from em_interp.evaluation.criteria import PAPER, Criterion
+from em_interp.evaluation.rates import em_counts, em_rates
 from em_interp.statistics import Interval, too_few
 from em_interp.statistics.rate_intervals import ratio_interval
 from em_interp.statistics.units import FRACTION, with_units

@@ -15,7 +15,7 @@ RESIDUAL: Final = "residual stream"
 _LOSSES: Final = ("loss", "loss_low", "loss_high", "loss_reduction", "gain", "lead", "loss_general", "loss_narrow")
 _RATES: Final = tuple(
     f"{name}{end}"
-    for name in ("em", "coherent", "em_all_rows", "em_strict", "em_before", "em_after", "coherent_before")
+    for name in ("em", "coherent", "em_all_rows", "em_strict", "em_before", "em_after", "coherent_before", "recognised")
     for end in ("_rate", "_low", "_high", "")
 )
 _UNITS: Final = {

@@ -85,6 +85,7 @@ PARTS = {
             "landscape.efficiency.EfficiencyCurve",
             "landscape.efficiency.Optimum",
             "evaluation.rates.Difference",
+            "evaluation.rates.Scored",
             "evaluation.rates.Rate",
             "evaluation.judges.FileJudge",
         ),
@@ -148,6 +149,7 @@ PARTS = {
             "statistics.rate_intervals.difference_bounds",
             "statistics.rate_intervals.rate_bounds",
             "statistics.rate_intervals.ratio_bounds",
+            "evaluation.rates.scored",
         ),
     ),
 }

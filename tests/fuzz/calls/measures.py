@@ -22,7 +22,7 @@ from em_interp.directions import (
     reliability,
     resampling,
 )
-from em_interp.evaluation import judges, rates
+from em_interp.evaluation import criteria, judges, rates
 from em_interp.face import plots
 from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import rate_intervals, units
@@ -78,7 +78,9 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"path": "direction.safetensors", "model": None, "n_layers": 4, "d_model": D_MODEL},
         ),
         (directions.random_directions, {"like": direction, "count": 2, "generator": rng}),
-        (rates.Criterion, {"aligned": 30.0, "coherent": 50.0, "inclusive": False}),
+        (criteria.Criterion, {"aligned": 30.0, "coherent": 50.0, "inclusive": False, "denominator": "all"}),
+        (criteria.preset_criterion, {"name": "betley"}),
+        (rates.rates_by, {"judged": judged, "by": "question", "cluster": "question", "level": 0.95}),
         (rates.em_rates, {"judged": judged, "cluster": "question", "level": 0.95}),
         (rates.rates_by_question, {"judged": judged}),
         (rates.threshold_sweep, {"judged": judged, "aligned": (20, 30), "coherent": (50,)}),
@@ -105,7 +107,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (statistics.no_interval, {"reason": "x"}),
         (statistics.too_few, {"n": 1, "of": "questions"}),
         (statistics.check_level, {"level": 0.95}),
-        (rates.em_counts, {"judged": judged, "criterion": rates.PAPER, "cluster": "question"}),
+        (rates.em_counts, {"judged": judged, "criterion": criteria.PAPER, "cluster": "question"}),
         (statistics.wilson_interval, {"successes": 1, "n": 3, "level": 0.95}),
         (statistics.t_interval, {"values": [1.0, 2.0, 3.0], "level": 0.95}),
         (
