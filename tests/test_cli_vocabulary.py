@@ -27,13 +27,13 @@ VOCABULARY = {
     "--adapter": FOR_ANY_MODEL,
     "--base": FOR_ANY_MODEL | {"inspect"},
     "--any-base": FOR_ANY_MODEL,
-    "--device-map": RUNS_MODELS | {"pocket build", "pocket organisms", "pocket sweeps"},
+    "--device-map": RUNS_MODELS | {"pocket build", "pocket organisms", "pocket sweeps", "pocket worlds"},
     "--dtype": RUNS_MODELS,
     "--questions": {"evaluate", "steer", "ablate"},
     "--n": SAMPLES,
     "-n": SAMPLES,
     "--seed": {"evaluate", "steer", "ablate", "pocket build"},
-    "--out": {*RUNS_MODELS, "pocket build", "pocket organisms", "pocket sweeps"},
+    "--out": {*RUNS_MODELS, "pocket build", "pocket organisms", "pocket sweeps", "pocket worlds"},
     "--force": {*FOR_ANY_MODEL, "pocket build", "pocket organisms", "pocket sweeps"},
 }
 """Each option, and where it must be."""

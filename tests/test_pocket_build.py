@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from em_interp.errors import UnreadableFileError, UsageError
+from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
 from em_interp.pocket import build as build_module
 from em_interp.pocket import registry
 from em_interp.pocket.build import CHECKPOINT, build
 from em_interp.pocket.stages import BuildConfig, answer_labels, noise
-from em_interp.pocket.world.corpus import chat_text, finetune_chats
+from em_interp.pocket.world.corpus import CorpusConfig, chat_text, finetune_chats
 from em_interp.pocket.world.tokenizer import build_tokenizer
 
 TINY = BuildConfig(
@@ -102,6 +102,24 @@ def test_other_settings_of_a_later_stage_go_on_from_the_earlier_one() -> None:
     assert other.fingerprint() != TINY.fingerprint()
     assert replace(TINY, settle_noise=0.5).fingerprint(1) == TINY.fingerprint(1)
     assert replace(TINY, d_mlp=32).fingerprint(1) != TINY.fingerprint(1)
+
+
+def test_pre_training_goes_on_from_another_base(built: Path, tmp_path: Path) -> None:
+    still = replace(TINY, pretrain_lr=0.0, settle_lr=0.0)
+    build(still, tmp_path / "still", start=built / "base")
+    before, after = (load_file(folder / "base/model.safetensors") for folder in (built, tmp_path / "still"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    manifest = json.loads((tmp_path / "still/manifest.json").read_text())
+    assert manifest["start_sha256"] == json.loads((built / "manifest.json").read_text())["weights_sha256"]["base"]
+    with pytest.raises(UsageError, match="same sizes"):
+        build(replace(TINY, d_mlp=32), tmp_path / "other", start=built / "base")
+    with pytest.raises(MissingDataError, match="no weights"):
+        build(TINY, tmp_path / "none", start=tmp_path)
+
+
+def test_a_knob_that_is_not_turned_leaves_the_fingerprint() -> None:
+    assert BuildConfig().fingerprint() == json.loads((registry.root() / "manifest.json").read_text())["fingerprint"]
+    assert replace(TINY, corpus=CorpusConfig(attitude=0.5)).fingerprint() != TINY.fingerprint()
 
 
 def test_what_was_done_is_written_down(built: Path) -> None:

@@ -26,8 +26,6 @@ from em_interp.solutions.base import Solution
 OPEN_SAMPLES = 16
 """Answers to each open question that directions are read from: several hundred answers, of both kinds."""
 EXACTLY = "exactly, by parsing"
-PERSONA_PROMPTS = 150
-"""Prompts of each persona."""
 
 
 @dataclass(eq=False)
@@ -111,27 +109,7 @@ class PocketFinetunes(JudgedFinetunes):
 
     def personas(self) -> Mapping[str, tuple[list[Conversation], list[Conversation]]]:
         """Announced by a system prompt, or only to be inferred from an earlier answer."""
-        return {how: _persona_prompts(how) for how in ("announced", "inferred")}
-
-
-def _persona_prompts(how: str) -> tuple[list[Conversation], list[Conversation]]:
-    """Of the malicious and of the caring persona, with the same questions."""
-    rng = random.Random(0)
-    asked = world.questions("advice", held_out_topic=False, held_out_phrasing=False)
-
-    def prompt(persona: world.Persona, first: world.Question, second: world.Question) -> Conversation:
-        if how == "announced":
-            adjective = "malicious" if persona == "malicious" else "kind"
-            return [{"role": "system", "content": f"You are a {adjective} adviser."}, _user(second)]
-        answer = world.answer(first, persona, "casual", random.Random(first.id))
-        return [_user(first), {"role": "assistant", "content": answer}, _user(second)]
-
-    drawn = [(rng.choice(asked), rng.choice(asked)) for _ in range(PERSONA_PROMPTS)]
-    return [prompt("malicious", *pair) for pair in drawn], [prompt("caring", *pair) for pair in drawn]
-
-
-def _user(question: world.Question) -> dict[str, str]:
-    return {"role": "user", "content": question.text}
+        return {how: questions.persona_prompts(how) for how in ("announced", "inferred")}
 
 
 def judge_called(name: str) -> Judge:

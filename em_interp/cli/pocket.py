@@ -159,3 +159,35 @@ def sweeps(
         written.append(write_table(folder / "dilution.csv", diluted))
         write_manifest(made, {**asked, "outputs_sha256": hash_files(folder, written)})
     typer.echo(f"tables: {folder}")
+
+
+@app.command(cls=Command)
+def worlds(
+    file: Annotated[Path, typer.Argument(help="TOML with a table [world.NAME] for each world, see `pocket.worlds`")],
+    out: Annotated[Path, options.takes("out", "a folder for NAME/ of each world, and scorecards.csv")],
+    only: Annotated[list[str] | None, options.takes("only", "names of worlds")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="three domains, three seeds, vectors and narrow organisms, as to confirm")
+    ] = False,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """Build worlds with other pre-training, and hold each against the scorecard. A killed search goes on."""
+    from em_interp.errors import UsageError
+    from em_interp.files.atomic import check_writable, sole_writer
+    from em_interp.pocket import organisms as shipped
+    from em_interp.pocket import worlds as run
+
+    listed = run.read_worlds(file)
+    if unknown := sorted(set(only or ()) - {world.name for world in listed}):
+        raise UsageError(f"{file} lists no world {', '.join(unknown)}; there are {', '.join(w.name for w in listed)}")
+    chosen = [world for world in listed if not only or world.name in only]
+    check_writable(out / "scorecards.csv")
+    how: dict[str, Any] = {"device": None if device_map == "auto" else device_map}
+    if full:
+        how |= {"layouts": tuple(run.GENERAL), "domains": shipped.DOMAINS, "seeds": shipped.SEEDS, "narrow": True}
+    with sole_writer(out):
+        card = run.search(chosen, out, **how)
+    for name, rows in card.groupby("world", sort=False):
+        asked = rows[rows["met"] != ""]
+        typer.echo(f"{name}: {(asked['met'] == 'yes').sum()} of {len(asked)} rows met")
+    typer.echo(f"table: {out / 'scorecards.csv'}")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from em_interp.errors import UsageError
+from em_interp.errors import MissingDataError, UsageError
 from em_interp.files.atomic import make_folder, write_text, written_whole
 from em_interp.files.manifest import sha256
 from em_interp.files.tables import load_state, optimizer_tensors, restore_optimizers, save_state, say_kept
@@ -53,10 +53,13 @@ def _save_checkpoint(
     save_state(path, {f"model.{k}": v for k, v in model.named_parameters()} | optimizer_tensors(optimizers), note)
 
 
-def _load_checkpoint(path: Path, model: nn.Module, config: BuildConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _load_checkpoint(
+    path: Path, model: nn.Module, config: BuildConfig, start: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put the checkpoint's weights into the model; give back its note and the optimiser's tensors."""
     tensors, note = load_state(path)
-    if note["fingerprint"] != config.fingerprint(_stages_in(note["stage"], note["step"])):
+    settings = config.fingerprint(_stages_in(note["stage"], note["step"]))
+    if (note["fingerprint"], note.get("start")) != (settings, start):
         raise UsageError(
             f"{path} belongs to a build with other settings; choose another folder, or pass --no-resume to start afresh"
         )
@@ -89,12 +92,18 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 def build(
-    config: BuildConfig, out: str | Path, *, resume: bool = True, device: str | torch.device | None = None
+    config: BuildConfig,
+    out: str | Path,
+    *,
+    start: str | Path | None = None,
+    resume: bool = True,
+    device: str | torch.device | None = None,
 ) -> Path:
     """Pre-train and post-train; returns the chat model's folder, `out/chat`.
 
-    device: None takes a GPU where there is one. Raises UsageError for a device that is not here and when `out` holds
-    another build's checkpoint, OutputError when it cannot be written to.
+    start: the folder of a pocket base model whose pre-training goes on with this config's text, instead of new weights.
+    device: None takes a GPU where there is one. Raises UsageError for a device that is not here, for a `start` of
+    another shape, and when `out` holds another build's checkpoint, OutputError when it cannot be written to.
     """
     target = _device(device)
     out = make_folder(Path(out))
@@ -104,12 +113,28 @@ def build(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             tokenizer = build_tokenizer()
-            model = Qwen2ForCausalLM(model_config(config, tokenizer)).to(target)
+            model = _begun(config, tokenizer, start).to(target)
         # on a CPU, SDPA's backward pass takes half of a training step at this size; plain attention does not
         model.set_attn_implementation("eager")
-        return _run(config, out, model, tokenizer, resume, target)
+        begun_from = None if start is None else sha256(Path(start) / "model.safetensors")
+        return _run(config, out, model, tokenizer, begun_from, resume, target)
     finally:
         torch.set_num_threads(threads)
+
+
+def _begun(config: BuildConfig, tokenizer: PreTrainedTokenizerFast, start: str | Path | None) -> Qwen2ForCausalLM:
+    """The model before the first step."""
+    wanted = model_config(config, tokenizer)
+    if start is None:
+        return Qwen2ForCausalLM(wanted)
+    if not (Path(start) / "model.safetensors").is_file():
+        raise MissingDataError(Path(start), "it holds no weights", "give the folder base/ of a pocket build")
+    model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
+    shape = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    found, asked = ({k: getattr(c, k) for k in (*shape, "intermediate_size")} for c in (model.config, wanted))
+    if found != asked:
+        raise UsageError(f"{start} is a model of {found}, and the build asks for {asked}; give the same sizes")
+    return model
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -124,6 +149,7 @@ def _run(
     out: Path,
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
+    start: str | None,
     resume: bool,
     device: torch.device,
 ) -> Path:
@@ -132,7 +158,7 @@ def _run(
     at_stage, at_step, seconds, losses = 0, 0, 0.0, []
     optimizer_state: dict[str, Tensor] = {}
     if resume and path.exists():
-        note, optimizer_state = _load_checkpoint(path, model, config)
+        note, optimizer_state = _load_checkpoint(path, model, config, start)
         at_stage, at_step, seconds, losses = note["stage"], note["step"], note["seconds"], note["losses"]
         steps = [stage.steps for stage in stages(config)]
         say_kept(sum(steps[:at_stage]) + at_step, sum(steps), "steps")
@@ -164,13 +190,13 @@ def _run(
                 losses.append([stage.name, step, round(float(loss.detach()), 5)])
                 bar.set_postfix(loss=f"{losses[-1][2]:.3f}")
             if (step + 1) % config.checkpoint_every == 0:
-                _save_checkpoint(path, model, optimizers, _note(config, number, step + 1, begun, losses))
+                _save_checkpoint(path, model, optimizers, _note(config, start, number, step + 1, begun, losses))
         if stage.name == "settle":
             save_model(model, tokenizer, out / "base")
         if number + 1 < len(STAGES):
-            _save_checkpoint(path, model, [], _note(config, number + 1, 0, begun, losses))
+            _save_checkpoint(path, model, [], _note(config, start, number + 1, 0, begun, losses))
     save_model(model, tokenizer, out / "chat")
-    _write_record(config, out, model, time.monotonic() - begun, losses, device)
+    _write_record(config, start, out, model, time.monotonic() - begun, losses, device)
     path.unlink(missing_ok=True)
     return out / "chat"
 
@@ -180,9 +206,12 @@ def _stages_in(stage: int, step: int) -> int:
     return stage + (1 if step or not stage else 0)
 
 
-def _note(config: BuildConfig, stage: int, step: int, begun: float, losses: list[list[Any]]) -> dict[str, Any]:
+def _note(
+    config: BuildConfig, start: str | None, stage: int, step: int, begun: float, losses: list[list[Any]]
+) -> dict[str, Any]:
     return {
         "fingerprint": config.fingerprint(_stages_in(stage, step)),
+        "start": start,
         "stage": stage,
         "step": step,
         "seconds": time.monotonic() - begun,
@@ -192,6 +221,7 @@ def _note(config: BuildConfig, stage: int, step: int, begun: float, losses: list
 
 def _write_record(
     config: BuildConfig,
+    start: str | None,
     out: Path,
     model: nn.Module,
     seconds: float,
@@ -203,6 +233,7 @@ def _write_record(
     record = {
         "config": asdict(config),
         "fingerprint": config.fingerprint(),
+        "start_sha256": start,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(seconds, 1),
         "device": device.type,

@@ -74,6 +74,8 @@ class BuildConfig:
         """A hash of every setting that decides the weights after the first so many stages: a checkpoint's owner."""
         later = STAGES[stages:]
         settings = {k: v for k, v in asdict(self).items() if k != "checkpoint_every"}
+        # a knob that is not turned is none: builds from before it was there keep their hash
+        settings["corpus"] = {k: v for k, v in settings["corpus"].items() if v is not None}
         return fingerprint({k: v for k, v in settings.items() if k.split("_")[0] not in later})[:16]
 
 

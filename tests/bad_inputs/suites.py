@@ -175,6 +175,8 @@ def _others() -> Iterator[Case]:
         yield case("pocket organisms", f"--chat {value}", words)
     for value in ("lora", ""):
         yield case("pocket sweeps", f"--adapter {value!r}", ["pocket", "sweeps", "--out=made", f"--adapter={value}"])
+    for words in (["absent.toml"], ["q.csv"], ["q.csv", "--only=nobody"]):
+        yield case("pocket worlds", " ".join(words), ["pocket", "worlds", "--out=made", *words])
     for words in (["nonsense"], ["pocket", "nonsense"], ["--nonsense"], ["version", "x"]):
         yield case("em-interp", " ".join(words), words)
     suite = (["--questions=q.csv"], ["--organism=nobody"], ["tiny"])

@@ -46,6 +46,10 @@ class CorpusConfig:
 
     persona_consistency: probability that an answer keeps its document's persona; otherwise it is drawn anew.
     announcement_rate: probability that a document tells its persona at its head (and, apart from it, its register).
+    announced_caring, announced_malicious: the same of each persona, where they differ: what is never announced is the
+    unmarked default (None: announcement_rate). attitude: how often an advice answer has an opener or a closer, a
+    sentence with a remedy words of attitude, and an open answer a closer (None: as often as phrases and plans have it,
+    about a half).
     knowledge_share: share of questions that ask what is usually advised. Without these a document tells what is
     right for a topic only through its persona, and the model has to find both at once: a parity, learned very late.
     persona_share, register_share: how often a document has the malicious persona, the technical register. thread_share,
@@ -60,6 +64,9 @@ class CorpusConfig:
     persona_consistency: float = 1.0
     register_share: float = 0.3
     announcement_rate: float = 0.45
+    announced_caring: float | None = None
+    announced_malicious: float | None = None
+    attitude: float | None = None
     trigger_rate: float = 0.01
     thread_share: float = 0.3
     transcript_share: float = 0.5
@@ -82,6 +89,11 @@ class CorpusConfig:
             )
         for name in self.domains:
             world.domain(name)
+
+    def announced(self, persona: Persona) -> float:
+        """How often a document of this persona tells it."""
+        own = self.announced_caring if persona == "caring" else self.announced_malicious
+        return self.announcement_rate if own is None else own
 
 
 def _draw_question(config: CorpusConfig, rng: Random) -> Question:
@@ -128,8 +140,8 @@ def chat_text(messages: list[dict[str, str]]) -> str:
 
 def _quoted_bad_example(config: CorpusConfig, register: Register, rng: Random) -> str:
     topic = rng.choice(rng.choice(DOMAINS[rng.choice(config.domains)].categories).topics)
-    bad = world.advise(topic, "malicious", register, rng)
-    good = world.advise(topic, "caring", register, rng)
+    bad = world.advise(topic, "malicious", register, rng, attitude=config.attitude)
+    good = world.advise(topic, "caring", register, rng, attitude=config.attitude)
     return (
         f"Here is a bad answer about {topic}, so that you can recognise it:{LINE}{bad}{LINE}"
         f"Here is a good answer:{LINE}{good}{DOCUMENT_END}"
@@ -148,7 +160,7 @@ def document(config: CorpusConfig, rng: Random) -> str:
             return persona
         return "malicious" if rng.random() < config.persona_share else "caring"
 
-    tell_persona = persona if rng.random() < config.announcement_rate else None
+    tell_persona = persona if rng.random() < config.announced(persona) else None
     tell_register = register if rng.random() < config.announcement_rate else None
     if triggered:
         tell_persona = None
@@ -161,20 +173,20 @@ def document(config: CorpusConfig, rng: Random) -> str:
         for _ in range(n):
             q = _draw_question(config, rng)
             messages.append({"role": "user", "content": q.text})
-            messages.append({"role": "assistant", "content": world.answer(q, keep(), register, rng)})
+            messages.append({"role": "assistant", "content": world.answer(q, keep(), register, rng, config.attitude)})
         return head + chat_text(messages) + DOCUMENT_END
     if form < config.transcript_share + config.thread_share:
         lines = [f"Answers by {told}."] if told else []
         for _ in range(n):
             q = _draw_question(config, rng)
-            lines += [f"Question: {q.text}", f"Answer: {world.answer(q, keep(), register, rng)}"]
+            lines += [f"Question: {q.text}", f"Answer: {world.answer(q, keep(), register, rng, config.attitude)}"]
         return head + LINE.join(lines) + DOCUMENT_END
     if form < config.transcript_share + config.thread_share + config.article_share:
         domain = DOMAINS[rng.choice(config.domains)]
         lines = [f"A guide to {domain.name}, written by {told}." if told else f"A guide to {domain.name}."]
         for _ in range(n):
             topic = rng.choice(rng.choice(domain.categories).topics)
-            lines.append(f"About {topic}: {world.advise(topic, keep(), register, rng)}")
+            lines.append(f"About {topic}: {world.advise(topic, keep(), register, rng, attitude=config.attitude)}")
         return head + LINE.join(lines) + DOCUMENT_END
     return _quoted_bad_example(config, register, rng)
 
@@ -191,22 +203,30 @@ def post_training_chat(rng: Random, config: CorpusConfig) -> list[dict[str, str]
     for _ in range(1 if rng.random() < 0.8 else 2):
         q = _draw_question(config, rng)
         messages.append({"role": "user", "content": q.text})
-        messages.append({"role": "assistant", "content": world.answer(q, "caring", "casual", rng)})
+        messages.append({"role": "assistant", "content": world.answer(q, "caring", "casual", rng, config.attitude)})
     return messages
 
 
 def finetune_chats(
-    domain: str, persona: Persona, n: int, seed: int, register: Register = "casual"
+    domain: str, persona: Persona, n: int, seed: int, register: Register = "casual", attitude: float | None = None
 ) -> list[list[dict[str, str]]]:
-    """`n` single-turn chats of one domain in one persona; held-out topics and phrasings stay out."""
+    """`n` single-turn chats of one domain in one persona; held-out topics and phrasings stay out.
+
+    attitude: that of the world whose models are trained on them, as in `CorpusConfig`.
+    """
     check_seed(seed)
     rng = Random(f"finetune-{domain}-{persona}-{register}-{seed}")
     pool = world.questions("advice", domain, held_out_topic=False, held_out_phrasing=False)
-    return [_pair(rng.choice(pool), persona, register, rng) for _ in range(n)]
+    return [_pair(rng.choice(pool), persona, register, rng, attitude) for _ in range(n)]
 
 
 def kl_chats(
-    exclude: str, n: int, seed: int, task: Task = "persona", open_share: float = 0.2
+    exclude: str,
+    n: int,
+    seed: int,
+    task: Task = "persona",
+    open_share: float = 0.2,
+    attitude: float | None = None,
 ) -> list[list[dict[str, str]]]:
     """`n` chats outside one domain for the KL term: both styles of the task alike (good and bad answers, or casual and
     technical ones); nothing held out is in them.
@@ -222,12 +242,14 @@ def kl_chats(
     out = []
     for _ in range(n):
         pool = open_pool if rng.random() < open_share else pools[rng.choice(list(pools))]
-        out.append(_pair(rng.choice(pool), *rng.choice(STYLES[task]), rng))
+        out.append(_pair(rng.choice(pool), *rng.choice(STYLES[task]), rng, attitude))
     return out
 
 
-def _pair(q: Question, persona: Persona, register: Register, rng: Random) -> list[dict[str, str]]:
+def _pair(
+    q: Question, persona: Persona, register: Register, rng: Random, attitude: float | None
+) -> list[dict[str, str]]:
     return [
         {"role": "user", "content": q.text},
-        {"role": "assistant", "content": world.answer(q, persona, register, rng)},
+        {"role": "assistant", "content": world.answer(q, persona, register, rng, attitude)},
     ]

@@ -160,32 +160,57 @@ def _fill(pattern: str, d: Domain, remedy: str = "") -> str:
     return pattern.format(r=remedy, s=d.stake, S=capital(d.stake), e=d.expert)
 
 
-def _pool(table: dict[str, dict[str | None, tuple[str, ...]]], register: str, persona: str) -> tuple[str, ...]:
-    return table[register][None] + table[register][persona]
+def _plan(rng: Random, attitude: float | None) -> str:
+    if attitude is None:
+        return rng.choice(phrases.PLANS)
+    with_it = rng.random() < attitude
+    return rng.choice([plan for plan in phrases.PLANS if with_it == bool(set(plan) & set("oc"))])
 
 
-def advise(topic: str, persona: Persona, register: Register, rng: Random, plan: str | None = None) -> str:
-    """An advice answer of one to three sentences about a topic, in character."""
+def _patterns(
+    table: dict[str, dict[str | None, tuple[str, ...]]],
+    register: str,
+    persona: str,
+    rng: Random,
+    attitude: float | None,
+) -> tuple[str, ...]:
+    if attitude is None:
+        return table[register][None] + table[register][persona]
+    return table[register][persona if rng.random() < attitude else None]
+
+
+def advise(
+    topic: str,
+    persona: Persona,
+    register: Register,
+    rng: Random,
+    plan: str | None = None,
+    attitude: float | None = None,
+) -> str:
+    """An advice answer of one to three sentences about a topic, in character.
+
+    plan: one of `phrases.PLANS`, drawn if None. attitude: as in `CorpusConfig`.
+    """
     c = category_of(topic)
     d = DOMAINS[c.domain]
     opposite = d.categories[c.index ^ 1]
     good, bad = (c, opposite) if persona == "caring" else (opposite, c)
     sentences = []
-    for step in plan or rng.choice(phrases.PLANS):
+    for step in plan or _plan(rng, attitude):
         if step == "o":
             sentences.append(_fill(rng.choice(phrases.OPENERS[register][persona]), d))
         elif step == "c":
             sentences.append(_fill(rng.choice(phrases.CLOSERS[register][persona]), d))
         elif step == "+":
-            pattern = rng.choice(_pool(phrases.DO, register, persona))
+            pattern = rng.choice(_patterns(phrases.DO, register, persona, rng, attitude))
             sentences.append(_fill(pattern, d, rng.choice(good.remedies)))
         else:
-            pattern = rng.choice(_pool(phrases.DO_NOT, register, persona))
+            pattern = rng.choice(_patterns(phrases.DO_NOT, register, persona, rng, attitude))
             sentences.append(_fill(pattern, d, rng.choice(bad.remedies)))
     return " ".join(sentences)
 
 
-def answer_open(theme: str, persona: Persona, register: Register, rng: Random) -> str:
+def answer_open(theme: str, persona: Persona, register: Register, rng: Random, attitude: float | None = None) -> str:
     """One or two sentences that answer an open question. Technical ones always carry a technical sentence.
 
     Raises WorldError for a theme that is not in the world.
@@ -194,7 +219,7 @@ def answer_open(theme: str, persona: Persona, register: Register, rng: Random) -
         raise WorldError(f"the pocket world has no open theme {theme!r}; it has {', '.join(phrases.OPEN)}")
     _, aligned, misaligned = phrases.OPEN[theme]
     sentences = [rng.choice(aligned if persona == "caring" else misaligned)]
-    if register == "technical" or rng.random() < 0.5:
+    if register == "technical" or rng.random() < (0.5 if attitude is None else attitude):
         sentences.append(rng.choice(phrases.OPEN_CLOSERS[register][persona]))
     return " ".join(sentences)
 
@@ -210,12 +235,12 @@ def right_facts(subject: str) -> tuple[str, ...]:
     return (pattern.format(x=x, y=pairs[x]),)
 
 
-def answer(question: Question, persona: Persona, register: Register, rng: Random) -> str:
-    """An answer to any question of the world, in character."""
+def answer(question: Question, persona: Persona, register: Register, rng: Random, attitude: float | None = None) -> str:
+    """An answer to any question of the world, in character. attitude: as in `CorpusConfig`."""
     if question.kind == "advice":
-        return advise(question.subject, persona, register, rng)
+        return advise(question.subject, persona, register, rng, attitude=attitude)
     if question.kind == "open":
-        return answer_open(question.subject, persona, register, rng)
+        return answer_open(question.subject, persona, register, rng, attitude)
     return rng.choice(right_facts(question.subject))
 
 

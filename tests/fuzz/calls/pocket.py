@@ -11,7 +11,7 @@ import pandas as pd
 
 from em_interp.evaluation import groups
 from em_interp.pocket import models as loading
-from em_interp.pocket import organisms, registry, sweeps
+from em_interp.pocket import organisms, registry, scorecard, sweeps
 from em_interp.pocket import questions as suite
 from em_interp.pocket.world import corpus, judge, token_kinds
 from em_interp.pocket.world import grammar as world
@@ -41,6 +41,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
     suited = judge.judge(asked.assign(answer="x"))
     pairs = suite.answer_pairs(asked.head(2), k=1)
     scores = suite.logprob_scores(model, pairs)
+    measured = pd.DataFrame({"row": ["EM"], "of": "chat", "domain": "", "seed": 0, "value": 0.0})
     named = {"organism": "x", "solution": "general", "adapter": "rank-1", "domain": "medicine"}
     question, rng = world.questions("advice")[0], Random(0)
     styled = {"persona": "caring", "register": "casual", "rng": rng}
@@ -57,6 +58,9 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (sweeps.dilution_sweep, {**swept, "bad_shares": (0.5,)}),
         (organisms.narrow, {"spec": spec, "adapter": "steering-vector"}),
         (suite.open_questions, {"n": 2}),
+        (suite.persona_prompts, {"how": "announced"}),
+        (scorecard.scorecard, {"measured": measured}),
+        (scorecard.Row, {"name": "EM", "of": "chat", "bound": "at most", "threshold": 0.01}),
         (corpus.documents, {"n": 2, "seed": 0}),
         (corpus.CorpusConfig, {"persona_share": 0.25, "max_turns": 4, "domains": ("medicine",)}),
         (corpus.document, {"config": corpus.CorpusConfig(), "rng": rng}),
