@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from em_interp.errors import ChatTemplateError, SolutionError, UsageError
 from em_interp.models.chat import encode_all
@@ -96,6 +98,7 @@ def test_cosines_along_checkpoints() -> None:
     table = gradient_cosines(model, checkpoints, CONVERSATIONS, general=general, narrow=narrow, progress=False)
     assert list(table.columns) == [
         *("step", "loss", "norm", "grad_norm", "cos_general", "cos_narrow", "null_sd", "n_tokens", "n_conversations"),
+        *("cos_general_low", "cos_general_high", "cos_narrow_low", "cos_narrow_high"),
     ]
     assert list(table["step"]) == [0, 5, 10]
     for row, theta in zip(table.itertuples(), checkpoints.values(), strict=True):
@@ -113,6 +116,30 @@ def test_cosines_along_checkpoints() -> None:
         model, {0: general.scaled(0.0)}, CONVERSATIONS, general=downhill, narrow=narrow, progress=False
     )
     assert table.loc[0, "cos_general"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n", [2, 4, 12])
+def test_the_interval_leaves_chats_out_in_turn(n: int) -> None:
+    model = make_chat(dtype=torch.float64)
+    general, narrow = double(vector(1)), double(vector(1, seed=1))
+    chats = [
+        [{"role": "user", "content": f"{i} {'cats ' * i}"}, {"role": "assistant", "content": f"dogs {i * i} bite"}]
+        for i in range(n)
+    ]
+    (row,) = gradient_cosines(model, {1: general}, chats, general=general, narrow=narrow, progress=False).itertuples()
+    if n == 2:
+        assert np.isnan([row.cos_general_low, row.cos_narrow_high]).all()
+        return
+
+    def cosine(of: list[list[dict[str, str]]]) -> float:
+        (g,) = loss_gradient(model, general, of).parts.values()
+        return float(torch.nn.functional.cosine_similarity(-g, narrow.theta.double(), dim=0))
+
+    k = min(n, 10)
+    without = np.array([cosine([chat for i, chat in enumerate(chats) if i % k != part]) for part in range(k)])
+    error = np.sqrt((k - 1) / k * ((without - cosine(chats)) ** 2).sum())
+    half = stats.t.ppf(0.975, k - 1) * error
+    assert (row.cos_narrow_low, row.cos_narrow_high) == pytest.approx((row.cos_narrow - half, row.cos_narrow + half))
 
 
 def test_lora_has_the_papers_cosine_beside_the_effective_one() -> None:

@@ -50,7 +50,7 @@ TABLES = ("steering",)
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 RANDOM_ARMS = 3
-SHARE = "norm added / residual norm"
+SHARE = "strength (norm added / residual norm)"
 PIECES = 6
 """In how many pieces of work the layers are swept."""
 COHERENT = 0.9

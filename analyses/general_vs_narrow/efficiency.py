@@ -163,7 +163,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
                 high=rows["loss_high"],
                 panel=number,
             )
-    figures.style(panels, "norm of theta", "loss (nats per token)").update_yaxes(type="log", dtick="D2")
+    figures.style(panels, "norm of theta (Frobenius)", "loss (nats per token)").update_yaxes(type="log", dtick="D2")
     caption = f"{domain}, first seed: training loss against norm; intervals over questions."
     drawn = {"efficiency": figures.captioned(panels, caption)}
     over = tables["efficiency_lead_over_seeds"]
@@ -175,7 +175,7 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
 
 def lead_figure(over_seeds: pd.DataFrame) -> go.Figure:
     """Lead against relative norm, a line an adapter."""
-    titles = ("norm / mean of the two trained norms", "lead of the general solution (nats per token)")
+    titles = ("norm (times the mean of the two trained norms)", "lead of the general solution (nats per token)")
     over = (over_seeds, "relative_norm", "mean", "adapter")
     figure = figures.lines_by(*over, *titles, markers=True, low="low", high="high")
     return figures.null_line(figure, 0, "no lead")

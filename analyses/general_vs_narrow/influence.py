@@ -151,7 +151,7 @@ def _by_norm(trained: pd.DataFrame, adapters: Sequence[str]) -> go.Figure:
             rows = rows.sort_values("norm")
             x, y, low, high = (rows[column] for column in ("norm", "kl_nats_per_token", "low", "high"))
             figures.line(figure, x, y, str(kind), index, markers=True, low=low, high=high, panel=number)
-    return figures.style(figure, "norm of theta", "KL (nats per token)").update_yaxes(rangemode="tozero")
+    return figures.style(figure, "norm of theta (Frobenius)", "KL (nats per token)").update_yaxes(rangemode="tozero")
 
 
 def ratio_figure(ratios: pd.DataFrame) -> go.Figure:

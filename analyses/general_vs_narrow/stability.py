@@ -19,14 +19,22 @@ from em_interp.landscape import curvature as curvatures
 from em_interp.landscape import stability
 from em_interp.landscape.curvature import curvature
 from em_interp.landscape.seeds import over_repeated_seeds
-from em_interp.landscape.stability import EPSILONS, StabilityCurve, stability_curve, stability_gap, stability_table
+from em_interp.landscape.stability import (
+    EPSILONS,
+    StabilityCurve,
+    dispersion,
+    stability_curve,
+    stability_gap,
+    stability_table,
+)
 
 TITLE = "Stability under orthogonal perturbation"
 TEXT = (
     "Each solution turned by eps in ten random directions, norm kept (P1, Fig. 4b); the loss increase in percent of "
-    "what the solution gains over the chat model. gap is narrow minus general: positive where the general solution is "
-    "the more stable. predicted is what the curvature at the solution (Hessian-vector products with random orthogonal "
-    "directions) foretells, good where eps is small. All eps for the first training seed, .2 to .8 for the others."
+    "what the solution gains over the chat model: its mean with an interval over directions, and all of them. gap is "
+    "narrow minus general: positive where the general solution is the more stable. predicted is what the curvature at "
+    "the solution (Hessian-vector products with random orthogonal directions) foretells, good where eps is small. All "
+    "eps for the first training seed, .2 to .8 for the others."
 )
 TABLES = ("stability", "stability_gap", "stability_gap_over_seeds", "curvature")
 NEEDS = (Need.LOSSES,)
@@ -153,18 +161,18 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     for number, adapter in enumerate(adapters):
         for index, solution in enumerate(("general", "narrow")):
             rows = shown[(shown["adapter"] == adapter) & (shown["solution"] == solution)]
-            by = rows.groupby("epsilon")
-            value = by["relative_increase_percent"]
-            x = value.mean().index.to_numpy(float)
-            figures.extent(panels, x, value.min(), value.max(), "all perturbations", index, panel=number)
-            low, high = (by[end].first() if end in rows else None for end in ("low", "high"))
-            figures.line(panels, x, value.mean(), solution, index, markers=True, low=low, high=high, panel=number)
+            if rows.empty:
+                continue
+            mean = dispersion(rows).sort_values("epsilon")
+            x, low, high = mean["epsilon"], mean["low"], mean["high"]
+            figures.extent(panels, x, mean["minimum"], mean["maximum"], "all perturbations", index, panel=number)
+            figures.line(panels, x, mean["mean"], solution, index, markers=True, low=low, high=high, panel=number)
             bend = bends[(bends["adapter"] == adapter) & (bends["solution"] == solution) & (bends["epsilon"] <= 0.5)]
             name, (x, y, low, high) = f"{solution}, from curvature", (bend[c] for c in PREDICTED)
             figures.line(panels, x, y, name, index + 2, low=low, high=high, panel=number)
     figures.style(panels, "eps (share turned away)", "loss increase (% of the gain)")
     domain = table["domain"].iloc[0]
-    caption = f"{domain}, first seed: the loss of each solution as it is turned at equal norm."
+    caption = f"{domain}, first seed: each solution's loss as it is turned; intervals of the mean over turns."
     drawn = {"stability": figures.captioned(panels, caption)}
     over = tables["stability_gap_over_seeds"]
     if len(over):

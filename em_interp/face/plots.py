@@ -39,14 +39,14 @@ def plot(table: pd.DataFrame) -> go.Figure:
 def _efficiency(table: pd.DataFrame) -> go.Figure:
     """Loss against norm."""
     ordered = _in_order(table, "solution", "norm")
-    axes = ("norm of theta", "loss (nats per response token)")
+    axes = ("norm of theta (Frobenius)", "loss (nats per response token)")
     drawn = _lines(ordered, "norm", "loss", "solution", *axes, ("loss_low", "loss_high"))
     return figures.captioned(drawn, f"Loss against norm, each solution scaled; bars: {PERCENT} over questions.")
 
 
 def _stability(table: pd.DataFrame) -> go.Figure:
     """Share of the gain that is lost against eps."""
-    axes = ("eps, the sine of the turn", "loss increase (% of the gain)")
+    axes = ("eps (sine of the turn)", "loss increase (% of the gain)")
     drawn = _lines(dispersion(table), "epsilon", "mean", "solution", *axes)
     return figures.captioned(drawn, f"Mean over random turns; bars: {PERCENT} of the mean.")
 
@@ -56,7 +56,7 @@ def _influence(table: pd.DataFrame) -> go.Figure:
     table = table[table["tokens"] == "all"] if (table["tokens"] == "all").any() else table
     random = table["kind"] == "random"
     ordered = _in_order(table[~random], "direction", "norm")
-    axes = ("norm of theta", "KL from the chat model (nats per token)")
+    axes = ("norm of theta (Frobenius)", "KL from the chat model (nats per token)")
     drawn = _lines(ordered, "norm", "kl_nats_per_token", "direction", *axes)
     if random.any():
         bounds = table[random].groupby("norm").agg({"low": "min", "high": "max"})
@@ -77,7 +77,9 @@ def _norms(table: pd.DataFrame) -> go.Figure:
     """Norm of a direction beside that of a token's residual."""
     named = {"norm": "direction", "residual_norm": "residual of a token, mean"}
     long = table.melt("layer", list(named), "of", "length").replace({"of": named})
-    drawn = figures.lines_by(long, "layer", "length", "of", "layer (output of block)", "norm", markers=True)
+    drawn = figures.lines_by(
+        long, "layer", "length", "of", "layer (output of block)", "norm (residual stream)", markers=True
+    )
     return figures.captioned(drawn, "Norms by layer, in units of the residual stream.")
 
 

@@ -200,11 +200,14 @@ def _ablation_rows(judged: pd.DataFrame, target: str, criterion: Criterion, clus
     return table[[*leading, *table.columns.difference(leading, sort=False)]]
 
 
+_TIMES: Final = "coefficient (times the direction)"
+
+
 def _steering_figure(table: pd.DataFrame) -> go.Figure:
     """EM and coherence against strength, a line for each direction and layer; the range of random directions."""
     own = table[~table["control"].astype(bool)]
     share = len(set(own.groupby("layer")["coefficient"].agg(frozenset))) > 1 and own["residual_share"].notna().all()
-    x, x_title = ("residual_share", "norm added / residual norm") if share else ("coefficient", "coefficient")
+    x, x_title = ("residual_share", "strength (norm added / residual norm)") if share else ("coefficient", _TIMES)
     names = _telling(own, "set", "target", "direction")
     panels = figures.panels(["EM", "coherent"])
     for col, rate in enumerate(("em", "coherent")):

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,7 +27,11 @@ from em_interp.models.losses import batch_nll, token_budget
 from em_interp.models.templates import Conversation
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import check_bare, check_comparable
-from em_interp.statistics import cosine_null_sd
+from em_interp.statistics import LEVEL, cosine_null_sd
+from em_interp.statistics.jackknife import FEWEST, jackknife_error
+
+PARTS: Final = 10
+"""Of the conversations, each left out in turn for the intervals."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,11 @@ def gradient_cosines(
     progress: bool = True,
 ) -> pd.DataFrame:
     """One row a checkpoint: step, loss, norm (of theta), grad_norm, cos_general, cos_narrow, null_sd, n_tokens,
-    n_conversations.
+    n_conversations, and the ends of both cosines' intervals, cos_general_low and so on.
 
-    The cosines are those of *minus* the gradient, the way down. null_sd: standard deviation of a random direction's
+    The cosines are those of *minus* the gradient, the way down. Their intervals are of the cosine on this number of
+    conversations, a tenth of which is left out in turn (jackknife, Student): noise in the gradient shrinks the cosine
+    itself. Empty for fewer than three conversations. null_sd: standard deviation of a random direction's
     cosine. For LoRA also cos_general_b and cos_narrow_b, the papers' convention: the gradient with respect to B at the
     checkpoint's A against the solutions' B. Raises SolutionError where solutions do not belong together.
     """
@@ -108,5 +117,41 @@ def gradient_cosines(
             "n_tokens": found.n_tokens,
             "n_conversations": len(conversations),
         }
+        intervals = _intervals(model, theta, conversations, found, ends, tokens_per_batch)
+        row |= {f"cos_{name}_{side}": value for name, sides in intervals.items() for side, value in sides.items()}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _intervals(
+    model: ChatModel,
+    theta: Solution,
+    conversations: Sequence[Conversation],
+    whole: Gradient,
+    ends: Mapping[str, Solution],
+    tokens_per_batch: int | None,
+) -> dict[str, dict[str, float]]:
+    """low and high of the cosine of minus the gradient with each end; NaN for too few conversations.
+
+    The parts' gradients are taken once more, so that no more than one is held beside the whole.
+    """
+    n = min(PARTS, len(conversations))
+    if n < FEWEST:
+        return {name: {"low": np.nan, "high": np.nan} for name in ends}
+    along: dict[str, list[float]] = {name: [] for name in ends}
+    lengths = []
+    for first in range(n):
+        part = loss_gradient(model, theta, conversations[first::n], tokens_per_batch=tokens_per_batch)
+        share = part.n_tokens / whole.n_tokens
+        inner = sum(float((part.parts[place] * whole.parts[place]).sum()) for place in whole.parts)
+        lengths.append(whole.norm**2 - 2 * share * inner + (share * part.norm) ** 2)
+        for name, end in ends.items():
+            along[name].append(whole.along(end) - share * part.along(end))
+    found = {}
+    for name, end in ends.items():
+        without = -np.array(along[name]) / (np.sqrt(np.maximum(lengths, 0)) * end.norm)
+        cosine = -whole.along(end) / (whole.norm * end.norm)
+        error, df = jackknife_error(np.array(cosine), without, np.zeros(n, dtype=int))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, df) * error)
+        found[name] = {"low": max(cosine - half, -1.0), "high": min(cosine + half, 1.0)}
+    return found

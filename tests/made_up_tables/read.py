@@ -42,6 +42,8 @@ def released_ablation(effect: int) -> Tables:
             **interval(0.5 - 0.3 * effect, name="em_after_"),
             "coherent_before": 0.98,
             "coherent_after": 0.95,
+            **interval(0.98, name="coherent_before_"),
+            **interval(0.95, name="coherent_after_"),
             "n_unscored": 0,
         }
         for direction in ("diff_data_vector", "diff_model_vector")
