@@ -11,6 +11,7 @@ The direction, what it does, who else learned it, and why the general solution w
 | the direction between two sets of chats, or two models | `em.extract`; with norms and reliability: `em.contrast` |
 | mean activations | `em.collect` |
 | answers, seeded | `em.sample` |
+| several processes or GPUs for these, under `accelerate launch` or torchrun | `em.data_parallel` |
 | adding a direction, whole sweeps with random controls | `em.sweep`; by hand: `em.Steer` in `em.intervening` |
 | taking a direction out | `em.ablate`; by hand: `em.Ablate` in `em.intervening` |
 | rates of judged answers | `em.em_rates`; as a table, of sweeps and ablations too: `em.rates` |
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.landscape.landscape import Landscape
     from em_interp.landscape.stability import stability
     from em_interp.models.chat_model import ChatModel
+    from em_interp.models.ranks import data_parallel
     from em_interp.training.finetune import finetune
     from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset
 
@@ -116,6 +118,7 @@ NAMES: Final = {
     "collect": "em_interp.directions.activations:collect",
     "contrast": "em_interp.directions.extraction:contrast",
     "cosines": "em_interp.directions.cosines:organism_cosines",
+    "data_parallel": "em_interp.models.ranks:data_parallel",
     "efficiency": "em_interp.landscape.efficiency:efficiency",
     "em_rates": "em_interp.evaluation.rates:em_rates",
     "extract": "em_interp.directions.extraction:extract",
@@ -156,6 +159,7 @@ __all__ = [
     "collect",
     "contrast",
     "cosines",
+    "data_parallel",
     "efficiency",
     "em_rates",
     "extract",

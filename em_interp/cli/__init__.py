@@ -19,7 +19,10 @@ a folder for each model, named after its weights too. Seeds are 0 to 4294967295.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import typer
@@ -72,13 +75,36 @@ def version() -> None:
     options.out.print(__version__)
 
 
+SHARED: Final = ("extract", "steer", "ablate")
+"""Commands whose work the processes of one launch share."""
+
+
+@contextmanager
+def _shared(words: list[str]) -> Iterator[None]:
+    """Where several processes were launched together they share the work, and the first one speaks."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    if not set(SHARED) & set(words[:1]):
+        raise UsageError(
+            f"started as {os.environ['WORLD_SIZE']} processes: {', '.join(SHARED)} share their work among them. Start "
+            "other commands once; `reproduce` has --workers and --backend ray."
+        )
+    from em_interp.models.ranks import data_parallel
+
+    with data_parallel() as ranks:
+        options.out.quiet = options.err.quiet = not ranks.is_first
+        yield
+
+
 def main() -> None:
     """Entry point: typed errors become one readable message and an exit status."""
     try:
         for word in sys.argv[1:]:
             if not word.partition("=")[2 if word.startswith("-") and "=" in word else 0].strip():
                 raise UsageError(f"an argument is empty: {word!r}. Is a variable of the shell not set?")
-        app(standalone_mode=True)
+        with _shared(sys.argv[1:]):
+            app(standalone_mode=True)
     except EmInterpError as error:
         options.err.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(in_options(str(error)))}")
         raise SystemExit(options.NOTHING_DONE) from None

@@ -47,6 +47,7 @@ def ablate(
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.ablation import arms
     from em_interp.interventions.intervening import answers_by_arm
+    from em_interp.models.ranks import ranks
 
     model, direction = options.model_and_file(model, direction, named)
     options.once("--layer", layer or ())
@@ -65,13 +66,15 @@ def ablate(
     where = [layer, from_layer, random]
     asked_for = [model, adapter, base, direction, questions, prompt, n, seed, max_new_tokens, *where]
     ends = judging.Judging.of(judge, out, inputs)
-    with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
+    with claimed(ranks().own(out), asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
         ends.claim(force=force)
         asked = ends.asked(questions, prompt or ())
         chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
         wanted = arms(vectors, layers=layer or None, from_layer=from_layer, random_arms=random, seed=seed)
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
         table = answers_by_arm(chat, wanted, asked, n, seed=seed, **limits, parts=Parts(folder))
+        if not ranks().is_first:
+            return
         places = _places(chat, vectors, layer, from_layer)
         told = {"model": model, "adapter": adapter or "", "direction": direction.stem, "kind": vectors.kind}
         told["read_from"] = vectors.sources[0] if vectors.sources else ""

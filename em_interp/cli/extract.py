@@ -51,6 +51,7 @@ def extract(
     from em_interp.directions.gguf import save_gguf
     from em_interp.files.atomic import claim_output
     from em_interp.files.tables import claimed
+    from em_interp.models.ranks import ranks
 
     model = options.model_of(model, named)
     options.once("--layer", layer or ())
@@ -62,7 +63,7 @@ def extract(
         claim_output(gguf, inputs=[*inputs, out], force=force, endings=(".gguf",))
     one_of("--pooling", pooling, POOLINGS)
     asked = [model, adapter, base, answers, positive, negative, kind, scope, layer, pooling]
-    with claimed(out, asked, inputs=inputs, force=force, endings=(".safetensors",)) as parts:
+    with claimed(ranks().own(out), asked, inputs=inputs, force=force, endings=(".safetensors",)) as parts:
         texts = _read_answers(answers, kind) if answers is not None else _read(positive, negative, kind)
         chat = chosen.load()
         files = (answers, answers) if answers is not None else (positive, negative)
@@ -81,6 +82,8 @@ def extract(
             resume_in=parts,
             tokens_per_batch=tokens_per_batch,
         )
+        if not ranks().is_first:
+            return
         direction = found.direction(pooling)
         held = None if gguf is None else save_gguf(direction, gguf, model_type=str(chat.hf.config.model_type))
         direction.save(out)

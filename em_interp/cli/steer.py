@@ -44,6 +44,7 @@ def steer(
     """
     from em_interp.files.tables import Parts, claimed
     from em_interp.interventions.steering import sweep
+    from em_interp.models.ranks import ranks
 
     model, direction = options.model_and_file(model, direction, named)
     options.once("--layer", layer)
@@ -53,7 +54,7 @@ def steer(
     grid = [layer, coefficient, residual, scope, random]
     asked_for = [model, adapter, base, direction, questions, prompt, n, seed, max_new_tokens, *grid]
     ends = judging.Judging.of(judge, out, inputs)
-    with claimed(out, asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
+    with claimed(ranks().own(out), asked_for, inputs=inputs, force=force, endings=(".csv",)) as folder:
         ends.claim(force=force)
         asked = ends.asked(questions, prompt or ())
         chat, vectors = options.model_and_direction(chosen, direction, any_model=any_model)
@@ -73,6 +74,8 @@ def steer(
             tokens_per_batch=tokens_per_batch,
             parts=Parts(folder),
         )
+        if not ranks().is_first:
+            return
         table.insert(0, "model", model)
         table.insert(1, "adapter", adapter or "")
         table.insert(3, "read_from", vectors.sources[0] if vectors.sources else "")

@@ -33,6 +33,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import BlockFn, check_layer, run_bridge_until, run_until
 from em_interp.models.memory import run_in_batches
+from em_interp.models.ranks import Ranks, ranks
 from em_interp.models.templates import Conversation, Tokenizer
 from em_interp.models.weights import acting_hash
 
@@ -200,7 +201,7 @@ class _Collector:
                 raise ActivationError(f"conversation {empty} has no token in scope {scope!r}. Drop it.")
         self.totals: dict[int, list[Tensor]] = {}
         size = (len(layers), len(rows), model.d_model)
-        self.kept = {scope: torch.empty(size) for scope in scopes} if keep else None
+        self.kept = {scope: torch.zeros(size) for scope in scopes} if keep else None
 
     def forward(
         self, group: Sequence[int], side: Side, through: str, *, each: bool
@@ -254,6 +255,19 @@ class _Collector:
             for position, layer in enumerate(self.layers):
                 kept[position, list(group)] = means[f"{scope}.{layer}"]
 
+    def length(self, i: int) -> tuple[int, int]:
+        """What rows are sorted by, so that all processes agree."""
+        return len(self.encoded[i]), i
+
+    def add_others(self, us: Ranks) -> None:
+        """Make the totals, and the means that are kept in memory, those of all processes."""
+        shape = (len(self.scopes), self.model.d_model)
+        for layer in self.layers:
+            none = [torch.zeros(size, dtype=torch.float64) for size in (shape, shape, shape[:1])]
+            self.totals[layer] = [us.total(part) for part in self.totals.get(layer, none)]
+        for kept in (self.kept or {}).values():
+            kept.copy_(us.total(kept))
+
     def open_store(self, folder: str | Path, texts: str) -> ActivationStore:
         """The store in a folder. Raises StoreError where it is of another model, other texts or settings."""
         made_of = {
@@ -267,6 +281,9 @@ class _Collector:
             "n": len(self.rows),
             "texts": texts,
         }
+        if ranks().is_first:  # the folder is made once
+            ActivationStore(folder, made_of)
+        ranks().wait()
         return ActivationStore(folder, made_of)
 
     def add_stored(self, store: ActivationStore) -> None:
@@ -335,7 +352,8 @@ def collect(
     conversations: as `em_interp.chats` takes them. What is attached to the model acts. Length-sorted batches of at most
     `tokens_per_batch` tokens, made smaller where memory runs out; no block after the last wanted layer runs, nor the
     head; tokens after the last wanted one are not read. Sums are float32 over one response and float64 over responses.
-    Beyond the forward pass the means need 32 bytes a layer, scope and unit of width.
+    Beyond the forward pass the means need 32 bytes a layer, scope and unit of width. Inside `em_interp.data_parallel`
+    several processes share the conversations.
 
     keep: hold per-response means in memory (float32, n x layers x scopes x d_model). store: keep them in this folder
     instead; a killed run goes on where it stopped. resume_in: without either, keep the running totals in this folder,
@@ -358,18 +376,25 @@ def collect(
     rows = _read_all(model, conversations, scopes)
     texts = hashlib.sha256(json.dumps([(r.encoded.ids, r.start, r.end) for r in rows]).encode()).hexdigest()
     collector = _Collector(model, rows, scopes, wanted, keep=keep and store is None)
+    us = ranks()
     disk = None if store is None else collector.open_store(store, texts)
     if disk is not None and disk.where:
         collector.check_stored(disk, side, through)
-        collector.add_stored(disk)
+        if us.is_first:
+            collector.add_stored(disk)
+    mine = us.share(sorted((i for i in range(len(rows)) if disk is None or i not in disk.where), key=collector.length))
     running = None
     if resume_in is not None and disk is None and not keep:
         made_by = [acting_hash(model), code_hash(), texts, wanted, scopes, tokens_per_batch, side, through]
-        running = RunningTotals(resume_in, made_by, collector.totals, len(rows))
-    done = set(disk.where) if disk is not None else set(running.done) if running is not None else set()
-    todo = [i for i in range(len(rows)) if i not in done]
+        made_by += [us.number, us.n] if us.n > 1 else []
+        running = RunningTotals(resume_in, made_by, collector.totals, len(mine))
+    done = set() if running is None else set(running.done)
+    todo = sorted(set(mine) - done)
+    us.wait()  # before anyone adds to the store: all have seen what is there
 
-    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="read", disable=not progress, leave=False) as bar:
+    begun = len(rows) - len(mine) + len(done)
+    hidden = not (progress and us.is_first)
+    with tqdm(total=len(rows), initial=begun, desc="read", disable=hidden, leave=False) as bar:
 
         def run(group: list[int]) -> None:
             totals, means = collector.forward(group, side, through, each=keep or disk is not None)
@@ -382,6 +407,9 @@ def collect(
             bar.update(len(group))
 
         run_in_batches(run, [len(row.encoded) for row in rows], tokens_per_batch, only=todo)
+    if us.n > 1:
+        collector.add_others(us)
+        disk = None if store is None else collector.open_store(store, texts)
     return _finish(collector, conversations, texts, disk)
 
 

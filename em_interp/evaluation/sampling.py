@@ -27,6 +27,7 @@ from em_interp.models.chat import Batch, Encoded, budget_groups, collate, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import refuse_dropout, rooms_for
 from em_interp.models.hooks import position_ids
+from em_interp.models.ranks import ranks
 from em_interp.models.templates import Conversation, turns_of
 from em_interp.models.weights import acting_hash
 from em_interp.statistics.units import with_units
@@ -272,15 +273,18 @@ def sample_rows(
     asking = _Asking(model, stops, pad, stop_text, temperature)
     answers: dict[int, Answer] = {}
     sizes = [(len(row), rooms[key]) for row, (key, _) in zip(encoded, rows, strict=True)]
-    groups = _groups(sizes, tokens_per_batch)
+    us = ranks()
+    mine = us.share(sorted(range(len(rows)), key=lambda i: (sum(sizes[i]), i))) if us.n > 1 else range(len(rows))
+    groups = [([mine[i] for i in group], room) for group, room in _groups([sizes[i] for i in mine], tokens_per_batch)]
     places = {}
     if parts is not None:
         made_by = [acting_hash(model), seed, max_new_tokens, temperature, stops, stop_text]
         for number, (group, _) in enumerate(groups):
             places[number] = parts.path(group, [made_by, [[*rows[i], encoded[i].ids] for i in group]])
             answers |= {i: Answer(*given) for i, given in zip(group, parts.read(places[number]), strict=False)}
-        say_kept(len(answers), len(rows), "answers")
-    with tqdm(total=len(rows), initial=len(answers), desc="sample", disable=not progress, leave=False) as bar:
+        say_kept(len(answers), len(mine), "answers")
+    hidden = not (progress and us.is_first)
+    with tqdm(total=len(mine), initial=len(answers), desc="sample", disable=hidden, leave=False) as bar:
         for number, (group, room) in enumerate(groups):
             if group[0] in answers:
                 continue
@@ -296,6 +300,8 @@ def sample_rows(
             if parts is not None:
                 parts.write(places[number], [astuple(answers[i]) for i in group])
             bar.update(len(group))
+    if us.n > 1:
+        answers = {i: Answer(*fields) for i, fields in us.gather([(i, astuple(a)) for i, a in answers.items()])}
     return [answers[i] for i in range(len(rows))]
 
 

@@ -5,7 +5,7 @@
 - `chat_model`: `ChatModel`; `pretrained`: folders and hub; `checks`: what is tried at load
 - `adapters`, `bridges`: PEFT and TransformerBridge over its weights; `attaching`: theta by hooks
 - `weights`: hashes of what acts; `losses`: NLL and KL; `memory`: batches that fit
-- `partial_pass`: running from a cached residual
+- `partial_pass`: running from a cached residual; `ranks`: passes that several processes share
 
 **Layer** *l*, counted from 0, is the output of block *l*: TransformerLens `blocks.{l}.hook_out`, Hugging Face
 `hidden_states[l+1]`, except that the last entry of `hidden_states` is after the final norm and is no layer.

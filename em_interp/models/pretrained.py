@@ -26,6 +26,7 @@ from em_interp.files.base_names import generic_name
 from em_interp.files.inputs import regular_file
 from em_interp.models.adapters import _has_weights
 from em_interp.models.chat_model import ChatModel
+from em_interp.models.ranks import ranks
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
 
@@ -75,6 +76,7 @@ def load_weights(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _model_folder(source)
+    device_map = ranks().device(device_map)
     if isinstance(device_map, str):
         check_device(device_map)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):

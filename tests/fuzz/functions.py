@@ -45,6 +45,7 @@ INNER = {
     "models.hooks": "called by passes",
     "statistics.jackknife": "called by intervals",
     "models.losses": "called by passes",
+    "models.ranks": "called by passes",
     "files.directions": "called by directions",
     "files.manifest": "called by reports",
     "models.memory": "called by passes",
