@@ -2,7 +2,7 @@
 
 - `sampling`: seeded answers; `answers`: judged and kept; `judges`: what a judge is
 - `criteria`: thresholds and denominators in use; `rates`: EM under each; `groups`: by group of questions
-- `logprobs`: of given answers
+- `logprobs`: of given answers; `recorded`: of tokens as they are sampled
 
 **Sampling** uses none of the checkpoint's generation settings, except that its end-of-text tokens end an answer. An
 answer is cut where the model's limit leaves fewer tokens than `max_new_tokens`.

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from em_interp.arguments import check_seed
 from em_interp.errors import UsageError
+from em_interp.evaluation.recorded import Recorder, TokenLogprobs
 from em_interp.files import given
 from em_interp.files.given import Source
 from em_interp.files.tables import Parts, say_kept
@@ -110,9 +111,11 @@ class Answer:
     """False where it was cut at max_new_tokens."""
     n_tokens: int
     """End of turn included."""
+    logprobs: Sequence[TokenLogprobs] = ()
+    """Of each of its tokens, where they were asked for."""
 
 
-def _answer(model: ChatModel, tokens: list[int], stops: list[int]) -> Answer:
+def _answer(model: ChatModel, tokens: list[int], stops: list[int], logprobs: Sequence[TokenLogprobs]) -> Answer:
     """The answer in generated tokens, up to the first end of turn."""
     turns = turns_of(model.tokenizer)
     end = next((t for t, token in enumerate(tokens) if token in stops), None)
@@ -120,11 +123,12 @@ def _answer(model: ChatModel, tokens: list[int], stops: list[int]) -> Answer:
     over = text.find(turns.stop_text) if turns.stop_text else -1
     if over < 0:
         n_tokens = len(tokens) if end is None else end + 1
-        return Answer(text if turns.end_id is not None else text.removesuffix(turns.end), end is not None, n_tokens)
+        text = text if turns.end_id is not None else text.removesuffix(turns.end)
+        return Answer(text, end is not None, n_tokens, logprobs[:n_tokens])
     read, last = 0, over + len(turns.end)
     while len(model.tokenizer.decode(tokens[:read], skip_special_tokens=True)) < last:
         read += 1
-    return Answer(text[:over], True, read)
+    return Answer(text[:over], True, read, logprobs[:read])
 
 
 _FEWEST_ROWS: Final = 32
@@ -169,6 +173,7 @@ class _Asking:
         room: int,
         uniforms: Float[np.ndarray, "batch steps"],
         around: Callable[[Sequence[int]], AbstractContextManager[Any]],
+        recorder: Recorder | None,
     ) -> list[list[int]]:
         """At most `room` new tokens a row; what follows a row's first stop means nothing.
 
@@ -180,14 +185,19 @@ class _Asking:
         while len(rows) and ids.shape[1] < width + room:
             with around(rows.tolist()), _no_settings(self.model.hf):
                 leaving = len(rows) >= _FEWEST_ROWS and not self.stop_text and _rows_may_leave(self.model.hf)
+                options = self._options(room - (ids.shape[1] - width), uniforms[rows, ids.shape[1] - width :], leaving)
+                if recorder is not None:
+                    options["logits_processor"] = [recorder.of(rows.tolist()), *options.get("logits_processor", ())]
                 out = self.model.hf.generate(
                     input_ids=ids,
                     attention_mask=mask,
                     position_ids=position_ids(mask),
                     **({} if cache is None else {"past_key_values": cache}),
-                    **self._options(room - (ids.shape[1] - width), uniforms[rows, ids.shape[1] - width :], leaving),
+                    **options,
                 )
             ids, cache = out.sequences, out.get("past_key_values")
+            if recorder is not None:
+                recorder.settle(ids[:, -1])
             for row, tokens in zip(rows.tolist(), ids[:, width:].tolist(), strict=True):
                 new[row] = tokens
             if not leaving:
@@ -252,16 +262,20 @@ def sample_rows(
     progress: bool = True,
     around: Callable[[Sequence[int]], AbstractContextManager[Any]] = _no_context,
     parts: Parts | None = None,
+    top_logprobs: int | None = None,
 ) -> list[Answer]:
     """One answer for each (question id, sample number), which decide its random numbers with `seed`; see `sample`.
 
     A pair may come several times. around: a context for each batch, made from the numbers of the rows in it, in their
     order: so that rows can be treated differently within one `generate`; entered anew when rows have left. parts: where
     finished batches are kept, and taken from by a later run. Of the checkpoint's generation settings none acts, but
-    that its eos tokens end an answer too.
+    that its eos tokens end an answer too. top_logprobs: `Answer.logprobs` tells each token's log-probability at
+    temperature 1, and those of so many likeliest tokens there; they are not kept in parts.
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
+    if top_logprobs is not None and parts is not None:
+        raise UsageError("log-probabilities of sampled tokens are not kept in parts: ask for one of the two.")
     max_new_tokens, temperature = int(max_new_tokens), float(temperature)
     _check_asked(questions, rows)
     check_seed(seed)
@@ -294,11 +308,12 @@ def sample_rows(
             def of(positions: Sequence[int], group: Sequence[int] = group) -> AbstractContextManager[Any]:
                 return around([group[position] for position in positions])
 
-            new = asking.generate(batch, room, uniforms, of)
-            for i, tokens in zip(group, new, strict=True):
-                answers[i] = _answer(model, tokens, stops)
+            recorder = None if top_logprobs is None else Recorder(top_logprobs, len(group))
+            new = asking.generate(batch, room, uniforms, of, recorder)
+            for place, (i, tokens) in enumerate(zip(group, new, strict=True)):
+                answers[i] = _answer(model, tokens, stops, () if recorder is None else recorder.found[place])
             if parts is not None:
-                parts.write(places[number], [astuple(answers[i]) for i in group])
+                parts.write(places[number], [astuple(answers[i])[:3] for i in group])
             bar.update(len(group))
     if us.n > 1:
         answers = {i: Answer(*fields) for i, fields in us.gather([(i, astuple(a)) for i, a in answers.items()])}
