@@ -21,6 +21,7 @@ IMPORTED_AS = {
 }
 FOR_PEOPLE = {
     "accelerate": "transformers wants it for a device map",
+    "openai": "Inspect speaks with most judges through it",
     "kaleido": "plotly calls it to draw",
     "ipykernel": "runs the notebooks",
     "ipywidgets": "tqdm's bar in notebooks",

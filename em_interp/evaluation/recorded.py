@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Of one sampled token, in nats at temperature 1: its id, its log-probability, and the likeliest tokens' there."""
+    """Of one sampled token, in nats at temperature 1: its id `token`, its `logprob`, those of the likeliest there."""
 
     token: int
     logprob: float
@@ -21,7 +21,10 @@ class TokenLogprobs:
 
 
 class Recorder:
-    """Looks on while rows are generated, and changes nothing. `found`: of each row, one entry a token."""
+    """Looks on while rows are generated, and changes nothing.
+
+    top: how many likeliest tokens to write down. found: of each row, one entry a token.
+    """
 
     def __init__(self, top: int, rows: int) -> None:
         self.top = top

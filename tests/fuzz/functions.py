@@ -39,6 +39,7 @@ INNER = {
     "files.adapter_folders": "called by solutions",
     "models.attaching": "called by solutions",
     "files.base_names": "called by models",
+    "inspect": "called by Inspect, whose arguments it takes",
     "lazily": "called by packages",
     "cards": "called by notebooks",
     "files.atomic": "called by the commands",
@@ -94,6 +95,8 @@ PARTS = {
         *(
             "evaluation.rates.Rates",
             "evaluation.sampling.Answer",
+            "evaluation.recorded.Recorder",
+            "evaluation.recorded.TokenLogprobs",
             "directions.extraction.Contrast",
             "training.gradients.Gradient",
         ),
