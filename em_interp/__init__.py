@@ -46,7 +46,7 @@ imports what stands above it, never the other way round.
 - `directions`: extraction, cosines, nulls; `evaluation`: answers, judges, rates
 - `interventions`: steering and ablation; `training`: finetunes; `landscape`: losses around solutions
 - `published`: what the papers' authors released; `pocket`: models of this project's own
-- `face`: any name to a model, any table to its figure; `inspect`: what Inspect runs, with the extra `eval`
+- `face`: any name to a model, any table to its figure; `inspect`: what Inspect runs, an extra
 - `cli`: the commands
 
 `analyses` makes the papers' tables and figures of all this, and the report.

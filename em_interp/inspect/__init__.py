@@ -1,4 +1,4 @@
-"""What Inspect (`inspect_ai`, the extra `eval`) runs: models with what acts on them, and the evaluation of EM.
+"""What Inspect (its package, an extra) runs: models with what acts on them, and the evaluation of EM.
 
 Nothing else in `em_interp` imports `inspect_ai`.
 
