@@ -1,6 +1,7 @@
 """Speed and memory beside the alternatives, measured in one run, and how intervals cover. Each writes a table.
 
-- `extraction`, `landscape`, `steering`: ratios side by side, with a manifest; `common`: what they share
+- `extraction`, `landscape`, `steering`, `data_parallel`: ratios side by side, with a manifest; `common`: what
+  they share
 - `coverage`: of intervals, by simulation: `coverage_scenario`, `coverage_rates`, `coverage_losses`,
   `coverage_geometry`, and `coverage_old` for the bootstrap that is usual
 """

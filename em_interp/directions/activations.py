@@ -259,6 +259,11 @@ class _Collector:
         """What rows are sorted by, so that all processes agree."""
         return len(self.encoded[i]), i
 
+    def resumed(self, folder: str | Path, made_by: list[Any], n: int, us: Ranks) -> RunningTotals:
+        """The totals of this process's `n` rows, with what a stopped run of the same has left in the folder."""
+        whose = [us.number, us.n] if us.n > 1 else []
+        return RunningTotals(folder, [acting_hash(self.model), code_hash(), *made_by, *whose], self.totals, n)
+
     def add_others(self, us: Ranks) -> None:
         """Make the totals, and the means that are kept in memory, those of all processes."""
         shape = (len(self.scopes), self.model.d_model)
@@ -385,11 +390,10 @@ def collect(
     mine = us.share(sorted((i for i in range(len(rows)) if disk is None or i not in disk.where), key=collector.length))
     running = None
     if resume_in is not None and disk is None and not keep:
-        made_by = [acting_hash(model), code_hash(), texts, wanted, scopes, tokens_per_batch, side, through]
-        made_by += [us.number, us.n] if us.n > 1 else []
-        running = RunningTotals(resume_in, made_by, collector.totals, len(mine))
-    done = set() if running is None else set(running.done)
-    todo = sorted(set(mine) - done)
+        made_by = [texts, wanted, scopes, tokens_per_batch, side, through]
+        running = collector.resumed(resume_in, made_by, len(mine), us)
+    done = [] if running is None else running.done
+    todo = sorted(set(mine) - set(done))
     us.wait()  # before anyone adds to the store: all have seen what is there
 
     begun = len(rows) - len(mine) + len(done)

@@ -233,12 +233,14 @@ def _no_context(_group: Sequence[int]) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _groups(rows: Sequence[tuple[int, int]], tokens_per_batch: int) -> list[tuple[list[int], int]]:
-    """Batches of rows (prompt length, room for the answer) and their room: those of one batch have the same."""
+def _groups(
+    sizes: Sequence[tuple[int, int]], rows: Sequence[int], tokens_per_batch: int
+) -> list[tuple[list[int], int]]:
+    """Batches of rows and their room: those of one batch have the same. sizes: (prompt length, room for the answer)."""
     found = []
-    for room in sorted({room for _, room in rows}):
-        members = [i for i, row in enumerate(rows) if row[1] == room]
-        groups = budget_groups([rows[i][0] + room for i in members], tokens_per_batch)
+    for room in sorted({sizes[i][1] for i in rows}):
+        members = [i for i in rows if sizes[i][1] == room]
+        groups = budget_groups([sizes[i][0] + room for i in members], tokens_per_batch)
         found += [([members[j] for j in group], room) for group in groups]
     return found
 
@@ -289,7 +291,7 @@ def sample_rows(
     sizes = [(len(row), rooms[key]) for row, (key, _) in zip(encoded, rows, strict=True)]
     us = ranks()
     mine = us.share(sorted(range(len(rows)), key=lambda i: (sum(sizes[i]), i))) if us.n > 1 else range(len(rows))
-    groups = [([mine[i] for i in group], room) for group, room in _groups([sizes[i] for i in mine], tokens_per_batch)]
+    groups = _groups(sizes, mine, tokens_per_batch)
     places = {}
     if parts is not None:
         made_by = [acting_hash(model), seed, max_new_tokens, temperature, stops, stop_text]
