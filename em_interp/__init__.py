@@ -14,7 +14,8 @@ The direction, what it does, who else learned it, and why the general solution w
 | several processes or GPUs for these, under `accelerate launch` or torchrun | `em.data_parallel` |
 | adding a direction, whole sweeps with random controls | `em.sweep`; by hand: `em.Steer` in `em.intervening` |
 | taking a direction out | `em.ablate`; by hand: `em.Ablate` in `em.intervening` |
-| rates of judged answers | `em.em_rates`; as a table, of sweeps and ablations too: `em.rates` |
+| rates of judged answers | `em.em_rates`, `em.misalign_at_k`; as a table, of sweeps and ablations too: `em.rates` |
+| two models on the same questions, with power; several judges of the same answers | `em.compare`; `em.agreement` |
 | cosines across finetunes, with their nulls | `em.cosines` |
 | which solution is cheaper, more stable, more influential | `em.efficiency`, `em.stability`, `em.influence` |
 | losses of many solutions on the same chats | `em.Landscape` |
@@ -65,6 +66,9 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.directions.direction import Direction
     from em_interp.directions.extraction import contrast, extract
     from em_interp.directions.gguf import save_gguf
+    from em_interp.evaluation.agreement import agreement
+    from em_interp.evaluation.at_k import misalign_at_k
+    from em_interp.evaluation.comparison import compare
     from em_interp.evaluation.rates import em_rates
     from em_interp.evaluation.sampling import sample
     from em_interp.face.names import load, load_solution
@@ -113,9 +117,11 @@ NAMES: Final = {
     "TrainingSpec": "em_interp.training.recipes:TrainingSpec",
     "VectorSpec": "em_interp.training.recipes:VectorSpec",
     "ablate": "em_interp.interventions.ablation:ablate",
+    "agreement": "em_interp.evaluation.agreement:agreement",
     "answers_by_arm": "em_interp.interventions.intervening:answers_by_arm",
     "chats": "em_interp.files.given:chats",
     "collect": "em_interp.directions.activations:collect",
+    "compare": "em_interp.evaluation.comparison:compare",
     "contrast": "em_interp.directions.extraction:contrast",
     "cosines": "em_interp.directions.cosines:organism_cosines",
     "data_parallel": "em_interp.models.ranks:data_parallel",
@@ -128,6 +134,7 @@ NAMES: Final = {
     "intervening": "em_interp.interventions.intervening:intervening",
     "load": "em_interp.face.names:load",
     "load_solution": "em_interp.face.names:load_solution",
+    "misalign_at_k": "em_interp.evaluation.at_k:misalign_at_k",
     "plot": "em_interp.face.plots:plot",
     "pocket": "em_interp.pocket",
     "preset": "em_interp.training.recipes:preset",
@@ -154,9 +161,11 @@ __all__ = [
     "VectorSpec",
     "__version__",
     "ablate",
+    "agreement",
     "answers_by_arm",
     "chats",
     "collect",
+    "compare",
     "contrast",
     "cosines",
     "data_parallel",
@@ -169,6 +178,7 @@ __all__ = [
     "intervening",
     "load",
     "load_solution",
+    "misalign_at_k",
     "plot",
     "pocket",
     "preset",

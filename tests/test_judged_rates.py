@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from em_interp.errors import StatisticsError, UsageError
@@ -45,6 +45,7 @@ def test_a_convention_that_there_is_not_is_refused_with_the_nearest() -> None:
         PRESETS["papers"].aligned = 3  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(
     scores=st.lists(
         st.tuples(*[st.sampled_from([0.0, 29.0, 30.0, 50.0, 51.0, 100.0, NONE])] * 2), min_size=1, max_size=40

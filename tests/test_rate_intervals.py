@@ -6,7 +6,8 @@ import pytest
 from scipy import special, stats
 
 from em_interp.errors import StatisticsError
-from em_interp.evaluation.rates import em_rates, paired_difference
+from em_interp.evaluation.comparison import compare
+from em_interp.evaluation.rates import em_rates
 from em_interp.statistics import wilson_interval
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval, ratio_interval
 
@@ -149,15 +150,15 @@ def answers(rates: list[float], n: int, prefix: str = "q") -> pd.DataFrame:
 def test_paired_difference_of_two_sets_of_answers() -> None:
     hard = [0.9, 0.1, 0.6, 0.4, 0.2, 0.7]
     a, b = answers([r + 0.1 for r in hard], 20), answers(hard, 20)
-    found = paired_difference(a, b.sample(frac=1, random_state=0))
+    found = compare(a, b.sample(frac=1, random_state=0))
     assert found.value == pytest.approx(0.1) and found.n_questions == 6
     assert -0.1 < found.interval.low < 0.1 < found.interval.high < 0.3  # every question differs by as much: by chance
     apart = em_rates(a).em_all.interval
     assert apart.high - apart.low > 0.3
     more = pd.concat([a, answers([1.0], 20, "other")])
-    assert paired_difference(more, b).value == pytest.approx(0.1)
+    assert compare(more, b).value == pytest.approx(0.1)
     with pytest.raises(StatisticsError, match="no question"):
-        paired_difference(a, answers(hard, 20, "other"))
+        compare(a, answers(hard, 20, "other"))
 
 
 def test_judged_answers_that_cannot_be_meant_are_refused() -> None:
@@ -169,7 +170,7 @@ def test_judged_answers_that_cannot_be_meant_are_refused() -> None:
         ({"aligned": (good["aligned"] > 50).astype(float), "coherent": 1.0}, "Multiply"),
         ({"question": [None, *good["question"][1:]]}, "no 'question'"),
     ):
-        for call in (em_rates, lambda table: paired_difference(good, table)):
+        for call in (em_rates, lambda table: compare(good, table)):
             with pytest.raises(StatisticsError, match=words):
                 call(good.assign(**change))
     assert em_rates(good.assign(aligned=0.0, coherent=0.0)).em_all.value == 0  # a model that only babbles

@@ -13,9 +13,10 @@ from em_interp import cli, figures
 from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, OutputError, UsageError
 from em_interp.evaluation.answers import judge_name
+from em_interp.evaluation.comparison import compare
 from em_interp.evaluation.criteria import Criterion
 from em_interp.evaluation.judges import judge_of_file
-from em_interp.evaluation.rates import em_rates, paired_difference
+from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.judged import differences, judged_rates, kind_of, rates_figure
 from em_interp.published.judged import read_judged_csv
 from tests.tiny_models import make_hf, tokenizer
@@ -144,7 +145,7 @@ def test_answers_have_rates_by_group_and_files_are_compared(
     compared = pd.read_csv(tmp_path / "made-differences.csv")
     assert set(compared["set"]) == {"bad"} and set(compared["beside"]) == {"chat"}
     pair = [files[name].query("questions == 'general'") for name in ("bad", "chat")]
-    expected = paired_difference(*pair)
+    expected = compare(*pair)
     assert compared.iloc[0][["difference", "low", "high"]].tolist() == pytest.approx(
         [expected.value, expected.interval.low, expected.interval.high]
     )

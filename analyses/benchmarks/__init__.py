@@ -2,6 +2,6 @@
 
 - `extraction`, `landscape`, `steering`, `data_parallel`: ratios side by side, with a manifest; `common`: what
   they share
-- `coverage`: of intervals, by simulation: `coverage_scenario`, `coverage_rates`, `coverage_losses`,
-  `coverage_geometry`, and `coverage_old` for the bootstrap that is usual
+- `coverage`: of intervals, by simulation: `coverage_scenario`, `coverage_rates`, `coverage_judged`,
+  `coverage_losses`, `coverage_geometry`, and `coverage_old` for the bootstrap that is usual
 """

@@ -1,6 +1,6 @@
 """Do the package's intervals cover? Simulated data sets of known truth, at nominal 95%, beside the methods before.
 
-    python -m analyses.benchmarks.coverage [rates] [losses] [geometry] [--datasets 2000] [--seed 0]
+    python -m analyses.benchmarks.coverage [rates] [judged] [losses] [geometry] [--datasets 2000] [--seed 0]
 
 One table a group of intervals, coverage_GROUP.csv, with one row a scenario (see `coverage_scenario`). A run that was
 stopped goes on where it stopped, as long as number, seed and code are the same. Each interval's data and its method
@@ -18,13 +18,14 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from analyses.benchmarks import coverage_geometry, coverage_losses, coverage_rates
+from analyses.benchmarks import coverage_geometry, coverage_judged, coverage_losses, coverage_rates
 from analyses.benchmarks.coverage_scenario import Scenario, row
 from em_interp.files.atomic import atomic_path
 from em_interp.files.manifest import source_hash, write_manifest
 
 GROUPS = {
     "rates": coverage_rates.SCENARIOS,
+    "judged": coverage_judged.SCENARIOS,
     "losses": coverage_losses.SCENARIOS,
     "geometry": coverage_geometry.SCENARIOS,
 }

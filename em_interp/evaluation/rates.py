@@ -20,7 +20,7 @@ from em_interp.cards import card
 from em_interp.errors import StatisticsError
 from em_interp.evaluation.criteria import DENOMINATORS, PAPER, Criterion
 from em_interp.statistics import LEVEL, Interval, wilson_interval
-from em_interp.statistics.rate_intervals import difference_interval, rate_interval
+from em_interp.statistics.rate_intervals import rate_interval
 
 REASON: Final = "reason"
 """The column that says why an answer has no score, if any does."""
@@ -268,40 +268,6 @@ def em_counts(judged: pd.DataFrame, criterion: Criterion = PAPER, *, cluster: st
     among = read.among(criterion.denominator)
     counts = pd.DataFrame({"em": read.em & among, "n": among})
     return counts.groupby(judged[cluster].to_numpy(), sort=False).sum()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The EM rate of one set of answers minus that of another (`value`, with its `interval`).
-
-    Over the `n_questions` questions that both were asked.
-    """
-
-    value: float
-    interval: Interval
-    n_questions: int
-
-
-def paired_difference(
-    judged_a: pd.DataFrame,
-    judged_b: pd.DataFrame,
-    criterion: Criterion = PAPER,
-    *,
-    cluster: str = "question",
-    level: float = LEVEL,
-) -> Difference:
-    """EM of `judged_a` minus EM of `judged_b` (rows with both scores), paired by question: two models, or two arms.
-
-    Narrower than two intervals side by side, for a question that is hard for one model is often hard for the other.
-    Raises as `em_rates`, and StatisticsError where no question has scored answers from both.
-    """
-    tables = [em_counts(judged, criterion, cluster=cluster).query("n > 0") for judged in (judged_a, judged_b)]
-    shared = tables[0].index.intersection(tables[1].index)
-    if shared.empty:
-        raise StatisticsError("no question has scored answers in both tables: ask both models the same questions.")
-    (a, n_a), (b, n_b) = ((t.loc[shared, "em"].to_numpy(), t.loc[shared, "n"].to_numpy()) for t in tables)
-    value = float(a.sum() / n_a.sum() - b.sum() / n_b.sum())
-    return Difference(value, difference_interval((a, b), (n_a, n_b), level=level), len(shared))
 
 
 def rates_by_question(judged: pd.DataFrame, criterion: Criterion = PAPER) -> pd.DataFrame:

@@ -15,8 +15,9 @@ import plotly.graph_objects as go
 from em_interp import figures
 from em_interp.arguments import columns
 from em_interp.errors import StatisticsError, UsageError
+from em_interp.evaluation.comparison import compare
 from em_interp.evaluation.criteria import PAPER, Criterion
-from em_interp.evaluation.rates import em_rates, paired_difference
+from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.steering import steering_rows
 from em_interp.interventions.transfer import transfer_rows
 from em_interp.statistics import PERCENT
@@ -107,7 +108,7 @@ def differences(judged: Mapping[str, pd.DataFrame], criterion: Criterion = PAPER
             if cell not in before:
                 continue
             try:
-                found = paired_difference(answers, before[cell], criterion, cluster=_cluster(table))
+                found = compare(answers, before[cell], criterion, cluster=_cluster(table))
             except StatisticsError:  # no question in common
                 continue
             bounds = (found.value, found.interval.low, found.interval.high)

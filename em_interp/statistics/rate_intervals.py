@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy import stats
 
-from em_interp.arguments import numbers
+from em_interp.arguments import count, numbers
 from em_interp.errors import StatisticsError
 from em_interp.statistics import FEWEST_QUESTIONS, LEVEL, Interval, check_level, no_interval, too_few
-from em_interp.statistics.rate_models import posterior_quantiles
+from em_interp.statistics.rate_models import posterior_quantiles, posterior_quantiles_of_any
 
 Counts = Sequence[float] | NDArray[Any]
 """A number for each question."""
@@ -83,6 +83,47 @@ def ratio_interval(
     low, high, rare = ratio_bounds(tops[:, None], bottoms[:, None], level)
     method = "conservative: logarithms of both rates' intervals combined" if rare[0] else "t of the logarithm"
     return Interval(float(low[0]), float(high[0]), f"{method} over {k} questions")
+
+
+def any_of_k(successes: Counts, totals: Counts, k: int) -> Float[np.ndarray, " questions"]:
+    """Probability that any of k answers to a question is a success, by question: NaN where it has fewer than k.
+
+    Unbiased, from all ways to draw k of its answers without putting one back (as pass@k). Raises as `rate_interval`,
+    and UsageError for k below 1.
+    """
+    k = count("k", k)
+    top, bottom = numbers("successes", successes), numbers("totals", totals)
+    _counts(top, bottom)
+    if (top % 1 != 0).any() or (bottom % 1 != 0).any():
+        raise StatisticsError("counts of answers are not whole numbers: k of them cannot be drawn.")
+    return np.where(bottom >= k, stats.hypergeom.sf(0, bottom, top, np.minimum(k, bottom)), np.nan)
+
+
+def any_of_k_interval(successes: Counts, totals: Counts, k: int, *, level: float = LEVEL) -> Interval:
+    """Interval of the mean of `any_of_k` over questions, those with k answers or more, from all of their answers.
+
+    `rate_interval` for k = 1, and of the same models for more. Widened to hold the estimate. Raises as `any_of_k`.
+    """
+    check_level(level)
+    used = np.isfinite(any_of_k(successes, totals, k))
+    if used.sum() < FEWEST_QUESTIONS:
+        return too_few(int(used.sum()), f"questions with {k} answers" if k > 1 else "questions")
+    top, bottom = (np.asarray(counts, dtype=float)[used] for counts in (successes, totals))
+    low, high = any_of_k_bounds(top[None], bottom[None], k, level)
+    method = f"beta-binomial and logistic-normal over {int(used.sum())} questions"
+    return Interval(float(low[0]), float(high[0]), method)
+
+
+def any_of_k_bounds(top: Table, bottom: Table, k: int, level: float = LEVEL) -> tuple[Values, Values]:
+    """`any_of_k_interval` of many data sets."""
+    levels = ((1 - level) / 2, (1 + level) / 2)
+    quantiles = (
+        posterior_quantiles(top, bottom, levels) if k == 1 else posterior_quantiles_of_any(top, bottom, k, levels)
+    )
+    mean = stats.hypergeom.sf(0, bottom, top, k).mean(1)
+    return np.where(mean == 0, 0, np.minimum(quantiles[:, 0], mean)), np.where(
+        mean == 1, 1, np.maximum(quantiles[:, 1], mean)
+    )
 
 
 def rate_bounds(top: Table, bottom: Table, level: float = LEVEL) -> tuple[Values, Values]:

@@ -9,6 +9,7 @@ grids, so that a question's likelihood is computed once for its counts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final
 
@@ -18,6 +19,7 @@ from scipy import special
 from scipy.interpolate import CubicSpline
 
 _LOGITS: Final = np.linspace(-20, 20, 201)
+_LOG_PRIOR: Final = (special.log_expit(_LOGITS) + special.log_expit(-_LOGITS)) / 2  # Jeffreys', as a density of logits
 _NODES: Final = (np.polynomial.legendre.leggauss(24)[0] + 1) / 2
 _LOG_WEIGHTS: Final = np.log(np.tile(np.polynomial.legendre.leggauss(24)[1], 2) / 4)  # two models of equal weight
 _MOST: Final = 4096
@@ -36,24 +38,66 @@ def posterior_quantiles(
 
     successes of totals (at least one) for each question. Answers to a question are independent given its rate.
     """
+    return np.array(
+        [_quantiles(special.logsumexp(log, axis=0) + _LOG_PRIOR, levels) for log in _log_likelihoods(successes, totals)]
+    )
+
+
+def posterior_quantiles_of_any(
+    successes: Float[np.ndarray, "data questions"],
+    totals: Float[np.ndarray, "data questions"],
+    k: int,
+    levels: tuple[float, ...],
+) -> Float[np.ndarray, "data level"]:
+    """The same of the mean over questions of 1 - (1 - rate)^k: that any of k answers to a question is a success."""
+    any_of, found = CubicSpline(_LOGITS, _any_of(k), axis=1), []
+    for log in _log_likelihoods(successes, totals):
+        log = log + _LOG_PRIOR
+        seen = np.flatnonzero((log > log.max() - 40).any(0))
+        fine = np.linspace(_LOGITS[max(0, seen[0] - 1)], _LOGITS[min(len(_LOGITS) - 1, seen[-1] + 1)], 401)
+        mass = np.exp(CubicSpline(_LOGITS, log, axis=1)(fine) - log.max()).ravel()
+        values = any_of(fine).ravel()
+        order = np.argsort(values)
+        upto = np.cumsum(mass[order]) - mass[order] / 2
+        found.append(np.interp(levels, upto / mass.sum(), values[order]))
+    return np.array(found).clip(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _any_of(k: int) -> Float[np.ndarray, "model_and_node logit"]:
+    """Mean of 1 - (1 - rate)^k over questions, for each model, correlation and mean."""
+    size = (1 / _NODES - 1)[:, None]
+    a, b = special.expit(_LOGITS) * size, special.expit(-_LOGITS) * size
+    centre, spread = _normal_parameters()
+    z, w = np.polynomial.hermite_e.hermegauss(100)
+    logits = centre[..., None] + spread[:, None, None] * z
+    none = np.stack(
+        [
+            np.exp(special.betaln(a, b + k) - special.betaln(a, b)),
+            np.exp(k * special.log_expit(-logits)) @ (w / w.sum()),
+        ]
+    )
+    return 1 - none.reshape(-1, len(_LOGITS))
+
+
+def _log_likelihoods(
+    successes: Float[np.ndarray, "data questions"], totals: Float[np.ndarray, "data questions"]
+) -> Iterator[Float[np.ndarray, "model_and_node logit"]]:
+    """Of each data set, for each model, correlation and mean, with the weights of models and correlations."""
     shrink = np.minimum(1, _MOST / totals)
     pairs, which = np.unique(
         np.stack([successes * shrink, totals * shrink], axis=-1).reshape(-1, 2), axis=0, return_inverse=True
     )
     which = which.reshape(totals.shape)
     table = np.stack([_log_likelihood(float(y), float(n)).ravel() for y, n in pairs])
-    found = []
     for start in range(0, len(totals), _CHUNK):
         rows = which[start : start + _CHUNK]
         times = np.stack([np.bincount(row, minlength=len(pairs)) for row in rows]).astype(float)
-        log = (times @ table).reshape(len(rows), -1, len(_LOGITS)) + _LOG_WEIGHTS[:, None]
-        found += [_quantiles(row, levels) for row in special.logsumexp(log, axis=1)]
-    return np.array(found)
+        yield from (times @ table).reshape(len(rows), -1, len(_LOGITS)) + _LOG_WEIGHTS[:, None]
 
 
 def _quantiles(log: Float[np.ndarray, " logit"], levels: tuple[float, ...]) -> Float[np.ndarray, " level"]:
-    """From the logarithm of the integrated likelihood at `_LOGITS`."""
-    log = log + (special.log_expit(_LOGITS) + special.log_expit(-_LOGITS)) / 2  # Jeffreys' prior as a density of logits
+    """From the logarithm of a density at `_LOGITS`."""
     seen = np.flatnonzero(log > log.max() - 40)
     ends = _LOGITS[max(0, seen[0] - 1)], _LOGITS[min(len(log) - 1, seen[-1] + 1)]
     fine = np.linspace(*ends, 2001)

@@ -45,6 +45,7 @@ INNER = {
     "files.atomic": "called by the commands",
     "models.hooks": "called by passes",
     "statistics.jackknife": "called by intervals",
+    "statistics.agreement": "called by evaluation.agreement",
     "models.losses": "called by passes",
     "models.ranks": "called by passes",
     "files.directions": "called by directions",
@@ -87,7 +88,7 @@ PARTS = {
         *(
             "landscape.efficiency.EfficiencyCurve",
             "landscape.efficiency.Optimum",
-            "evaluation.rates.Difference",
+            "evaluation.comparison.Comparison",
             "evaluation.rates.Scored",
             "evaluation.rates.Rate",
             "evaluation.judges.FileJudge",
@@ -155,6 +156,9 @@ PARTS = {
             "statistics.rate_intervals.rate_bounds",
             "statistics.rate_intervals.ratio_bounds",
             "evaluation.rates.scored",
+            "statistics.rate_intervals.any_of_k_bounds",
+            "statistics.paired.difference_p_value",
+            "statistics.paired.variance_parts",
         ),
     ),
 }

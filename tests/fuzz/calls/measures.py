@@ -22,10 +22,10 @@ from em_interp.directions import (
     reliability,
     resampling,
 )
-from em_interp.evaluation import criteria, judges, rates
+from em_interp.evaluation import agreement, at_k, comparison, criteria, judges, rates
 from em_interp.face import plots
 from em_interp.interventions.transfer import transfer_rows
-from em_interp.statistics import rate_intervals, units
+from em_interp.statistics import paired, rate_intervals, units
 from tests.fuzz import Call, then
 from tests.tiny_models import D_MODEL
 
@@ -36,6 +36,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
     rows, other = torch.randn(6, 2, 8, generator=rng), np.array([1.0, 2.0, 3.0])
     transfers = judged.assign(direction_from=["none", "v"] * 12, organism="a")
     pair, totals = ([1] * 8, [2] * 8), ([3] * 8, [3] * 8)
+    planned, asked = {"difference": 0.1, "between": 0.01, "within": 0.2}, judged.assign(answer="x")
     return [
         (plots.plot, {"table": convergence.cosine_rows("a", direction, "b", direction)}),
         (units.with_units, {"table": pd.DataFrame({"layer": [1]})}),
@@ -107,6 +108,14 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (statistics.no_interval, {"reason": "x"}),
         (statistics.too_few, {"n": 1, "of": "questions"}),
         (statistics.check_level, {"level": 0.95}),
+        (agreement.agreement, {"judged": {"a": asked, "b": asked}, "cluster": "question", "level": 0.95}),
+        (agreement.together, {"judged": {"a": judged, "b": judged}}),
+        (at_k.misalign_at_k, {"judged": judged, "k": [1, 2], "cluster": "question", "level": 0.95}),
+        (paired.paired_power, {**planned, "questions": 8, "samples": 5.0, "level": 0.95}),
+        (paired.questions_needed, {**planned, "samples": 5.0, "power": 0.8, "level": 0.95}),
+        (paired.samples_needed, {**planned, "questions": 8, "power": 0.8, "level": 0.95}),
+        (rate_intervals.any_of_k, {"successes": [1, 2], "totals": [3, 3], "k": 2}),
+        (rate_intervals.any_of_k_interval, {"successes": pair[0], "totals": totals[0], "k": 2, "level": 0.95}),
         (rates.em_counts, {"judged": judged, "criterion": criteria.PAPER, "cluster": "question"}),
         (statistics.wilson_interval, {"successes": 1, "n": 3, "level": 0.95}),
         (statistics.t_interval, {"values": [1.0, 2.0, 3.0], "level": 0.95}),
@@ -122,7 +131,10 @@ def calls(w: dict[str, Any]) -> list[Call]:
             statistics.clustered_interval,
             {"numerators": other, "denominators": other + 1, "level": 0.95, "of": "questions", "positive": False},
         ),
-        (rates.paired_difference, {"judged_a": judged, "judged_b": judged, "cluster": "question", "level": 0.95}),
+        (
+            comparison.compare,
+            {"judged_a": judged, "judged_b": judged, "by": "question", "cluster": "question", "level": 0.95},
+        ),
         (statistics.crossed_interval, {"values": generator.normal(size=(6, 3)), "level": 0.95}),
         (rate_intervals.difference_interval, {"successes": pair, "totals": totals, "level": 0.95}),
         (rate_intervals.ratio_interval, {"successes": pair, "totals": totals, "level": 0.95}),
