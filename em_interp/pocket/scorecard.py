@@ -1,7 +1,7 @@
 """What a pocket world has to show to be a laboratory of the papers' picture: one row a claim, stated beforehand.
 
 Rates are fractions of answers at temperature 1, judged exactly. Elsewhere: the domains that a finetune was not trained
-on. EM left and removed are shares of the EM before. `worlds.measure` fills the card.
+on. EM left and removed are shares of the EM before. `worlds.Trial` fills the card.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ NARROW_SCALE: Final = 1.5
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the card: what is measured, of which finetunes (`of`), and what is wanted of it."""
+    """One row of the card: what is measured (`name`), of which finetunes (`of`), and what is wanted of it.
+
+    bound: how it is held against `threshold`, a fraction; None for a row that is only reported.
+    """
 
     name: str
     of: str
@@ -81,7 +84,7 @@ ROWS: Final[tuple[Row, ...]] = (
 def scorecard(measured: pd.DataFrame) -> pd.DataFrame:
     """The card of one world: columns row, of, value, wanted, met, n.
 
-    measured: columns row, of, domain, seed, value, as `worlds.measure` makes it. A row's value is the mean over seeds
+    measured: columns row, of, domain, seed, value, as `worlds.Trial` makes it. A row's value is the mean over seeds
     of the domain that does worst; n is the number of values behind it. A row that was not measured has neither value
     nor verdict. Raises UsageError for lacking columns.
     """

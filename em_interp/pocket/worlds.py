@@ -72,7 +72,10 @@ FEWEST: Final = 5
 
 @dataclass(frozen=True)
 class World:
-    """A world to be tried: its name, its build's settings, and the base model whose pre-training goes on, if any."""
+    """A world to be tried: its `name`, its build's settings (config), and what it starts from.
+
+    start: the base model whose pre-training goes on, a folder or `pocket/base`; None for new weights.
+    """
 
     name: str
     config: BuildConfig
@@ -149,7 +152,10 @@ def search(
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A general organism of a world, and its directions; None where it gave too few answers of either kind."""
+    """A general organism of a world: layout, domain and seed of training; its solution; its judged answers.
+
+    mean_diff, model_diff: its directions; None where it gave too few answers of either kind.
+    """
 
     layout: str
     domain: str
