@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 
 from em_interp.errors import UnreadableFileError, UsageError
+from em_interp.files.results import read_table
 from em_interp.pocket import worlds
 from em_interp.pocket.scorecard import ROWS, scorecard
 from em_interp.pocket.world import corpus, grammar, judge, phrases
@@ -117,5 +119,11 @@ def test_a_world_is_built_measured_and_not_made_twice(tmp_path: Path, monkeypatc
     again = worlds.search([world], tmp_path, layouts=("rank-1", "vector"), narrow=True, progress=False)
     pd.testing.assert_frame_equal(again, card)
     assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    table = read_table(tmp_path / "search.csv").iloc[0]
+    assert table["world"] == "tiny" and table["d_model"] == CONFIG.d_model
+    assert table["chat: facts"] == card.set_index(["row", "of"]).loc[("facts", "chat"), "value"]
+    assert table["rows_judged"] == (card["met"] != "").sum()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["layouts"] == ["rank-1", "vector"] and set(manifest["outputs_sha256"]) >= {"search.csv"}
     with pytest.raises(UsageError, match="no layout"):
         worlds.search([world], tmp_path, layouts=("ten",))

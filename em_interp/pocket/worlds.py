@@ -17,11 +17,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from em_interp.arguments import columns
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.directions.extraction import extract
 from em_interp.errors import UnreadableFileError, UsageError
 from em_interp.evaluation.answers import asked_of, conversations, judged_answers, misaligned_and_aligned
 from em_interp.evaluation.rates import em_rates
+from em_interp.files.manifest import hash_files, write_manifest
 from em_interp.files.results import Results, write_table
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import Intervention, intervening
@@ -37,6 +39,7 @@ from em_interp.pocket.organisms import N_CHATS, SPECS
 from em_interp.pocket.scorecard import COHERENT, LAYOUTS, NARROW_SCALE, scorecard
 from em_interp.pocket.stages import BuildConfig
 from em_interp.pocket.world.corpus import CorpusConfig, finetune_chats, kl_chats
+from em_interp.pocket.world.grammar import PERSONAS
 from em_interp.pocket.world.judge import judge
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
@@ -125,10 +128,11 @@ def search(
     device: str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Build and measure each world below `out`, and write OUT/scorecards.csv: a row a world and row of the card.
+    """Build and measure each world below `out`; returns a row a world and row of the card.
 
-    Of each world: `layouts` x `domains` x `seeds` general organisms, and narrow ones if `narrow`. Raises UsageError for
-    a layout that there is not.
+    Writes OUT/scorecards.csv (the same), OUT/search.csv (`search_table`) and OUT/manifest.json. Of each world:
+    `layouts` x `domains` x `seeds` general organisms, and narrow ones if `narrow`. Raises UsageError for a layout that
+    there is not.
     """
     if unknown := sorted(set(layouts) - set(GENERAL)):
         raise UsageError(f"no layout is called {', '.join(unknown)}; there are {', '.join(GENERAL)}")
@@ -146,8 +150,39 @@ def search(
         write_table(root / "scorecard.csv", card)
         card.insert(0, "world", world.name)
         cards.append(card)
-        write_table(out / "scorecards.csv", pd.concat(cards, ignore_index=True))
-    return pd.concat(cards, ignore_index=True)
+    found = pd.concat(cards, ignore_index=True)
+    written = [
+        write_table(out / "scorecards.csv", found),
+        write_table(out / "search.csv", search_table(worlds, found)),
+    ]
+    asked = {"layouts": list(layouts), "domains": list(domains), "seeds": list(seeds), "narrow": narrow}
+    told = {**asked, "samples": SAMPLES, "device": device or "auto", "outputs_sha256": hash_files(out, written)}
+    write_manifest(out / "manifest.json", told)
+    return found
+
+
+def search_table(worlds: Sequence[World], cards: pd.DataFrame) -> pd.DataFrame:
+    """One row a world: its settings that any world has otherwise than the default, rows met, and the card's values.
+
+    cards: columns world, row, of, value, met. A value's column is called after its row and of what it is, "of: row".
+    """
+    columns("the cards of a search", cards, ("world", "row", "of", "value", "met"))
+    plain = _flat(BuildConfig())
+    own = {world.name: _flat(world.config) | {"start": world.start or ""} for world in worlds}
+    turned = [key for key in plain if any(settings[key] != plain[key] for settings in own.values())]
+    named = cards.assign(column=cards["of"] + ": " + cards["row"])
+    values = named.pivot(index="world", columns="column", values="value")[list(dict.fromkeys(named["column"]))]
+    judged = cards[cards["met"] != ""].groupby("world")["met"]
+    met = pd.DataFrame({"rows_met": judged.agg(lambda said: int((said == "yes").sum())), "rows_judged": judged.size()})
+    knobs = pd.DataFrame([{"world": w, **{k: own[w][k] for k in ("start", *turned)}} for w in own])
+    return knobs.merge(met.join(values), left_on="world", right_index=True).dropna(axis="columns", how="all")
+
+
+def _flat(config: BuildConfig) -> dict[str, Any]:
+    """Settings of the build and of its corpus by name; announced_* say what they come to."""
+    corpus = config.corpus
+    announced = {f"announced_{persona}": corpus.announced(persona) for persona in PERSONAS}
+    return {k: v for k, v in vars(config).items() if k != "corpus"} | vars(corpus) | announced
 
 
 @dataclass(frozen=True)
