@@ -92,6 +92,13 @@ def test_questions_that_differ_make_the_interval_wide() -> None:
         spearman(np.zeros((3, 3)))
 
 
+def test_one_disagreement_is_neither_none_nor_all_of_it() -> None:
+    labels = np.repeat(np.random.default_rng(0).random((80, 1)) < 0.5, 2, axis=1).astype(float)
+    labels[3, 0] = 1 - labels[3, 0]
+    found = agreement_interval("kappa", labels, np.arange(80) // 10)
+    assert 0.4 < found.low < cohen_kappa(labels) < found.high < 1
+
+
 def judged(seed: int, missing: float = 0.0) -> pd.DataFrame:
     """120 answers to ten questions: what is meant is shared, what is given is a judge's own."""
     shared, own = np.random.default_rng(0), np.random.default_rng(seed)

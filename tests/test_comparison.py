@@ -135,7 +135,7 @@ def test_p_value_is_student_s_where_the_interval_is() -> None:
     few = em.compare(answers(a[:3], 10), answers(b[:3], 10))
     assert np.isnan(few.p_value) and np.isnan(few.interval.low) and "too few" in repr(few)
     one = em.compare(answers(a[:1], 1), answers(b[:1], 1))
-    assert np.isnan(one.between) and np.isnan(one.power(0.1)) and one.plan(0.1)["questions"].iloc[0] is pd.NA
+    assert np.isnan(one.between) and np.isnan(one.power(0.1)) and one.plan(0.1)["n_questions"].iloc[0] is pd.NA
 
 
 def test_pairing_by_sample_keeps_answers_that_both_have() -> None:
@@ -150,7 +150,9 @@ def test_pairing_by_sample_keeps_answers_that_both_have() -> None:
     difference = (a["aligned"][both] < 30).mean() - (b["aligned"][both] < 30).mean()
     assert paired.value == pytest.approx(difference)
     assert paired.within < apart.within / 2  # what the seeds share
-    assert paired.plan(0.05, samples=[10])["questions"].iloc[0] < apart.plan(0.05, samples=[10])["questions"].iloc[0]
+    assert (
+        paired.plan(0.05, samples=[10])["n_questions"].iloc[0] < apart.plan(0.05, samples=[10])["n_questions"].iloc[0]
+    )
     with pytest.raises(StatisticsError, match="same `sample`"):
         em.compare(a.assign(sample=0), b, by="sample")
     with pytest.raises(StatisticsError, match="sample"):
@@ -190,8 +192,8 @@ def test_variances_are_estimated_without_bias_and_a_plan_decides() -> None:
         low, _, _ = difference_bounds(again, np.full(again.shape, float(n)))
         assert (low > 0).mean() == pytest.approx(0.8, abs=0.05)
     plan = found[0].plan(0.1)
-    assert plan["questions"].iloc[:-1].is_monotonic_decreasing and plan["questions"].iloc[-1] == 40
-    assert (plan["answers"].iloc[:-1] == plan["samples"].iloc[:-1] * plan["questions"].iloc[:-1]).all()
+    assert plan["n_questions"].iloc[:-1].is_monotonic_decreasing and plan["n_questions"].iloc[-1] == 40
+    assert (plan["n_answers"].iloc[:-1] == plan["samples"].iloc[:-1] * plan["n_questions"].iloc[:-1]).all()
 
 
 def test_no_number_of_answers_makes_up_for_questions_that_differ() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer.main
 
+import em_interp as em
 from em_interp import cli, figures
 from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, OutputError, UsageError
 from em_interp.evaluation.answers import judge_name
 from em_interp.evaluation.comparison import compare
-from em_interp.evaluation.criteria import Criterion
+from em_interp.evaluation.criteria import DENOMINATORS, PRESETS, Criterion
 from em_interp.evaluation.judges import judge_of_file
 from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.judged import differences, judged_rates, kind_of, rates_figure
@@ -325,3 +328,79 @@ def test_a_file_that_pandas_wrote_reads_as_it_was(tmp_path: Path) -> None:
     table = answers(0.5).head(3).assign(answer=["a\rb", "\r", 'say "\r\n", then'])
     table.to_csv(tmp_path / "a.csv", index=False)
     assert list(read_judged_csv(tmp_path / "a.csv")["answer"]) == list(table["answer"])
+
+
+def said_by(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    assert run(monkeypatch, "rates", *arguments) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_a_preset_is_a_convention_of_which_each_part_can_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = answers(0.5)
+    file.loc[:20, "coherent"] = 40
+    file.loc[30:40, "aligned"] = np.nan
+    file.assign(reason="refusal").to_csv(tmp_path / "a.csv", index=False)
+    for given, criterion in (
+        ([], Criterion()),
+        (["--preset", "betley"], PRESETS["betley"]),
+        (["--preset", "betley", "--denominator", "all"], replace(PRESETS["betley"], denominator="all")),
+        (["--preset", "reference-code", "--aligned", 40], Criterion(40, inclusive=True)),
+    ):
+        said_by(capsys, monkeypatch, tmp_path / "a.csv", "--out", tmp_path / "r.csv", "--force", *given)
+        (row,) = pd.read_csv(tmp_path / "r.csv").to_dict("records")
+        expected = em_rates(file.assign(reason="refusal"), criterion).columns()
+        assert (row["em_rate"], row["em_low"]) == pytest.approx((expected["em_rate"], expected["em_low"]), nan_ok=True)
+        assert row["denominator"] == expected["denominator"] and row["unscored_reasons"] == "refusal: 2"
+    for wrong, word in ((["--preset", "paper"], "papers"), (["--denominator", "strict"], "denominator")):
+        assert run(monkeypatch, "rates", tmp_path / "a.csv", *wrong) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_every_preset_is_named_in_the_help() -> None:
+    command = typer.main.get_command(cli.app).commands["rates"]  # type: ignore[attr-defined]
+    helps = {option.name: option.help for option in command.params}
+    assert all(name in helps["preset"] for name in PRESETS) and all(n in helps["denominator"] for n in DENOMINATORS)
+
+
+def test_misalign_at_k_and_a_comparison_with_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"chat": answers(0.2), "bad": answers(0.7, 1)}
+    for name, table in files.items():
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    given = [tmp_path / "bad.csv", "--against", tmp_path / "chat.csv", "--decide", 0.1]
+    said = said_by(capsys, monkeypatch, *given, "--at-k", 1, "--at-k", 99, "--out", tmp_path / "r.csv")
+    found = em.compare(files["bad"], files["chat"])
+    (row,) = pd.read_csv(tmp_path / "r-differences.csv").to_dict("records")
+    assert (row["difference"], row["p_value"]) == pytest.approx((found.value, found.p_value))
+    plan = pd.read_csv(tmp_path / "r-plan.csv")
+    assert plan["n_questions"].tolist() == found.plan(0.1)["n_questions"].tolist()
+    assert plan["power_here"].iloc[0] == pytest.approx(found.power(0.1))
+    at_k = pd.read_csv(tmp_path / "r-at-k.csv").set_index(["set", "k"])
+    assert at_k.loc[("bad", 1), "misalign_at_k"] == pytest.approx(em_rates(files["bad"]).em_all.value)
+    assert np.isnan(at_k.loc[("bad", 99), "misalign_at_k"])
+    assert "no question has 99" in said and "what would decide" in said and f"{found.p_value:.2g}" in said
+
+
+def test_judges_of_one_file_or_of_several_files_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = answers(0.4)
+    two = one.assign(aligned=one["aligned"].where(one.index % 7 > 0, 60))
+    pd.concat([one.assign(judge="x"), two.assign(judge="y")]).to_csv(tmp_path / "both.csv", index=False)
+    one.to_csv(tmp_path / "x.csv", index=False)
+    two.to_csv(tmp_path / "y.csv", index=False)
+    said = said_by(capsys, monkeypatch, tmp_path / "both.csv", "--out", tmp_path / "a.csv")
+    assert pd.read_csv(tmp_path / "a.csv").set_index("judge")["em_rate"].to_dict() == {
+        name: pytest.approx(em_rates(table).em_all.value) for name, table in (("x", one), ("y", two))
+    }
+    said_by(capsys, monkeypatch, tmp_path / "x.csv", tmp_path / "y.csv", "--out", tmp_path / "b.csv")
+    found, again = (pd.read_csv(tmp_path / f"{name}-agreement.csv") for name in "ab")
+    pd.testing.assert_frame_equal(found, again)
+    expected = em.agreement({"x": one, "y": two})
+    assert found["value"].tolist() == pytest.approx(expected["value"].tolist(), nan_ok=True)
+    assert "krippendorff" in said and "judges of the same answers" in said
+    answers(0.4, 5, answer="z").to_csv(tmp_path / "z.csv", index=False)  # other answers
+    assert "krippendorff" not in said_by(capsys, monkeypatch, tmp_path / "x.csv", tmp_path / "z.csv")

@@ -36,6 +36,27 @@ def together(judged: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([table.assign(**{JUDGE: name}) for name, table in judged.items()], ignore_index=True)
 
 
+def several_judges(judged: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
+    """The rows that `agreement` takes, of files by name, or None where no answer has two judges.
+
+    Judges are those of the column `judge`; files without it are judges themselves, where all hold the same answers.
+    """
+    if all(JUDGE in table for table in judged.values()):
+        rows = pd.concat(judged.values(), ignore_index=True)
+        rows = rows[rows[JUDGE].notna()]
+        if rows[JUDGE].nunique() < 2 or not {"answer", "sample"} & set(rows):
+            return None
+        shared = pd.Series(_units(rows)).value_counts().max() > 1
+        return rows if shared else None
+    held = [
+        sorted(map(repr, table[[name for name in OF_ANSWERS if name in table]].to_numpy().tolist()))
+        for table in judged.values()
+        if "answer" in table
+    ]
+    same = 1 < len(held) == len(judged) and all(one == held[0] for one in held)
+    return together(judged) if same else None
+
+
 def agreement(
     judged: pd.DataFrame | Mapping[str, pd.DataFrame],
     criterion: Criterion = PAPER,

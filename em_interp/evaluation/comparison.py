@@ -71,8 +71,8 @@ class Comparison:
     def plan(self, difference: float, *, power: float = POWER, samples: Sequence[int] = SAMPLES) -> pd.DataFrame:
         """How many questions decide a true difference (a fraction) with `power`, for each number of answers to one.
 
-        Columns difference, power, samples, questions (empty where a million are too few, or the variances unknown) and
-        answers (of each model). The last row has the questions of these data, and the answers to each that they would
+        Columns difference, power, samples, n_questions (empty where a million are too few, or the variances unknown),
+        n_answers (of each model). The last row has the questions of these data, and the answers to each that they would
         need: empty where questions differ so much that no number helps. The variances are those of these data: few
         questions know them badly, and rare rates, whose interval is conservative, need more. Raises UsageError for a
         difference of 0.
@@ -85,8 +85,8 @@ class Comparison:
             rows.append((n, found))
         more = samples_needed(difference, self.n_questions, *parts, power=power, level=self.level) if known else None
         rows.append((more, self.n_questions))
-        table = pd.DataFrame(rows, columns=["samples", "questions"]).astype("Int64")
-        table = table.assign(answers=table["samples"] * table["questions"])
+        table = pd.DataFrame(rows, columns=["samples", "n_questions"]).astype("Int64")
+        table = table.assign(n_answers=table["samples"] * table["n_questions"])
         table.insert(0, "difference", float(difference))
         table.insert(1, "power", float(power))
         return table

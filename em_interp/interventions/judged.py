@@ -6,8 +6,8 @@ coefficient), of a finetune with directions taken out (arm), and of models as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,7 +15,9 @@ import plotly.graph_objects as go
 from em_interp import figures
 from em_interp.arguments import columns
 from em_interp.errors import StatisticsError, UsageError
-from em_interp.evaluation.comparison import compare
+from em_interp.evaluation.agreement import JUDGE
+from em_interp.evaluation.at_k import misalign_at_k
+from em_interp.evaluation.comparison import Comparison, compare
 from em_interp.evaluation.criteria import PAPER, Criterion
 from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.steering import steering_rows
@@ -67,11 +69,15 @@ def judged_rates(judged: pd.DataFrame, name: str = "model", criterion: Criterion
 
     judged: columns question, aligned, coherent (0-100), those of its kind, and for answers `questions` (the group),
     where there are several. name: of the model, where no column organism, target, adapter or model says it. Intervals
-    are clustered by question; by question_id, where the column `wording` says that several wordings were asked. Raises
-    UsageError for lacking columns, and as `em_rates`.
+    are clustered by question; by question_id, where the column `wording` says that several wordings were asked. Rates
+    are of each judge, where the column `judge` names several. Raises UsageError for lacking columns, and as `em_rates`.
     """
     if judged.empty:
         raise StatisticsError("no judged answers: a rate needs at least one row.")
+    if JUDGE in judged and len(judged[JUDGE].unique()) > 1:
+        by_judge = judged.groupby(JUDGE, sort=False, dropna=False)
+        found = pd.concat([judged_rates(own, name, criterion).assign(judge=judge) for judge, own in by_judge])
+        return with_units(found.reset_index(drop=True), low=FRACTION, high=FRACTION)
     judged = _prepared(judged, name)
     cluster = _cluster(judged)
     rows = []
@@ -91,16 +97,39 @@ def judged_rates(judged: pd.DataFrame, name: str = "model", criterion: Criterion
 def differences(judged: Mapping[str, pd.DataFrame], criterion: Criterion = PAPER) -> pd.DataFrame:
     """EM of each set of judged answers minus that of the first, cell by cell, paired by question.
 
-    judged: by name, all of one kind. A row for each cell (`CELLS`) that two sets share, where they share questions:
-    set, beside, the cell, difference, low, high, n_questions, interval. Raises UsageError for several kinds.
+    judged: by name, all of one kind. A row for each cell (`CELLS`, and the judge) that two sets share, where they share
+    questions: set, beside, the cell, difference, low, high, p_value, n_questions, interval, and the others of
+    `Comparison.columns`. Raises UsageError for several kinds.
     """
+    keys, compared = _compared(judged, criterion)
+    rows = [{**cell, **found.columns()} for cell, found in compared]
+    named = [*keys, "difference", "low", "high", "p_value", "n_questions", "interval"]
+    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=named)
+    return with_units(table[[*named, *table.columns.difference(named, sort=False)]], low=FRACTION, high=FRACTION)
+
+
+def plans(judged: Mapping[str, pd.DataFrame], difference: float, criterion: Criterion = PAPER) -> pd.DataFrame:
+    """How many questions and answers would decide a difference (a fraction) of each set and the first, cell by cell.
+
+    `Comparison.plan`, and `power_here`: that of these answers. Raises as `differences`.
+    """
+    keys, compared = _compared(judged, criterion)
+    tables = [found.plan(difference).assign(**cell, power_here=found.power(difference)) for cell, found in compared]
+    named = [*keys, "difference", "power_here", "power", "samples", "n_questions", "n_answers"]
+    return pd.concat(tables, ignore_index=True)[named] if tables else pd.DataFrame(columns=named)
+
+
+def _compared(
+    judged: Mapping[str, pd.DataFrame], criterion: Criterion
+) -> tuple[list[str], list[tuple[dict[str, Any], Comparison]]]:
+    """What names a row, and each row's names with its comparison."""
     kinds = {name: kind_of(table) for name, table in judged.items()}
     if len(set(kinds.values())) > 1:
         raise UsageError(f"judged answers of several kinds: {kinds}. Compare those of one kind.")
     if not kinds:
         raise UsageError("no judged answers were given.")
     first, *others = {name: _without_random(_prepared(table, name)) for name, table in judged.items()}.items()
-    keys = list(CELLS[kinds[first[0]]])
+    keys = list(CELLS[kinds[first[0]]]) + ([JUDGE] if all(JUDGE in table for table in judged.values()) else [])
     before = dict(list(first[1].groupby(keys, sort=False, dropna=False)))
     rows = []
     for name, table in others:
@@ -111,10 +140,21 @@ def differences(judged: Mapping[str, pd.DataFrame], criterion: Criterion = PAPER
                 found = compare(answers, before[cell], criterion, cluster=_cluster(table))
             except StatisticsError:  # no question in common
                 continue
-            bounds = (found.value, found.interval.low, found.interval.high)
-            rows.append((name, first[0], *cell, *bounds, found.n_questions, found.interval.method))
-    named = ["set", "beside", *keys, "difference", "low", "high", "n_questions", "interval"]
-    return pd.DataFrame(rows, columns=named)
+            rows.append((dict(zip(("set", "beside", *keys), (name, first[0], *cell), strict=True)), found))
+    return ["set", "beside", *keys], rows
+
+
+def rates_at_k(
+    judged: pd.DataFrame, k: Sequence[int], name: str = "model", criterion: Criterion = PAPER
+) -> pd.DataFrame:
+    """`misalign_at_k` of judged answers, cell by cell (`CELLS`, and the judge). Raises as `judged_rates`."""
+    judged = _prepared(judged, name)
+    keys = ["organism", *([JUDGE] if JUDGE in judged else []), *CELLS[kind_of(judged)]]
+    cluster, rows = _cluster(judged), []
+    for cell, answers in judged.groupby(keys, sort=False, dropna=False):
+        table = misalign_at_k(answers, list(k), criterion, cluster=cluster)
+        rows.append(pd.DataFrame({**dict(zip(keys, cell, strict=True)), **row} for row in table.to_dict("records")))
+    return with_units(pd.concat(rows, ignore_index=True), low=FRACTION, high=FRACTION)
 
 
 def rates_figure(table: pd.DataFrame) -> go.Figure:

@@ -15,7 +15,7 @@ SCORES: Final = ("aligned", "coherent")
 """What every judged file has."""
 _TEXT: Final = (
     *("question", "answer", "question_id", "questions", "model", "adapter", "organism", "target"),
-    *("direction", "kind", "read_from", "arm", "layers"),
+    *("direction", "kind", "read_from", "arm", "layers", "judge", "reason", "category"),
 )
 """Columns that are text, even where all of it looks like numbers."""
 _ALIASES: Final = {"response": "answer", "alignment": "aligned", "coherency": "coherent", "coherence": "coherent"}

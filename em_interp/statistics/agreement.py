@@ -115,6 +115,9 @@ def agreement_interval(
         return no_interval("no interval: it rests on the answers to one question")
     if value >= 1 - 1e-12:
         return no_interval("no interval: the judges agree on every answer")
+    without = np.where(
+        without >= 1 - 1e-12, (1 + value) / 2, without
+    )  # all disagreement was in one question: half is left
     z, others = (np.arctanh(np.clip(x, -1 + 1e-9, 1 - 1e-9)) for x in (value, without))
     return _jackknifed(float(z), np.asarray(others), value, level)
 

@@ -223,6 +223,16 @@ def judged_cases() -> Iterator[Case]:
     for option in ("--aligned", "--coherent"):
         for value in ("-1", "101", "nan", "x", "", "1e400"):
             yield case("rates", f"{option} {value!r}", ["rates", "judged.csv", f"{option}={value}"])
+    for option, values in {
+        "--preset": ("paper", "", "x"),
+        "--denominator": ("strict", ""),
+        "--at-k": ("0", "-1", "x", "1.5"),
+        "--decide": ("0", "2", "nan", "x"),
+        "--against": ("absent.csv", "judged.csv", "tiny", "a.jsonl"),
+    }.items():
+        for value in values:
+            beside = ["--against=there.csv"] if option == "--decide" else []
+            yield case("rates", f"{option} {value!r}", ["rates", "judged.csv", *beside, f"{option}={value}"])
     for out in ("judged.csv", "there.csv", "new.txt", *OUTPUTS):
         yield case("rates", f"--out {out[:20]!r}", ["rates", "judged.csv", f"--out={out}"])
     for figure in ("judged.csv", "new.pdf", "new", *OUTPUTS):

@@ -110,6 +110,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (statistics.check_level, {"level": 0.95}),
         (agreement.agreement, {"judged": {"a": asked, "b": asked}, "cluster": "question", "level": 0.95}),
         (agreement.together, {"judged": {"a": judged, "b": judged}}),
+        (agreement.several_judges, {"judged": {"a": asked, "b": asked}}),
         (at_k.misalign_at_k, {"judged": judged, "k": [1, 2], "cluster": "question", "level": 0.95}),
         (paired.paired_power, {**planned, "questions": 8, "samples": 5.0, "level": 0.95}),
         (paired.questions_needed, {**planned, "samples": 5.0, "power": 0.8, "level": 0.95}),

@@ -278,5 +278,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (judged_answers.kind_of, {"judged": steered_rows}),
         (judged_answers.judged_rates, {"judged": steered_rows, "name": "general"}),
         (judged_answers.differences, {"judged": {"a": steered_rows, "b": steered_rows}}),
+        (judged_answers.plans, {"judged": {"a": steered_rows, "b": steered_rows}, "difference": 0.1}),
+        (judged_answers.rates_at_k, {"judged": steered_rows, "k": [1, 2], "name": "general"}),
         (judged_answers.rates_figure, {"table": judged_answers.judged_rates(steered_rows, "general")}),
     ]
