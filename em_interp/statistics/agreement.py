@@ -115,9 +115,8 @@ def agreement_interval(
         return no_interval("no interval: it rests on the answers to one question")
     if value >= 1 - 1e-12:
         return no_interval("no interval: the judges agree on every answer")
-    without = np.where(
-        without >= 1 - 1e-12, (1 + value) / 2, without
-    )  # all disagreement was in one question: half is left
+    whole = without >= 1 - 1e-12  # all disagreement was in that question: half is taken to be left
+    without = np.where(whole, (1 + value) / 2, without)
     z, others = (np.arctanh(np.clip(x, -1 + 1e-9, 1 - 1e-9)) for x in (value, without))
     return _jackknifed(float(z), np.asarray(others), value, level)
 
