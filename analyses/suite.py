@@ -117,9 +117,10 @@ ANALYSES: Final = tuple(
 class Analysis(Protocol):
     """What a module in one of the `FOLDERS` offers.
 
-    It may have besides: `findings(tables) -> list[Finding]`, `tasks(suite) -> list[Task]`, `STORY`, a pair of the
-    place (1 to 3) and the name of its figure among those that the report opens with, and `ALSO`, source -> what TEXT
-    says further of that source's data; `asked` stands for models that are asked and judged here.
+    It may have besides: `findings(tables) -> list[Finding]`; `tasks(suite) -> list[Task]`; `asks(suite) -> dict[str,
+    int]`, how many answers it has sampled, each kind by a name that is the same where another analysis shares them;
+    `STORY`, the place and the name of its figure among those that the report opens with; `ALSO`, source -> what TEXT
+    says further of that source's data, where `asked` stands for models that are asked and judged here.
     """
 
     TITLE: str

@@ -27,7 +27,7 @@ from analyses.findings import (
     together,
     value_of,
 )
-from analyses.finetunes.cosines import direction_tasks, with_directions
+from analyses.finetunes.cosines import direction_tasks, open_asked, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
 from analyses.tasks import Task
@@ -66,6 +66,8 @@ NEEDS = (Need.DIRECTIONS, Need.JUDGE)
 TOGETHER = "one of each adapter"
 COHERENT = 0.9
 """The share of answers that an ablation must leave coherent to have removed misalignment."""
+OWN_ARMS = ("none", "layerwise", "layerwise model-diff", "layerwise subspace", "random")
+"""What is taken out of every organism: nothing, its mean-diff, its model-diff, both, a random direction."""
 SHARES = 3
 """In how many pieces of work the arms of an organism are asked."""
 
@@ -147,6 +149,15 @@ def tasks(suite: Suite) -> list[Task]:
     return [*direction_tasks(organisms, ("data-diff", "model-diff")), *found]
 
 
+def asks(suite: Suite) -> dict[str, int]:
+    """How many answers are sampled, of which finetune."""
+    organisms, elsewhere = _ablated(suite), suite.judged_finetunes.elsewhere
+    moving = _carried(organisms)
+    carried = {e.name: len([of for of in moving if of not in _same(e)]) for e in organisms}
+    arms = {f"ablation from {e.name}": (len(OWN_ARMS) + carried[e.name]) * len(elsewhere(e.domain)) for e in organisms}
+    return open_asked(suite, organisms) | arms
+
+
 def answer_share(suite: Suite, organism: Organism, part: int) -> None:
     """The answers under every `SHARES`-th arm, from number `part` on."""
     organisms = _ablated(suite)
@@ -197,13 +208,14 @@ def _arms(
     """What is taken out of an organism, by the name of the arm."""
     own, shift = mean_diffs[organism.name], shifts[organism.name]
     (random,) = random_directions(own, 1, torch.Generator().manual_seed(0))
-    arms: dict[str, list[Intervention]] = {
-        "none": [],
-        "layerwise": [Ablate(own)],
-        "layerwise model-diff": [Ablate(shift)],
-        "layerwise subspace": [Ablate((own, shift))],
-        "random": [Ablate(random)],
-    }
+    taken: tuple[list[Intervention], ...] = (
+        [],
+        [Ablate(own)],
+        [Ablate(shift)],
+        [Ablate((own, shift))],
+        [Ablate(random)],
+    )
+    arms = dict(zip(OWN_ARMS, taken, strict=True))
     moving, same = _moving(organisms, mean_diffs, shifts), _same(organism)
     return arms | {f"{kind} of {source}": [a] for (kind, source), a in moving.items() if (kind, source) not in same}
 
@@ -212,13 +224,24 @@ def _moving(
     organisms: Sequence[Organism], mean_diffs: Mapping[str, Direction], shifts: Mapping[str, Direction]
 ) -> dict[tuple[str, str], Ablate]:
     """What is carried from one organism to the others: (kind, source) -> ablation."""
-    one_each = list({e.adapter: e.name for e in reversed(organisms)}.values())[::-1]
+    found = {}
+    for kind, source in _carried(organisms):
+        of = mean_diffs if kind == "mean-diff" else shifts
+        found[kind, source] = Ablate([of[n] for n in _one_of_each(organisms)] if source == TOGETHER else of[source])
+    return found
+
+
+def _one_of_each(organisms: Sequence[Organism]) -> list[str]:
+    """The first organism of each adapter."""
+    return list({e.adapter: e.name for e in reversed(organisms)}.values())[::-1]
+
+
+def _carried(organisms: Sequence[Organism]) -> list[tuple[str, str]]:
+    """(kind, source) of what is carried from one organism to the others."""
+    one_each = _one_of_each(organisms)
     whole = [e for e in organisms if e.adapter == "all-modules"] or organisms
-    moving = {("mean-diff", e.name): Ablate(mean_diffs[e.name]) for e in whole}
-    moving |= {("model-diff", name): Ablate(shifts[name]) for name in one_each}
-    if len(one_each) > 1:
-        moving["model-diff", TOGETHER] = Ablate([shifts[name] for name in one_each])
-    return moving
+    found = [("mean-diff", e.name) for e in whole] + [("model-diff", name) for name in one_each]
+    return [*found, ("model-diff", TOGETHER)] if len(one_each) > 1 else found
 
 
 def _ablation_rows(organism: Organism, answers: pd.DataFrame, own: Direction) -> list[dict[str, object]]:

@@ -105,6 +105,16 @@ def tasks(suite: Suite) -> list[Task]:
     return [*found, *(Task(f"persona, {how}", persona, (how,), 1.0) for how in suite.finetunes.personas())]
 
 
+def asks(suite: Suite) -> dict[str, int]:
+    """How many answers are sampled, by whose."""
+    return open_asked(suite, suite.finetunes.select(solution="general", seed=0))
+
+
+def open_asked(suite: Suite, organisms: Sequence[Organism]) -> dict[str, int]:
+    """How many answers the directions of these finetunes are read from, where they are sampled."""
+    return {f"open answers of {e.name}": suite.judged_finetunes.n_asked_openly(e) for e in organisms}
+
+
 def with_directions(suite: Suite, organisms: Sequence[Organism]) -> list[Organism]:
     """Those that a direction can be read from; why it cannot of others is noted. Raises `MissingDataError` for none."""
     found = []

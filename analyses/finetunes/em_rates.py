@@ -80,6 +80,19 @@ def tasks(suite: Suite) -> list[Task]:
     return [*of_chat, *answer_tasks(organisms)]
 
 
+def asks(suite: Suite) -> dict[str, int]:
+    """How many answers are sampled, by whose."""
+    found = suite.judged_finetunes
+    of_chat = {"answers of the chat model": found.n_asked(None, _domain(found), suite.samples)}
+    return of_chat | answers_asked(suite, _asked(found))
+
+
+def answers_asked(suite: Suite, organisms: Sequence[Organism]) -> dict[str, int]:
+    """The same of finetunes."""
+    n_asked = suite.judged_finetunes.n_asked
+    return {f"answers of {e.name}": n_asked(e, e.domain, suite.samples) for e in organisms}
+
+
 def answer_tasks(organisms: Sequence[Organism]) -> list[Task]:
     """The answers of each finetune."""
     return [Task(f"answers of {e.name}", answers, (e, e.domain), 5.0) for e in organisms]

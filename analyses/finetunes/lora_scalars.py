@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.findings import Finding, decided, middle, named, value_of
-from analyses.finetunes.em_rates import answer_tasks
+from analyses.finetunes.em_rates import answer_tasks, answers_asked
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -68,6 +68,11 @@ def tasks(suite: Suite) -> list[Task]:
     organisms = _read(suite)
     found = [Task(f"scalars of {e.name}", scalars, (e,), 2.0, stage=1) for e in organisms]
     return [*answer_tasks(organisms), *found]
+
+
+def asks(suite: Suite) -> dict[str, int]:
+    """How many answers are sampled, by whose."""
+    return answers_asked(suite, _read(suite))
 
 
 def _read(suite: Suite) -> list[Organism]:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import torch
 
 from analyses.findings import Finding, apart, count_of, named, percent, said, together, value_of
-from analyses.finetunes.cosines import direction_tasks, with_directions
+from analyses.finetunes.cosines import direction_tasks, open_asked, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
 from analyses.tasks import Task
@@ -90,6 +90,20 @@ def tasks(suite: Suite) -> list[Task]:
         Task(f"steering with {e.name if n is None else f'random {n}'}", best_of, (e, n), 6.0, stage=3) for e, n in best
     ]
     return [*direction_tasks(organisms, ("data-diff",)), *layers, *found]
+
+
+def asks(suite: Suite) -> dict[str, int]:
+    """How many answers are sampled, under which direction."""
+    finetunes, organisms = suite.judged_finetunes, _steering(suite)
+    if not organisms:
+        return {}
+    first, *others = organisms
+    doses = len([share for share in SHARES if share])
+    n = {domain: len(finetunes.elsewhere(domain)) for domain in dict.fromkeys(e.domain for e in organisms)}
+    plain = {f"the chat model beside steering, not about {domain}": asked for domain, asked in n.items()}
+    swept = {"steering with the first": n[first.domain] * doses * (finetunes.chat.n_layers + RANDOM_ARMS)}
+    swept |= {f"steering with {e.name}": n[e.domain] * doses for e in others}
+    return open_asked(suite, organisms) | plain | swept
 
 
 def layers_of(suite: Suite, piece: int) -> None:

@@ -81,6 +81,15 @@ class AskedFinetunes(HubFinetunes, JudgedFinetunes):
         asked = {key: pair for key, pair in self._asked(organism.domain).items() if pair[0] == GENERAL}
         return self._sampled(organism, asked, OPEN_SAMPLES)
 
+    def n_asked(self, organism: Organism | None, domain: str, n: int) -> int:
+        """How many answers `evaluate` samples: none where a file holds them."""
+        return 0 if Path(self.answers_file(organism)).is_file() else n * len(self._asked(domain))
+
+    def n_asked_openly(self, organism: Organism) -> int:
+        """How many answers `open_answers` samples."""
+        groups = [group for group, _ in self._asked(organism.domain).values()]
+        return 0 if Path(self.answers_file(organism)).is_file() else OPEN_SAMPLES * groups.count(GENERAL)
+
     def _asked(self, domain: str) -> dict[str, tuple[str, Any]]:
         """Id -> group and question. Raises UsageError for an id that two files have."""
         if not self.questions:

@@ -320,6 +320,14 @@ class JudgedFinetunes(Finetunes):
         """Of an answer."""
 
     @abstractmethod
+    def n_asked(self, organism: Organism | None, domain: str, n: int) -> int:
+        """How many answers `evaluate` has sampled."""
+
+    @abstractmethod
+    def n_asked_openly(self, organism: Organism) -> int:
+        """How many answers `open_answers` has sampled."""
+
+    @abstractmethod
     def elsewhere(self, domain: str) -> Questions:
         """Questions that a finetune on `domain` was never trained on, by identifier: open ones and other domains'."""
 

@@ -89,6 +89,14 @@ class PocketFinetunes(JudgedFinetunes):
     def judged_by(self) -> str:
         return EXACTLY
 
+    def n_asked(self, organism: Organism | None, domain: str, n: int) -> int:
+        del organism
+        return n * len(questions.evaluation_questions(domain))
+
+    def n_asked_openly(self, organism: Organism) -> int:
+        asked = questions.evaluation_questions(organism.domain)
+        return OPEN_SAMPLES * int((asked["questions"] == "general").sum())
+
     def elsewhere(self, domain: str) -> dict[str, str]:
         asked = questions.evaluation_questions(domain)
         asked = asked[asked["questions"] != "in_domain"]

@@ -36,6 +36,7 @@ def reproduce(
     backend: Annotated[
         str, typer.Option(help="loky: on this machine; ray: on the cluster of RAY_ADDRESS, or here")
     ] = "loky",
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask before what takes long or costs money")] = False,
     static: Annotated[bool, typer.Option(help="also write .svg and .png where Chrome is found")] = True,
 ) -> None:
     """The papers' tables and figures, in a self-contained report.
@@ -52,6 +53,7 @@ def reproduce(
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
     chosen.samples = chosen.samples if n is None else n
     chosen.loading = options.loading(device_map, dtype)
+    _agree(chosen, tuple(only or ()), yes=yes)
     try:
         # Small models: a second process costs little memory. Others take one, and whatever devices they ask for.
         n = workers if workers is not None else options.cores() if chosen.source == "pocket" or backend == "ray" else 1
@@ -71,6 +73,25 @@ def reproduce(
     options.out.print(f"report: {outcome.report}")
     if outcome.failed:
         raise typer.Exit(options.BAD_INPUT)
+
+
+def _agree(suite: Any, only: tuple[str, ...], *, yes: bool) -> None:
+    """Say what a suite that asks models will take; ask whether to go on where that is much. Raises typer.Abort."""
+    from analyses import plan
+
+    if not plan.asks(suite):
+        return
+    names = [name for name in suite.only(only) if suite.lacking(name) is None]
+    if not any(hasattr(suite.analysis(name), "asks") for name in names):
+        return
+    if fetched := plan.downloads(suite):
+        options.err.print(plan.said_of_downloads(fetched))
+        if plan.is_large(fetched) and not yes:
+            typer.confirm("Download?", abort=True, err=True)
+    effort = plan.effort(suite, names)
+    options.err.print(plan.said_of_effort(effort))
+    if plan.is_long(effort) and not yes:
+        typer.confirm("Begin?", abort=True, err=True)
 
 
 def _reasons(sections: Sequence[Any]) -> dict[tuple[str, str], list[str]]:
