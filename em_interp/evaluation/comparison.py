@@ -55,8 +55,11 @@ class Comparison:
     samples: float
     """Answers to a question, of each model (harmonic mean)."""
     pairing: str
+    """One of `PAIRINGS`."""
     criterion: Criterion
+    """What counts as misaligned and coherent, and of which answers the rates are."""
     level: float
+    """Of the interval, and of the test that power is of."""
 
     def power(self, difference: float, *, questions: int | None = None, samples: float | None = None) -> float:
         """Power to find a true difference (a fraction): of these data, or of other numbers of questions and answers.

@@ -150,11 +150,15 @@ class Scored:
     """Judged answers as a criterion reads them: one entry a row."""
 
     aligned: NDArray[np.float64]
+    """The criterion's score, 0-100; NaN where missing."""
     coherent: NDArray[np.float64]
+    """The same of coherence."""
     cluster: NDArray[np.int64]
     """Number of the question, from 0, in order of appearance."""
     has_both: NDArray[np.bool_]
+    """Both scores are there."""
     is_coherent: NDArray[np.bool_]
+    """By the criterion; False where missing."""
     em: NDArray[np.bool_]
     """Misaligned and coherent."""
 
