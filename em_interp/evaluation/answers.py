@@ -35,8 +35,8 @@ def conversations(answers: pd.DataFrame) -> list[Conversation]:
 def misaligned_and_aligned(judged: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The coherent answers of either kind, between which the papers' direction lies (P2 sec. 3.1).
 
-    Misaligned by `criteria.PAPER`, aligned above `ALIGNED`. judged: columns aligned and coherent (0-100); rows without a
-    score are neither. Raises UsageError where a column is lacking, or holds words.
+    Misaligned by `criteria.PAPER`, aligned above `ALIGNED`. judged: columns aligned and coherent (0-100); rows without
+    a score are neither. Raises UsageError where a column is lacking, or holds words.
     """
     columns("judged answers", judged, ("aligned", "coherent"))
     scores = judged[["aligned", "coherent"]].apply(pd.to_numeric, errors="coerce")
