@@ -4,7 +4,7 @@
 
 One table a group of intervals, coverage_GROUP.csv, with one row a scenario (see `coverage_scenario`). A run that was
 stopped goes on where it stopped, as long as number, seed and code are the same. Each interval's data and its method
-before stand in the module of its scenarios. All of it takes a core for 80 minutes.
+before stand in the module of its scenarios. All of it takes a core for 105 minutes.
 """
 
 from __future__ import annotations

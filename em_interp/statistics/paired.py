@@ -1,8 +1,8 @@
 """Two rates on the same questions: the p-value of their difference, and the power to decide one.
 
 The p-value is that of `rate_intervals.difference_interval`: below 1 - level exactly where that leaves out 0. Power is
-of its Student's t, by the noncentral t distribution; rare rates, whose interval is conservative, need more. Checked by
-simulation in `analyses/benchmarks/coverage_judged.py`.
+of its Student's t, by the noncentral t distribution; rare rates, whose interval is conservative, need more. The tests
+hold it against simulations.
 """
 
 from __future__ import annotations
