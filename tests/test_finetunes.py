@@ -101,7 +101,7 @@ def test_finetunes_of_any_model_are_measured(data: Path, tmp_path: Path) -> None
     rates = tables["em_rates"].set_index("organism")
     assert set(rates["solution"]) == {"chat", "general"}
     assert rates.loc["med-rank1", "em_rate"] == 0.5
-    assert rates.loc["med-rank1", "n"] == 10
+    assert rates.loc["med-rank1", ["n", "n_unscored"]].tolist() == [11, 1]  # the unscored one is counted, not dropped
     pairs = tables["cosines"].groupby("comparison")[["direction_a", "direction_b"]].first()
     assert list(pairs.loc["between finetunes"]) == ["med-rank1", "med-vector"]
     assert not tables["cosines"]["direction_a"].str.contains("persona").any()

@@ -86,7 +86,7 @@ def scalars(suite: Suite, organism: Organism) -> pd.DataFrame:
         adapter = as_lora(finetunes.solution(organism))
     except SolutionError as error:
         raise SolutionError(f"{organism.name} is listed as rank-1: {error} Make it again.") from error
-    judged = finetunes.evaluate(organism, organism.domain, suite.samples)
+    judged = finetunes.evaluate(organism, organism.domain, suite.samples).dropna(subset=["aligned", "coherent"])
     judged = finetunes.readable(organism, judged[PAPER.is_coherent(judged["coherent"].to_numpy())])
     judged = judged.reset_index(drop=True).assign(in_domain=judged["questions"].to_numpy() == "in_domain")
     if judged.empty:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
-from analyses.inputs.hub import HubFinetunes
+from analyses.inputs.hub import HubFinetunes, scored
 from analyses.inputs.pocket import EXACTLY, OPEN_SAMPLES, judge_called, questions_for
 from em_interp.errors import UsageError
 from em_interp.evaluation.answers import judge_name, judged_answers
@@ -79,7 +79,7 @@ class AskedFinetunes(HubFinetunes, JudgedFinetunes):
         if Path(self.answers_file(organism)).is_file():
             return super().open_answers(organism)
         asked = {key: pair for key, pair in self._asked(organism.domain).items() if pair[0] == GENERAL}
-        return self._sampled(organism, asked, OPEN_SAMPLES)
+        return scored(self._sampled(organism, asked, OPEN_SAMPLES))
 
     def n_asked(self, organism: Organism | None, domain: str, n: int) -> int:
         """How many answers `evaluate` samples: none where a file holds them."""
@@ -105,7 +105,7 @@ class AskedFinetunes(HubFinetunes, JudgedFinetunes):
         return found
 
     def _sampled(self, organism: Organism | None, asked: Mapping[str, tuple[str, Any]], n: int) -> pd.DataFrame:
-        """`n` judged answers to each question; sampled once, then kept. Rows without both scores are left out."""
+        """`n` judged answers to each question; sampled once, then kept."""
         with self.active(organism, must_act=False) as model:  # all of its answers may be kept
             table = judged_answers(
                 self.results,
@@ -118,5 +118,4 @@ class AskedFinetunes(HubFinetunes, JudgedFinetunes):
                 progress=False,
             )
         told = {"question_id": list(asked), "questions": [group for group, _ in asked.values()]}
-        table = table.assign(**{name: np.repeat(values, n) for name, values in told.items()})
-        return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
+        return table.assign(**{name: np.repeat(values, n) for name, values in told.items()})

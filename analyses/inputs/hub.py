@@ -167,7 +167,7 @@ class HubFinetunes(Finetunes):
     def evaluate(self, organism: Organism | None, domain: str, n: int) -> pd.DataFrame:
         """The judged answers of a finetune, or of the chat model (chat.csv); all of them, whatever `n`.
 
-        Rows without both scores are left out. Raises `UsageError` where there is no table.
+        Rows without a score are in it: rates count them. Raises `UsageError` where there is no table.
         """
         path = Path(self.answers_file(organism))
         if not path.is_file():
@@ -180,7 +180,7 @@ class HubFinetunes(Finetunes):
         table = table.assign(row=range(2, len(table) + 2))
         if "questions" not in table:
             table = table.assign(questions="general")
-        return table.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
+        return table
 
     def steered(self) -> dict[str, pd.DataFrame]:
         """Raises `MissingDataError` where there are none."""
@@ -237,7 +237,7 @@ class HubFinetunes(Finetunes):
 
     def open_answers(self, organism: Organism) -> pd.DataFrame:
         """The judged answers of a finetune to open questions (group general). Raises `UsageError`."""
-        judged = self.evaluate(organism, organism.domain, 0)
+        judged = scored(self.evaluate(organism, organism.domain, 0))
         return judged[judged["questions"] == "general"]
 
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
@@ -272,6 +272,11 @@ _COMMANDS = {"steering": "steer", "ablation": "ablate"}
 """Folder and command of answers of each kind (`judged.kind_of`)."""
 _OF_COMMANDS = ("-rates", "-differences")
 """What the names end in of the tables that commands write beside judged answers."""
+
+
+def scored(judged: pd.DataFrame) -> pd.DataFrame:
+    """The answers with both scores."""
+    return judged.dropna(subset=["aligned", "coherent"]).reset_index(drop=True)
 
 
 def _read_judged(path: Path, of: str) -> pd.DataFrame:
