@@ -69,20 +69,99 @@ class ArgumentTypeError(UsageError, TypeError):
 
     def __init__(self, message: str) -> None:
         text = " ".join(message.split())
-        found = re.match(
-            r"(?:Function|Method) (?:\w+\.)+?((?:[A-Z]\w*\.)?\w+)\(\) parameter (.+) violates type hint", text
+        found = re.search(
+            r"(?:\w+\.)+?((?:[A-Z]\w*\.)?\w+)\(\) parameter (\w+)=(.+) violates type hint (.+?), as (.+)", text
         )
-        said = f"{found[1]}({found[2]}): not of type {text[found.end() :].strip()}" if found else text
-        remedy = next((remedy for word, remedy in _REMEDIES.items() if found and word in text[found.end() :]), "")
-        super().__init__(f"{said} {remedy}".strip())
+        super().__init__(_said(*found.groups()) if found else text)
 
 
-_REMEDIES: Final = {
-    "Sequence[collections.abc.Mapping[str, str]]": "Give conversations: files.texts.read_chats(FILE) reads them.",
-    "ChatModel": "Give the ChatModel that models.pretrained.load(NAME) returns.",
-    "Direction": "Give a Direction: Direction.load(FILE) reads one.",
-    "collections.abc.Sequence": "Give a list.",
+def _said(function: str, parameter: str, value: str, hint: str, found: str) -> str:
+    """What beartype found, in words: no type hints."""
+    given = re.match(r"<(?:class|protocol)[^\"]*\"(?:\w+\.)*(\w+)\">|(\w+)", found)
+    kind = (given[1] or given[2]) if given else ""
+    value = value.strip('"') if given and given[1] else value
+    shown = value if len(value) <= _SHOWN else value[:_SHOWN] + "..."
+    nested = kind in ("list", "dict", "tuple") and re.search(r" (index \d+|key) ", found)
+    what = "which holds something else" if nested else _named(kind)
+    called = re.sub(r"\.__(init__)?", lambda dunder: "" if dunder[1] else " ", function).rstrip("_")
+    remedy = next((say for wanted, of, say in _REMEDIES if re.search(wanted, hint) and re.fullmatch(of, kind)), "")
+    return f"{called}: {parameter} is {shown}, {what}. Give {_wanted(hint)}. {remedy}".strip()
+
+
+def _named(kind: str) -> str:
+    """A type, by its name, in words."""
+    return _KINDS.get(kind, f"{'an' if kind[:1] in 'AEIOaeio' else 'a'} {kind}")
+
+
+def _wanted(hint: str) -> str:
+    """A type hint in words."""
+    hint = re.sub(r"<(?:class|protocol)[^'\"]*['\"]([^'\"]+)['\"]>", r"\1", hint)
+    hint = re.sub(r"(?:\b\w+\.)+(?=\w)", "", hint)
+    words = (_one(part) for part in re.split(r" \| (?![^\[]*\])", hint) if part not in ("None", "NoneType"))
+    return " or ".join(dict.fromkeys(words))
+
+
+def _one(hint: str) -> str:
+    """One type of a hint in words."""
+    of = re.fullmatch(r"(\w+)\[(.+)\]", hint)
+    if of is None:
+        return _named(hint)
+    if of[1] == "Literal":
+        return of[2].replace(", ", " or ")
+    if of[2] == "Mapping[str, str]":
+        return "conversations"
+    if of[1] in ("Mapping", "dict"):
+        return f"a mapping, {{name: {_wanted(of[2].partition(', ')[2])}}}"
+    if of[1] in ("Sequence", "Iterable", "list", "tuple"):
+        return "a list" if of[2] == "Any" else f"a list of {re.sub('^an? ', '', _wanted(of[2]))}s"
+    return _named(of[1])
+
+
+_SHOWN: Final = 90
+"""Characters of a value that a message shows."""
+_KINDS: Final = {
+    "str": "text",
+    "int": "a whole number",
+    "Integral": "a whole number",
+    "float": "a number",
+    "Real": "a number",
+    "dict": "a mapping",
+    "Mapping": "a mapping",
+    "Sequence": "a list",
+    "Iterable": "a list",
+    "DataFrame": "a table",
+    "PathLike": "a path",
+    "Path": "a path",
+    "bool": "True or False",
+    "Any": "anything",
+    "Module": "a torch module",
+    "NoneType": "nothing at all",
+    "function": "a function",
+    "method": "a method",
 }
+"""Types in words."""
+_REMEDIES: Final = (
+    ("ChatModel", "str", "em.load(NAME) gives it."),
+    ("ChatModel", "[A-Z].*", "em.load(NAME) gives it; em.ChatModel(hf, tokenizer) wraps a transformers model."),
+    ("ChatModel", ".*", "It comes first; em.load(NAME) gives it."),
+    ("Mapping.*Solution", ".*", 'For example {"general": em.load_solution(NAME)}.'),
+    ("Mapping.*Direction", ".*", 'For example {"general": direction, "narrow": other}.'),
+    ("Direction", "str", "em.Direction.load(FILE) reads it."),
+    ("Direction", "Contrast", "Its direction() is one."),
+    ("Direction", "[A-Z].*", "em.extract(...) reads one; a solution is attached: `with solution.attached(model)`."),
+    ("DataFrame", "str", "pandas.read_csv(FILE) reads it."),
+    ("DataFrame", "Direction", "The norms() of a contrast are such a table."),
+    (
+        "TrainingSpec",
+        ".*",
+        "em.preset(NAME) is one, and so are em.LoraSpec(rank=1, ...), em.VectorSpec and em.FullSpec.",
+    ),
+    ("Intervention", ".*", "em.Steer(direction, layer, coefficient) is one, and em.Ablate(direction)."),
+    (r"str \| pathlib.Path", "ChatModel", "It is loaded already."),
+    ("Module", "ChatModel", "It is a ChatModel already; its transformers model is model.hf."),
+    (r"Mapping\[str, str\]", ".*", "em.chats(FILE) reads them."),
+)
+"""What is wanted, what was found, what to do: patterns of the hint and of the type's name."""
 
 
 class ModelError(EmInterpError):

@@ -28,6 +28,7 @@ from em_interp.files.directions import (
     read_direction,
     write_direction,
 )
+from em_interp.files.given import several
 from em_interp.models.weights import UNKNOWN, same_weights
 
 KINDS: Final = (
@@ -130,8 +131,9 @@ class Direction:
             raise DirectionError(f"this {self.kind} direction has no layer {layer}; it has {ranges(self.layers)}.")
         return self.vectors[self.layers.index(layer)]
 
-    def only(self, layers: Sequence[int]) -> Direction:
+    def only(self, layers: int | Sequence[int]) -> Direction:
         """The same direction at fewer layers."""
+        layers = several(layers)
         if not layers:
             raise DirectionError(f"no layers are named; this direction has {ranges(self.layers)}.")
         return replace(

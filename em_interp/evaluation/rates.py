@@ -320,6 +320,11 @@ def _check_scale(scores: Sequence[NDArray[np.float64]], name: str) -> None:
 def _checked(judged: pd.DataFrame, criterion: Criterion, cluster: str) -> tuple[str, str]:
     """The names of both scores, after the columns were checked."""
     names = (criterion.score, "coherent")
+    if "answer" in judged and not set(names) & set(judged):
+        raise StatisticsError(
+            f"these answers are not judged: they lack the columns {' and '.join(names)}, scores from 0 to 100. Let a "
+            "judge add them."
+        )
     columns("judged answers", judged, dict.fromkeys(("question", cluster, *names)), StatisticsError)
     if judged.empty:
         raise StatisticsError("no judged answers: a rate needs at least one row.")

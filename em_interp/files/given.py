@@ -28,6 +28,11 @@ def chats(source: Source) -> list[list[dict[str, str]]]:
     [[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]]
     """
     if isinstance(source, (str, PathLike)):
+        if Path(source).suffix.lower() == ".csv" and Path(source).is_file():
+            raise UsageError(
+                f"{source} is a table. With the columns question and answer: chats(pandas.read_csv(FILE)); else give "
+                'JSON Lines, {"messages": [...]} in each line.'
+            )
         return read_chats(source)
     if _is_table(source):
         table: Any = source
@@ -37,6 +42,8 @@ def chats(source: Source) -> list[list[dict[str, str]]]:
             for asked, said in zip(table["question"], table["answer"], strict=True)
         ]
     found = [row.get("messages", row) if isinstance(row, Mapping) else row for row in _items(source, "conversations")]
+    if found and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in found):
+        raise UsageError("this is one conversation, a list of turns. Give a list of conversations: [conversation].")
     for number, turns in enumerate(found):
         if not _is_conversation(turns):
             raise UsageError(

@@ -215,6 +215,8 @@ def read_chats(path: str | PathLike[str]) -> list[list[dict[str, str]]]:
     Raises MissingDataError, UnreadableFileError or BadValueError with the line.
     """
     found = Path(path) if isinstance(path, str) else path
+    if Path(found).suffix.lower() in (".csv", ".yaml", ".yml", ".tsv"):
+        raise UnreadableFileError(found, "it is no file of chats", f"give JSON Lines (.jsonl): {_CHAT}")
     chats = []
     for line, row in json_lines(found):
         if "messages" not in row:
@@ -282,6 +284,8 @@ def read_texts(
     BadValueError (files), UsageError.
     """
     kept = 0
+    if isinstance(source, str) and not Path(source).suffix and not Path(source).exists():
+        raise UsageError(f"{source!r:.60} is no file of texts. If it is a text, give a list: [text].")
     if isinstance(source, (Mapping, bytes)) or not isinstance(source, (Path, Iterable)):
         raise UsageError(f"texts are {type(source).__name__}. Give a file, or a list of texts.")
     for number, item in enumerate(_file_texts(Path(source)) if isinstance(source, (str, Path)) else source):

@@ -228,12 +228,12 @@ def _acts(edits: Sequence[Edit]) -> str:
 @contextmanager
 def intervening(
     model: ChatModel,
-    interventions: Sequence[Intervention],
+    interventions: Intervention | Sequence[Intervention],
     *,
     response_mask: Bool[Tensor, "batch token"] | None = None,
     must_act: bool = True,
 ) -> Iterator[None]:
-    """Inside, the interventions act in every pass of `model.hf` and `model.bridge`; hooks are removed at the end.
+    """Inside, one or several interventions act in every pass of `model.hf` and `model.bridge`, and none afterwards.
 
     response_mask: for scopes "prompt" and "response" in passes of your own, and without KV cache: true at the response
     tokens of the input (`Batch.answer_mask`); tokens beyond its width are response. Not needed for cached `generate`,
@@ -251,7 +251,7 @@ def intervening(
     """
     refuse_dropout(model.hf)
     plan: dict[int, list[Edit]] = {}
-    for intervention in interventions:
+    for intervention in interventions if isinstance(interventions, Sequence) else [interventions]:
         for layer, edit in intervention.edits(model).items():
             here = plan.setdefault(check_layer(layer, model.n_layers), [])
             last = here[-1] if here else None

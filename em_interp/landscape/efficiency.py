@@ -18,7 +18,7 @@ from scipy import stats
 
 from em_interp.arguments import numbers
 from em_interp.errors import UsageError
-from em_interp.files.given import Source
+from em_interp.files.given import Source, several
 from em_interp.landscape.landscape import Landscape, Losses
 from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import Solution
@@ -105,7 +105,7 @@ def efficiency(
     solutions: Mapping[str, Solution],
     chats: Source,
     *,
-    scales: Sequence[float] = SCALES,
+    scales: float | Sequence[float] = SCALES,
     progress: bool = True,
 ) -> pd.DataFrame:
     """How much loss each solution saves for its norm: `efficiency_table`, one row a solution and scale.
@@ -123,7 +123,9 @@ def efficiency(
     [1, 3]
     """
     with model.no_adapter():
-        return efficiency_table(efficiency_curves(Landscape(model, chats), solutions, scales, progress=progress))
+        return efficiency_table(
+            efficiency_curves(Landscape(model, chats), solutions, several(scales), progress=progress)
+        )
 
 
 def _part(losses: Losses, thetas: slice) -> Losses:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from em_interp.arguments import check_seed, columns
 from em_interp.errors import SolutionError, StatisticsError, UsageError
+from em_interp.files.given import several
 from em_interp.files.texts import Texts, read_texts
 from em_interp.models.architectures import unwrap
 from em_interp.models.chat import Batch, Encoded, budget_groups, collate, pad_id
@@ -299,7 +300,7 @@ def influence(
     solutions: Mapping[str, Solution],
     texts: Texts,
     *,
-    relative_norms: Sequence[float] = (0.25, 0.5, 1.0, 1.5, 2.0),
+    relative_norms: float | Sequence[float] = (0.25, 0.5, 1.0, 1.5, 2.0),
     n_random: int = 5,
     seed: int = 0,
     max_tokens: int = 512,
@@ -319,7 +320,7 @@ def influence(
     ['general', 'random-00']
     """
     trained = [Measured(name, name, solution) for name, solution in solutions.items()]
-    scaled = at_equal_norms(trained, relative_norms, n_random=n_random, seed=seed)
+    scaled = at_equal_norms(trained, several(relative_norms), n_random=n_random, seed=seed)
     return influence_table(document_kl(model, texts, scaled, max_tokens=max_tokens, progress=progress))
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from em_interp.arguments import check_seed, columns
 from em_interp.errors import LossSetError, UsageError
 from em_interp.evaluation.rates import em_rates
-from em_interp.files.given import Source
+from em_interp.files.given import Source, several
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat_model import ChatModel
 from em_interp.solutions.base import Solution
@@ -131,7 +131,7 @@ def stability(
     solutions: Mapping[str, Solution],
     chats: Source,
     *,
-    epsilons: Sequence[float] = EPSILONS,
+    epsilons: float | Sequence[float] = EPSILONS,
     n_seeds: int = 10,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -152,7 +152,7 @@ def stability(
     with model.no_adapter():
         landscape = Landscape(model, chats)
         curves = [
-            stability_curve(landscape, solution, name, epsilons=epsilons, n_seeds=n_seeds, progress=progress)
+            stability_curve(landscape, solution, name, epsilons=several(epsilons), n_seeds=n_seeds, progress=progress)
             for name, solution in solutions.items()
         ]
     return stability_table(curves)

@@ -123,6 +123,8 @@ def check_device(name: str) -> None:
 def _model_folder(source: str | Path) -> Path:
     """A model's folder, where it is one; a hub name as a path that is not there. Raises ModelError."""
     folder = local(source)
+    if str(source).startswith((".", "/", "~")) and not folder.exists():
+        raise ModelError(f"{source}: there is no such folder. Check the path; a name on the hub is OWNER/NAME.")
     if folder.is_dir():
         found = listing(folder)
         if not (folder / "config.json").is_file():
