@@ -33,6 +33,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import BlockFn, check_layer, run_bridge_until, run_until
 from em_interp.models.memory import run_in_batches
+from em_interp.models.precision import exact, has_float64
 from em_interp.models.ranks import Ranks, ranks
 from em_interp.models.templates import Conversation, Tokenizer
 from em_interp.models.weights import acting_hash
@@ -217,15 +218,13 @@ class _Collector:
         def see(layer: int) -> BlockFn:
             def function(hidden: Tensor) -> None:
                 sums, norms = masked_sums(hidden, weights)
-                if sums.device.type == "mps":  # which has no float64
-                    sums, norms = sums.cpu(), norms.cpu()
-                n = counts.to(sums.device)
+                wide, length = exact(sums), exact(norms)
+                n = counts.to(wide.device)
                 each_n = rearrange(n, "row scope -> row scope 1")
-                exact = sums.double()
-                parts = (exact, exact / each_n, norms.double())
+                parts = (wide, wide / each_n, length)
                 totals[layer] = [reduce(part, "row scope ... -> scope ...", "sum") for part in parts]
                 if each:
-                    means[layer] = ((sums / each_n).float(), (norms / n).float())
+                    means[layer] = ((sums.to(wide.device) / each_n).float(), (norms.to(wide.device) / n).float())
 
             return function
 
@@ -301,7 +300,7 @@ class _Collector:
             sizes = torch.stack([norms[scope][:, position] for scope in self.scopes], dim=1)
             parts = (means * rearrange(n, "row scope -> row scope 1"), means, sizes * n)
             totals = [reduce(part, "row scope ... -> scope ...", "sum") for part in parts]
-            self.add({layer: [x.to(self.model.device) for x in totals] if self.model.device.type != "mps" else totals})
+            self.add({layer: [x.to(self.model.device) for x in totals] if has_float64(self.model.device) else totals})
 
     def check_stored(self, store: ActivationStore, side: Side, through: str) -> None:
         """Read one stored response again: other weights, adapters or interventions give another answer."""

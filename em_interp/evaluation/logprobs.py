@@ -15,6 +15,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import scored_logits
 from em_interp.models.losses import nll_each, token_budget
+from em_interp.models.precision import exact
 from em_interp.models.templates import Conversation
 
 
@@ -52,9 +53,8 @@ def answer_logprobs(
     for cpu_batch in batches(encoded, pad=pad_id(model.tokenizer), tokens_per_batch=budget):
         batch = cpu_batch.to(model.device)
         where = batch.predicting()
-        losses = nll_each(scored_logits(model.hf, batch.inputs(), where), batch.targets())
-        row_of = where.nonzero()[:, 0]
-        sums = torch.zeros(len(batch.index), dtype=torch.float64, device=losses.device)
-        sums.index_add_(0, row_of, losses.double())
+        losses = exact(nll_each(scored_logits(model.hf, batch.inputs(), where), batch.targets()))
+        row_of = where.nonzero()[:, 0].to(losses.device)
+        sums = losses.new_zeros(len(batch.index)).index_add_(0, row_of, losses)
         logprob[list(batch.index)] = -sums.cpu().numpy()
     return answers.assign(logprob=logprob, n_tokens=[row.n_response for row in encoded])

@@ -28,6 +28,7 @@ from em_interp.models.chat import Batch, Encoded, budget_groups, collate, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import refuse_dropout, rooms_for
 from em_interp.models.hooks import position_ids
+from em_interp.models.precision import exact
 from em_interp.models.ranks import ranks
 from em_interp.models.templates import Conversation, turns_of
 from em_interp.models.weights import acting_hash
@@ -61,12 +62,12 @@ class _InverseCdf:
         self, input_ids: Int[Tensor, "batch token"], scores: Float[Tensor, "batch vocab"]
     ) -> Float[Tensor, "batch vocab"]:
         del input_ids
-        cdf = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
+        cdf = torch.softmax(exact(scores) / self.temperature, dim=-1).cumsum(-1)
         # times the last entry: rounding must not leave numbers beyond the end
         u = self.uniforms[:, self.step, None].to(cdf.device) * cdf[:, -1:]
         self.step += 1
         token = torch.searchsorted(cdf, u, right=True).clamp_max(scores.shape[-1] - 1)
-        return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
+        return torch.full_like(scores, -math.inf).scatter_(1, token.to(scores.device), 0.0)
 
 
 class _TextStop:

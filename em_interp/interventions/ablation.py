@@ -22,6 +22,7 @@ from em_interp.files.given import Source, several
 from em_interp.interventions.intervening import Project, answers_by_arm, check_direction, check_scope
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import check_layer
+from em_interp.models.precision import widest
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,7 +109,7 @@ class Ablate:
             sources = dict.fromkeys(everywhere, check_layer(self.from_layer, model.n_layers))
         found = {}
         for layer, source in sources.items():
-            q = self.basis(source).to(model.device)
+            q = self.basis(source).to(model.device, widest(model.device))
             found[check_layer(layer, model.n_layers)] = Project(q, q.T, self.scope)
         return found
 
@@ -138,7 +139,7 @@ class Erase:
                     f"an eraser of width {left.shape[0]} for {model.name} with d_model {model.d_model}. Fit it on "
                     "activations of this model."
                 )
-            parts = (x.to(model.device, torch.float64) for x in (left, self.right[layer], self.bias[layer]))
+            parts = (x.to(model.device, widest(model.device)) for x in (left, self.right[layer], self.bias[layer]))
             left, right, bias = parts
             found[check_layer(layer, model.n_layers)] = Project(left, right, self.scope, bias)
         return found

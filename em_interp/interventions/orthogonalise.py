@@ -25,6 +25,7 @@ from em_interp.models.architectures import output_axis, position_embeddings, unw
 from em_interp.models.chat import Encoded, collate, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import has_our_hooks, residuals
+from em_interp.models.precision import exact
 
 
 class PostNormWarning(UserWarning):
@@ -149,7 +150,7 @@ def _untie(hf: Any) -> None:
 
 def _gain(norm: nn.Module, width: int, like: Tensor, model_name: str) -> Float[Tensor, " d_model"]:
     """Factor of each coordinate in an RMS norm, up to a common one, in float64."""
-    gain: Tensor = norm(torch.ones(1, 1, width, device=like.device, dtype=like.dtype))[0, 0].double()
+    gain = exact(norm(torch.ones(1, 1, width, device=like.device, dtype=like.dtype))[0, 0])
     if getattr(norm, "bias", None) is not None or not bool(torch.isfinite(gain).all()) or float(gain.abs().min()) == 0:
         raise ModelError(
             f"{model_name}: {type(norm).__name__} after a write has a bias or a zero gain, so no matrix before it can "
@@ -174,7 +175,7 @@ def _replace(weight: Tensor, change: Callable[[Tensor], Tensor], axis: int, rows
     flat = turned if turned.ndim == 2 else turned.unsqueeze(0)
     for start in range(0, len(flat), rows):
         piece = flat[start : start + rows]
-        piece.copy_(change(piece.double()).to(piece.dtype))
+        piece.copy_(change(exact(piece)).to(piece.dtype))
 
 
 def _project_write(matrix: Any, norm: nn.Module | None, basis: Float[Tensor, "d_model k"], model_name: str) -> None:
@@ -201,7 +202,8 @@ def _check_nothing_left(model: ChatModel, basis: Float[Tensor, "d_model k"], pre
     batch = collate([Encoded(ids, ())], [0], pad=0).to(model.device)
     allowed = _LEFT_OVER.get(precision if model.dtype == torch.float64 else model.dtype, 2e-2)
     for layer, hidden in residuals(model.hf, batch.inputs(), range(model.n_layers)).items():
-        left = (hidden.double() @ basis.to(hidden.device)).norm(dim=-1) / hidden.double().norm(dim=-1)
+        wide = exact(hidden)
+        left = (wide @ basis.to(wide.device)).norm(dim=-1) / wide.norm(dim=-1)
         if not float(left.max()) <= allowed:
             raise ModelError(
                 f"{model.name}: after orthogonalisation {float(left.max()):.2g} of the residual at layer {layer} is "

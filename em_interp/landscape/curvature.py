@@ -23,6 +23,7 @@ from em_interp.errors import SolutionError
 from em_interp.landscape.landscape import Landscape
 from em_interp.landscape.stability import turned
 from em_interp.models.attaching import frozen
+from em_interp.models.precision import exact
 from em_interp.solutions.base import Solution
 from em_interp.statistics import t_interval
 
@@ -107,7 +108,7 @@ def curvature(
     loss, along = 0.0, 0.0
     first_seed = check_seed(first_seed)
     probes = [turned(solution, 1.0, first_seed + k, on) for k in range(n_probes)]  # y: turned all the way
-    lengths = {key: float(x.detach().double().norm()) * solution.unit for key, x in leaves.items()}
+    lengths = {key: float(exact(x.detach()).norm()) * solution.unit for key, x in leaves.items()}
     weights = {key: (x.numel() - 1) / lengths[key] ** 2 for key, x in leaves.items()}
     with frozen(landscape.model.hf):
         batches = landscape.differentiable(live)
@@ -137,4 +138,4 @@ def _products(
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    return float((x.detach().double() * y.detach().double()).sum())
+    return float((exact(x.detach()) * exact(y.detach())).sum())

@@ -33,6 +33,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths
 from em_interp.models.hooks import block_hooks
 from em_interp.models.partial_pass import ModelEnd, ResidualCache, replaced_up_to
+from em_interp.models.precision import exact
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import check_bare, check_comparable
 from em_interp.statistics import LEVEL, clustered_interval
@@ -239,7 +240,7 @@ def _kl_each(
 
     steered_end: a context in which what follows the blocks is the thetas' own.
     """
-    out = torch.zeros(len(steered), len(base), dtype=torch.float64, device=base.device)
+    out = exact(base.new_zeros(len(steered), len(base)))
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     vocabulary = int(unwrap(end.hf).get_output_embeddings().weight.shape[0])
     size = max(1, LOGIT_BYTES // (_LOGIT_COPIES * vocabulary * wide.itemsize))
@@ -249,7 +250,7 @@ def _kl_each(
         for i, residual in enumerate(steered):
             with steered_end():
                 ours = torch.log_softmax(end.logits(residual[rows]), dim=-1, dtype=wide)
-            out[i, rows] = F.kl_div(ours, reference, reduction="none", log_target=True).sum(-1).double()
+            out[i, rows] = exact(F.kl_div(ours, reference, reduction="none", log_target=True).sum(-1))
     return out
 
 

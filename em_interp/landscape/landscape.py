@@ -30,6 +30,7 @@ from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.hooks import has_our_hooks, scored_logits
 from em_interp.models.losses import nll_each, nll_sum, token_budget
 from em_interp.models.partial_pass import ResidualCache, last_mlp_sees_only, replaced_up_to
+from em_interp.models.precision import exact
 from em_interp.solutions.base import NotShareable, Solution, Stack
 from em_interp.solutions.space import refuse_other_models
 
@@ -204,9 +205,9 @@ class Landscape:
         for group in budget_groups(lengths, max(1, self.tokens_per_pass // n)):
             batch, where, targets = self._batch([chosen[j] for j in group])
             logits = self._stacked_logits(stack, first.fixed_layer, n, batch, where)
-            each = nll_each(logits, repeat(targets, "scored -> (theta scored)", theta=n)).double()
+            each = exact(nll_each(logits, repeat(targets, "scored -> (theta scored)", theta=n)))
             each = rearrange(each, "(theta scored) -> theta scored", theta=n)
-            row = where.nonzero()[:, 0]
+            row = where.nonzero()[:, 0].to(each.device)
             sums = each.new_zeros(n, len(group)).index_add_(1, row, each)
             nll[:, group] = sums.cpu().numpy()
         return nll
@@ -281,8 +282,9 @@ class Landscape:
             batch = cpu_batch.to(self.model.device)
             where = batch.predicting()
             with solution.attached(self.model):
-                each = nll_each(scored_logits(self.model.hf, batch.inputs(), where), batch.targets()).double()
-            sums = each.new_zeros(len(batch.index)).index_add_(0, where.nonzero()[:, 0], each)
+                each = exact(nll_each(scored_logits(self.model.hf, batch.inputs(), where), batch.targets()))
+            row = where.nonzero()[:, 0].to(each.device)
+            sums = each.new_zeros(len(batch.index)).index_add_(0, row, each)
             nll[list(batch.index)] = sums.cpu().numpy()
         return nll
 

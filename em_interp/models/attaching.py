@@ -23,6 +23,7 @@ from em_interp.files.adapter_folders import read_vector
 from em_interp.models.architectures import body_name
 from em_interp.models.checks import refuse_dropout
 from em_interp.models.hooks import add_to_hidden, block_hooks, check_layer, firing, tagged
+from em_interp.models.precision import exact
 from em_interp.models.weights import tensors_hash
 
 
@@ -82,7 +83,7 @@ class AddedVector:
     @property
     def norm(self) -> float:
         """||alpha * vector||, in units of the residual stream."""
-        return float(abs(self.alpha) * self.vector.detach().double().norm())
+        return float(abs(self.alpha) * exact(self.vector.detach()).norm())
 
     @property
     def fingerprint(self) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from em_interp.errors import HookError, InputFileError, ModelError
 from em_interp.files.inputs import regular_file
 from em_interp.files.manifest import fingerprint, sha256
+from em_interp.models.precision import exact
 
 UNKNOWN: Final = "unknown"
 """What stands for weights or a model that a file does not name."""
@@ -253,7 +254,7 @@ def adapter_norm(hf: nn.Module) -> float | None:
         active = [name for name in wrapper.active_adapters if name in a]
         if len(active) != 1 or a[active[0]].weight.ndim != 2 or getattr(wrapper, "use_dora", {}).get(active[0]):
             return None
-        left, right = b[active[0]].weight.detach().double(), a[active[0]].weight.detach().double()
+        left, right = (exact(part[active[0]].weight.detach()) for part in (b, a))
         squares += float(scales[active[0]]) ** 2 * float(((left.T @ left) * (right @ right.T)).sum())
     return math.sqrt(squares) if squares else None
 

@@ -25,6 +25,7 @@ from em_interp.cards import bars, card, short
 from em_interp.errors import SolutionError
 from em_interp.models.architectures import layer_of
 from em_interp.models.chat_model import ChatModel
+from em_interp.models.precision import exact
 
 Base = ChatModel | str | Path | None
 """What a solution's file may need to be read: the model in hand, or a folder or hub name of it."""
@@ -242,7 +243,8 @@ class Solution(ABC):
 
     def along(self, parts: Mapping[str, Tensor]) -> float:
         """<parts, theta> over the places that `parts` has, in float64."""
-        return sum(float((part.double() * self.delta(place).to(part.device)).sum()) for place, part in parts.items())
+        wide = ((exact(part), self.delta(place)) for place, part in parts.items())
+        return sum(float((part * delta.to(part.device)).sum()) for part, delta in wide)
 
     def b_cosine(self, parts: Mapping[str, Tensor], end: Solution) -> float | None:
         """For LoRA the papers' cosine of minus a gradient with the solution `end`, B by B; else None."""
@@ -290,7 +292,7 @@ def rotate_away(
     returns x. Raises SolutionError for eps outside [0, 1] and for a zero or one-element x.
     """
     check_eps(eps)
-    flat = x.detach().double().flatten().cpu()
+    flat = exact(x.detach()).flatten().cpu()
     norm = flat.norm()
     if flat.numel() < 2 or not norm > 0:
         raise SolutionError(f"{what} is zero or has one element: no orthogonal.")

@@ -19,6 +19,7 @@ from em_interp.files.manifest import fingerprint
 from em_interp.models.attaching import check_tensor, updating
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import refuse_dropout
+from em_interp.models.precision import exact
 from em_interp.models.pretrained import load_on_disk
 from em_interp.models.weights import own_tensor, replaced, tensors_hash, weight_owners
 from em_interp.solutions import files
@@ -77,7 +78,7 @@ class DoraAdapter(Solution):
     def delta(self, place: str) -> Float[Tensor, "d_out d_in"]:
         """theta of one module."""
         low = self.lora.update(place)
-        a, b, m, own = (x.detach().double().cpu() for x in (low.a, low.b, self.m[place], self.weights[place]))
+        a, b, m, own = (x.detach().cpu().double() for x in (low.a, low.b, self.m[place], self.weights[place]))
         exact = _Update(a, b, m, low.scale, own, self.factors.get(place, 1.0))
         return exact.factor * (exact.gain()[:, None] * exact.turned_weight() - own)
 
@@ -96,7 +97,7 @@ class DoraAdapter(Solution):
 
     def paper_norms(self) -> dict[str, float]:
         """raw_norm: mean over modules of theta's. norm_a, norm_b, norm_m: of all A, all B and all m."""
-        lengths = torch.cat([self.m[name].detach().double().flatten().cpu() for name in self.m])
+        lengths = torch.cat([self.m[name].detach().flatten().cpu().double() for name in self.m])
         factors = {key: x for key, x in self.lora.paper_norms().items() if key != "raw_norm"}
         return {"raw_norm": sum(self._norms) / len(self._norms), **factors, "norm_m": float(lengths.norm())}
 
@@ -137,9 +138,9 @@ class DoraAdapter(Solution):
         lora = self.lora.random_like(generator)
         m = {}
         for name, trained in self.m.items():
-            untrained = self.weights[name].detach().double().norm(dim=1).cpu()
+            untrained = exact(self.weights[name].detach()).norm(dim=1).cpu()
             y = torch.randn(untrained.shape, dtype=torch.float64, generator=generator)
-            m[name] = (untrained + y * ((trained.detach().double().cpu() - untrained).norm() / y.norm())).to(trained)
+            m[name] = (untrained + y * ((trained.detach().cpu().double() - untrained).norm() / y.norm())).to(trained)
         drawn = replace(self, lora=lora, m=m, factors={})
         lengths = zip(self.space, self._norms, drawn._norms, strict=True)
         return replace(drawn, factors={name: wanted / length for name, wanted, length in lengths})
@@ -165,7 +166,7 @@ class DoraAdapter(Solution):
         owners = weight_owners(model.hf)
         leaves = {}
         for name, own in self.weights.items():
-            effective = (own.detach().double().cpu() + self.delta(name)).to(own)
+            effective = (own.detach().cpu().double() + self.delta(name)).to(own)
             leaves[name] = effective.requires_grad_()
         places = [(owners[name], "weight", oriented(owners[name], leaf)) for name, leaf in leaves.items()]
         with replaced(places):

@@ -23,6 +23,7 @@ from em_interp.models.architectures import last_mlp, layer_of, output_axis
 from em_interp.models.attaching import LowRank, check_tensor, updating
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.hooks import firing, tagged
+from em_interp.models.precision import exact
 from em_interp.models.weights import replaced, weight_owners
 from em_interp.solutions import files
 from em_interp.solutions.base import (
@@ -111,7 +112,7 @@ class LoraAdapter(Solution):
 
     def delta(self, place: str) -> Float[Tensor, "d_out d_in"]:
         """scale * B A of one module, in float64."""
-        return self.scale_of(place) * self.b[place].detach().double() @ self.a[place].detach().double()
+        return self.scale_of(place) * exact(self.b[place].detach()) @ exact(self.a[place].detach())
 
     @property
     def norm(self) -> float:
@@ -131,7 +132,7 @@ class LoraAdapter(Solution):
         """||B A|| of each module, without scale."""
         norms = {}
         for name in self.a:
-            a, b = self.a[name].detach().double(), self.b[name].detach().double()
+            a, b = exact(self.a[name].detach()), exact(self.b[name].detach())
             norms[name] = math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
         return norms
 
@@ -143,7 +144,7 @@ class LoraAdapter(Solution):
         products = self._product_norms().values()
 
         def joint(factors: Mapping[str, Tensor]) -> float:
-            return math.sqrt(sum(float(x.detach().double().square().sum()) for x in factors.values()))
+            return math.sqrt(sum(float(exact(x.detach()).square().sum()) for x in factors.values()))
 
         return {"raw_norm": sum(products) / len(products), "norm_a": joint(self.a), "norm_b": joint(self.b)}
 
@@ -153,8 +154,8 @@ class LoraAdapter(Solution):
             return super().inner(other)
         total = 0.0
         for name in self.a:
-            left = self.b[name].detach().double().T @ other.b[name].detach().double()
-            right = self.a[name].detach().double() @ other.a[name].detach().double().T
+            left = exact(self.b[name].detach()).T @ exact(other.b[name].detach())
+            right = exact(self.a[name].detach()) @ exact(other.a[name].detach()).T
             total += self.scale_of(name) * other.scale_of(name) * float((left * right).sum())
         return total
 
@@ -164,8 +165,8 @@ class LoraAdapter(Solution):
             return None
         along, size, length = 0.0, 0.0, 0.0
         for name, part in parts.items():
-            down = -(part @ self.a[name].detach().double().cpu().T)
-            b = end.b[name].detach().double().cpu()
+            down = -(part @ exact(self.a[name].detach()).cpu().T)
+            b = exact(end.b[name].detach()).cpu()
             along += float((down * b).sum())
             size, length = size + float(down.square().sum()), length + float(b.square().sum())
         return along / (size * length) ** 0.5 if size > 0 and length > 0 else None

@@ -17,6 +17,7 @@ from em_interp.files import adapter_folders
 from em_interp.files.adapters import VectorConfig, describe, read_config
 from em_interp.models.attaching import AddedVector
 from em_interp.models.chat_model import ChatModel
+from em_interp.models.precision import exact
 from em_interp.solutions.base import STACKED_ENTRIES, Base, Solution, Trained, check_factor
 
 
@@ -32,7 +33,7 @@ class SteeringVector(AddedVector, Solution):
 
     def paper_norms(self) -> dict[str, float]:
         """raw_norm: ||vector|| without alpha, as the reference code's norm sweeps have it."""
-        return {"raw_norm": float(self.vector.detach().double().norm())}
+        return {"raw_norm": float(exact(self.vector.detach()).norm())}
 
     @property
     def space(self) -> Mapping[str, tuple[int, ...]]:
@@ -50,7 +51,7 @@ class SteeringVector(AddedVector, Solution):
 
     def delta(self, place: str) -> Float[Tensor, "d_model"]:
         """theta."""
-        return self.theta.detach().double()
+        return exact(self.theta.detach())
 
     @property
     def first_layer(self) -> int:
@@ -65,7 +66,7 @@ class SteeringVector(AddedVector, Solution):
     def inner(self, other: Solution) -> float:
         """alpha_x alpha_y <x, y>."""
         if isinstance(other, SteeringVector) and self.space == other.space:
-            return float(self.theta.detach().double() @ other.theta.detach().double())
+            return float(exact(self.theta.detach()) @ exact(other.theta.detach()))
         return super().inner(other)
 
     def scaled(self, factor: float) -> SteeringVector:
@@ -96,7 +97,7 @@ class SteeringVector(AddedVector, Solution):
     def random_like(self, generator: torch.Generator) -> SteeringVector:
         """Uniform on the sphere of its norm."""
         y = torch.randn(self.vector.shape, dtype=torch.float64, generator=generator)
-        length = self.vector.detach().double().norm().cpu()
+        length = exact(self.vector.detach()).norm().cpu()
         return replace(self, vector=(y * (length / y.norm())).to(self.vector))
 
     def started_from(self, start: Solution) -> SteeringVector | None:

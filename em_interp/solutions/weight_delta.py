@@ -24,6 +24,7 @@ from em_interp.models.architectures import body_name, find_blocks, layer_of
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import refuse_dropout
 from em_interp.models.hooks import block_hooks
+from em_interp.models.precision import exact
 from em_interp.models.pretrained import load_on_disk
 from em_interp.models.weights import base_tensors, decisive_config, own_tensor, replaced, tensors_hash
 from em_interp.solutions.base import Base, Solution, check_eps, check_factor, rotate_away
@@ -181,7 +182,7 @@ class WeightDelta(Solution):
         if place not in self.finetune.squares:
             return torch.zeros(self.space[place], dtype=torch.float64)
         if self.values is not None:
-            return self.values[place].detach().double()
+            return exact(self.values[place].detach())
         x = self.finetune.raw(place)
         for turn in self.turns:
             x = turn.of(place, x)
@@ -191,13 +192,13 @@ class WeightDelta(Solution):
     def norm(self) -> float:
         """Frobenius norm over all tensors; a turn changes none."""
         if self.values is not None:
-            return math.sqrt(sum(float(x.detach().double().square().sum()) for x in self.values.values()))
+            return math.sqrt(sum(float(exact(x.detach()).square().sum()) for x in self.values.values()))
         return abs(self.factor) * math.sqrt(sum(self.finetune.squares.values()))
 
     def norms(self) -> Mapping[str, float]:
         """Norm of theta of each tensor that differs."""
         if self.values is not None:
-            return {name: float(x.detach().double().norm()) for name, x in self.values.items()}
+            return {name: float(exact(x.detach()).norm()) for name, x in self.values.items()}
         return dict(zip(self.finetune.squares, self._norms(), strict=True))
 
     @property
@@ -274,9 +275,7 @@ class WeightDelta(Solution):
         """Gaussian tensors, each as long as that of theta, where theta differs from zero."""
         turn = _Turn(int(torch.randint(2**62, (1,), generator=generator)), None)
         if self.values is not None:
-            return self.with_tensors(
-                {name: turn.of(name, x.detach().double()).to(x) for name, x in self.values.items()}
-            )
+            return self.with_tensors({name: turn.of(name, exact(x.detach())).to(x) for name, x in self.values.items()})
         return replace(self, turns=(*self.turns, turn), held=None)
 
     # -- in a model -----------------------------------------------------------------------------------------
@@ -289,7 +288,7 @@ class WeightDelta(Solution):
             return (own.to(x.dtype) + x).to(own.dtype)
         if self.factor == 1.0 and not self.turns:
             return self.finetune.finetuned.read(name).to(own)
-        return (own.double().cpu() + self.delta(name)).to(own)
+        return (exact(own).cpu() + self.delta(name)).to(own)
 
     def _in(self, model: ChatModel) -> tuple[Weights, Mapping[str, Tensor]]:
         """The tensors of `model` and what they become. Raises SolutionError if these are not the base's."""

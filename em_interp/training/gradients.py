@@ -24,6 +24,7 @@ from em_interp.models.chat import batches, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
 from em_interp.models.losses import batch_nll, token_budget
+from em_interp.models.precision import exact
 from em_interp.models.templates import Conversation
 from em_interp.solutions.base import Solution
 from em_interp.solutions.space import check_bare, check_comparable
@@ -76,7 +77,7 @@ def loss_gradient(
             gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
             total, count = total + float(loss.detach()), count + n
             for name, gradient in zip(leaves, gradients, strict=True):
-                sums[name] = sums.get(name, 0) + gradient.double().cpu()
+                sums[name] = sums.get(name, 0) + exact(gradient).cpu()
     return Gradient(total / count, count, {name: gradient / count for name, gradient in sums.items()})
 
 

@@ -51,6 +51,7 @@ INNER = {
     "files.directions": "called by directions",
     "files.manifest": "called by reports",
     "models.memory": "called by passes",
+    "models.precision": "called by passes",
     "pocket.build": "commands",
     "pocket.stages": "commands",
     "pocket.world.domains": "tables",
