@@ -4,7 +4,7 @@
 - `chat`, `templates`: conversations as tokens, spans and batches
 - `chat_model`: `ChatModel`; `pretrained`: folders and hub; `checks`: what is tried at load
 - `adapters`, `bridges`: PEFT and TransformerBridge over its weights; `attaching`: theta by hooks
-- `weights`: hashes of what acts; `losses`: NLL and KL; `memory`: batches that fit; `precision`: float64, or what a device has
+- `weights`: hashes of what acts; `losses`: NLL and KL; `memory`: batches that fit; `precision`: float64
 - `partial_pass`: running from a cached residual; `ranks`: passes that several processes share
 
 **Layer** *l*, counted from 0, is the output of block *l*: TransformerLens `blocks.{l}.hook_out`, Hugging Face
