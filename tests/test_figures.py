@@ -175,6 +175,7 @@ def fits_a_phone(figure: go.Figure) -> None:
         for label in y.ticktext or ():
             assert max(map(len, str(label).split("<br>"))) * 6.5 <= PHONE / 2, label
     assert narrow_layout(figure)["height"] < 6000
+    assert not phone.layout.yaxis.scaleanchor  # its title would stand in the figure
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -73,15 +73,18 @@ def panels(
     specs: list[list[dict[str, Any] | None]] = [[{} for _ in range(columns)] for _ in range(rows)]
     if rest := n % columns:
         specs[-1][rest - 1 :] = [{"colspan": columns - rest + 1}, *[None] * (columns - rest)]
+    shown = [wrapped(title, _TITLE[columns]) for title in titles]
+    lines = max((lines_in(title) for title in shown[columns:]), default=1)
+    between = 0.09 if share_x and not rest else 0.14  # where the last row is not full, panels above it have tick labels
     figure = make_subplots(
         rows=rows,
         cols=columns,
         specs=specs,
-        subplot_titles=[wrapped(title, _TITLE[columns]) for title in titles] if n > 1 else None,
+        subplot_titles=shown if n > 1 else None,
         shared_xaxes=share_x,
         shared_yaxes=share_y,
         horizontal_spacing=0.05 if share_y else 0.09,
-        vertical_spacing=0.0 if rows == 1 else (0.09 if share_x else 0.14) * 2 / rows,
+        vertical_spacing=0.0 if rows == 1 else (between + 0.05 * (lines - 1)) * 2 / rows,
     )
     return figure.update_layout(meta={"columns": columns, "panels": n})
 

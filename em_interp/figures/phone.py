@@ -48,6 +48,7 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
         bar = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.5, "xanchor": "center", "title.side": "top"}
         changes |= {f"coloraxis.colorbar.{name}": value for name, value in bar.items()} | {"margin.t": 110}
         changes["height"] += 110 - top
+        changes["yaxis.scaleanchor"] = False  # an axis that keeps a square moves without its title
     return changes
 
 

@@ -45,18 +45,18 @@ def trade_off(table: pd.DataFrame, by: str, strength: str, name: str) -> go.Figu
         said = [f"{name} {value:.3g}" for value in rows[strength]]
         bounds: dict[str, Any] = {"low": low, "high": high, "x_low": x_low, "x_high": x_high}
         figures.line(figure, x, y, f"growing {name}", 0, markers=True, **bounds, hover=said, panel=number)
-        _said(figure, x, y, said, number)
+        _said(figure, x, y, np.where(np.isfinite(high), high, y), said, number)
     figures.style(figure, "coherent answers (%)", "EM (%)", height=figures.HEIGHT if len(parts) == 1 else 300)
     highest = 100 * np.nanmax(
         [0.05, *table["em_rate"].astype(float), *table.get("em_high", pd.Series([])).astype(float)]
     )
-    return figure.update_xaxes(range=[-3, 106]).update_yaxes(range=[-0.06 * highest, 1.1 * highest])
+    return figure.update_xaxes(range=[-3, 106]).update_yaxes(range=[-0.06 * highest, 1.2 * highest])
 
 
-def _said(figure: go.Figure, x: Any, y: Any, said: list[str], panel: int) -> None:
-    """The strength of most EM, beside its point."""
+def _said(figure: go.Figure, x: Any, y: Any, top: Any, said: list[str], panel: int) -> None:
+    """The strength of most EM, above its bar."""
     best = int(np.nan_to_num(y, nan=-1.0).argmax())
-    where = {"x": x[best], "y": y[best], "xshift": -8, "yshift": 10, "xanchor": "right"}
+    where = {"x": x[best], "y": top[best], "yshift": 9, "xanchor": "right" if x[best] > 80 else "center"}
     figure.add_annotation(text=said[best], showarrow=False, **where, **place(figure, panel))
 
 
