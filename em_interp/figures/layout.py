@@ -120,7 +120,9 @@ def caption_of(figure: go.Figure) -> str:
 def wrapped(text: str, width: int) -> str:
     """Text in lines of about `width` characters, broken with <br> after a space or a separator of names."""
     lines = [""]
-    for word in re.findall(r"[^\s/_:,-]+[\s/_:,-]*|[\s/_:,-]+", text.replace("<br>", " ")):
+    for word in re.findall(
+        r"[^\s/_:,-]+[\s/_:,-]*|[\s/_:,-]+", re.sub("(?<=[_/-])<br>", "", text).replace("<br>", " ")
+    ):
         if lines[-1] and len((lines[-1] + word).rstrip()) > width:
             lines.append("")
         lines[-1] += word

@@ -11,7 +11,8 @@ from em_interp.figures.layout import LINE, axes_of, grid_of, legend_rows, lines_
 PHONE: Final = 420
 """Pixels of a narrow screen."""
 _BELOW: Final = 56  # tick labels and an axis title
-_BETWEEN: Final = 62  # tick labels of one panel, title of the next
+_BETWEEN: Final = 46  # tick labels of one panel, title of the next but for its lines
+_TITLE: Final = 16  # a line of that
 
 
 def narrow(figure: go.Figure) -> go.Figure:
@@ -27,29 +28,37 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     columns = 1 if n <= 4 else 2
     rows = [range(n)[start : start + columns] for start in range(0, n, columns)]
     tall = [max(_tall(figure, number, n) for number in row) for row in rows]
-    inside = sum(tall) + _BETWEEN * (len(rows) - 1)
+    titles = [_titles(figure, row) for row in rows] if n > 1 else [[""]]
+    above = [0, *(_BETWEEN + _TITLE * max(map(lines_in, row)) for row in titles[1:])]
+    inside = sum(tall) + sum(above)
     top, below = figure.layout.margin.t, _BELOW + LINE * legend_rows(figure, PHONE)
     changes: dict[str, Any] = {"height": top + inside + below, "font.size": 12, "legend.font.size": 12}
     changes |= {"margin.l": 6, "margin.r": 10}
     start = 0
-    for row, height in zip(rows, tall, strict=True):
+    for row, height, gap, said in zip(rows, tall, above, titles, strict=True):
+        start += gap
         up = [1 - (start + height) / inside, 1 - start / inside]
-        start += height + _BETWEEN
+        start += height
         for col, number in enumerate(row):
             width = 1.0 if len(row) == 1 else 0.44
             across = [0.0, width] if col == 0 else [1 - width, 1.0]
             changes |= _panel(figure, number, across, up, is_left=col == 0, is_lowest=row is rows[-1])
             if n > 1:
                 title = f"annotations[{number}]."
-                text = wrapped(str(figure.layout.annotations[number].text), 54 if len(row) == 1 else 24)
                 changes |= {title + "x": sum(across) / 2, title + "y": up[1], title + "font.size": 13}
-                changes[title + "text"] = text
+                changes[title + "text"] = said[col]
     if figure.layout.coloraxis.colorbar.title.text:
         bar = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.5, "xanchor": "center", "title.side": "top"}
         changes |= {f"coloraxis.colorbar.{name}": value for name, value in bar.items()} | {"margin.t": 110}
         changes["height"] += 110 - top
-        changes["yaxis.scaleanchor"] = False  # an axis that keeps a square moves without its title
+        changes["xaxis.title.standoff"] = None  # which plotly.js measures wrongly under a horizontal colour bar
     return changes
+
+
+def _titles(figure: go.Figure, row: range) -> list[str]:
+    """Of a row's panels, in lines."""
+    width = 54 if len(row) == 1 else 24
+    return [wrapped(str(figure.layout.annotations[number].text), width) for number in row]
 
 
 def _tall(figure: go.Figure, number: int, n: int) -> int:
