@@ -12,9 +12,9 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
 
-  if (!matchMedia("(min-width: 1000px)").matches) all("nav details").forEach((d) => { d.open = false; });
+  if (!matchMedia("(min-width: 1120px)").matches) all("nav details").forEach((d) => { d.open = false; });
   all("nav a").forEach((link) => link.addEventListener("click", () => {
-    if (!matchMedia("(min-width: 1000px)").matches) link.closest("details").open = false;
+    if (!matchMedia("(min-width: 1120px)").matches) link.closest("details").open = false;
   }));
 
   const payload = JSON.parse(await unpacked("payload"));
