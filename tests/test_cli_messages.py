@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = re.compile(r"\w\([^()]*[=.)]|\b\w+=\w|=\.\.\.|\bdataclasses\b|\bfrom_layer\b|`(adapter|layers|scope|base)=?`")
 FOR_PYTHON = {
     "errors.py": "of a call, which no command makes",
-    "plots.py": "of a call, which no command makes",
     "directions/activations.py: Activations(": "a repr",
     "directions/activations.py: per-response means": "commands ask for means alone",
     "directions/extraction.py: Contrast(": "a repr",
@@ -37,6 +36,8 @@ FOR_PYTHON = {
     "interventions/intervening.py: a pass outside": "commands generate with a KV cache",
     "interventions/steering.py: the residual norm is": "commands measure it",
     "landscape/influence.py: document": "suites cut their texts",
+    "evaluation/comparison.py: Comparison(": "a repr",
+    "files/given.py: X is a table": "commands are given files",
     "landscape/landscape.py": "suites leave nothing attached",
     "landscape/stability.py": "no command perturbs one factor",
     "models/adapters.py: X: brings its own": "another package does it",
@@ -46,7 +47,7 @@ FOR_PYTHON = {
     "models/chat_model.py: X: it changed": "what a check found",
     "models/checks.py: dropout": "commands load models in eval mode",
     "models/pretrained.py: X: no tokenizer": "another package does it",
-    "plots.py: answers are not plotted": "commands draw rates alone",
+    "face/plots.py: answers are not plotted": "commands draw rates alone",
     "pocket/world": "no command asks for single questions",
     "solutions/lora.py": "no command perturbs one factor",
     "solutions/steering_vector.py": "no command perturbs one factor",

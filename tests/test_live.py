@@ -104,7 +104,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "PROBES", 2)
     monkeypatch.setattr(influence, "DOCUMENTS", 4)
     monkeypatch.setattr(gradients, "CHATS", 4)
-    monkeypatch.setattr(live, "PERSONA_PROMPTS", 4)
+    monkeypatch.setattr("em_interp.pocket.questions.PERSONA_PROMPTS", 4)
     monkeypatch.setattr(steering, "SHARES", (0.0, 0.5))
     monkeypatch.setattr(influence, "RANDOM", 2)
 

@@ -27,12 +27,13 @@ from em_interp.directions.extraction import contrast
 from em_interp.errors import UsageError
 from em_interp.evaluation import answers, sampling
 from em_interp.files.results import Results
+from em_interp.inspect import acting
 from em_interp.interventions import ablation, steering
 from em_interp.interventions import intervening as interventions
 from em_interp.landscape import curvature, influence, stability
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode_all
-from em_interp.pocket import evaluate, organisms, stages, sweeps
+from em_interp.pocket import evaluate, organisms, stages, sweeps, worlds
 from em_interp.pocket import questions as suite
 from em_interp.pocket.world import corpus
 from em_interp.training.recipes import TrainingSpec, VectorSpec
@@ -67,6 +68,8 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     curvature.curvature: lambda w, seed: curvature.curvature(w.landscape, w.solution, n_probes=2, first_seed=seed),
     sampling.sample: lambda w, seed: sampling.sample(w.chat, QUESTIONS, 1, seed=seed, **FEW),
     sampling.sample_rows: lambda w, seed: sampling.sample_rows(w.chat, QUESTIONS, [("q", 0)], seed=seed, **FEW),
+    acting.Settings: lambda _, seed: acting.Settings(seed=seed),
+    worlds.Finetuned: lambda w, seed: worlds.Finetuned("nine", "medicine", seed, w.solution, ASKED, None, None),
     answers.judged_answers: lambda w, seed: answers.judged_answers(
         Results(), "a", w.chat, QUESTIONS, 1, lambda table: table.assign(aligned=1.0, coherent=1.0), seed=seed, **FEW
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from weakref import WeakKeyDictionary
 
+from em_interp.arguments import check_seed
 from em_interp.directions.direction import Direction
 from em_interp.errors import EmInterpError, UsageError
 from em_interp.evaluation.sampling import Answer, sample_rows
@@ -34,6 +35,9 @@ class Settings:
     temperature: float = 1.0
     top_logprobs: int | None = None
     """How many likeliest tokens to tell at each token; None for no log-probabilities."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 @dataclass(eq=False)

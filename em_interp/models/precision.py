@@ -16,6 +16,6 @@ def exact(x: Tensor) -> Tensor:
     return x.double() if has_float64(x.device) else x.cpu().double()
 
 
-def widest(device: torch.device) -> torch.dtype:
+def widest(device: torch.device | str) -> torch.dtype:
     """float64, or float32 on a device without."""
-    return torch.float64 if has_float64(device) else torch.float32
+    return torch.float64 if has_float64(torch.device(device)) else torch.float32

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from em_interp.arguments import columns
+from em_interp.arguments import check_seed, columns
 from em_interp.directions.direction import Direction, random_directions
 from em_interp.directions.extraction import extract
 from em_interp.errors import UnreadableFileError, UsageError
@@ -199,6 +199,9 @@ class Finetuned:
     judged: pd.DataFrame
     mean_diff: Direction | None
     model_diff: Direction | None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     @property
     def name(self) -> str:
