@@ -93,7 +93,10 @@ Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="a question,
 _LAYER: Final = "block, counted from 0, whose output is meant; may be repeated"
 Layers = Annotated[list[int] | None, typer.Option("--layer", help=_LAYER, show_default="all")]
 GivenLayers = Annotated[list[int], typer.Option("--layer", help=_LAYER)]
-Scope = Annotated[str, typer.Option(help="tokens: all, prompt or response (extract: or last_prompt)")]
+Scope = Annotated[
+    str,
+    typer.Option(help="tokens: all, prompt or response, its end-of-turn token included (extract: or last_prompt)"),
+]
 RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
 AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that is there already")]
