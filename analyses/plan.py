@@ -109,7 +109,7 @@ def effort(suite: Suite, names: Sequence[str]) -> Effort:
 
 def asks(suite: Suite) -> bool:
     """Whether a suite asks models of one's own here, which takes time, and maybe money."""
-    return isinstance(suite.finetunes, AskedFinetunes) if suite.source == "models" else False
+    return suite.source == "models" and isinstance(suite.finetunes, AskedFinetunes)
 
 
 def said_of_downloads(found: Sequence[Download]) -> str:

@@ -13,7 +13,7 @@ questions and answers, in closed form. The old methods resample questions and ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from itertools import product
 from typing import Any, Final
@@ -24,7 +24,7 @@ from scipy import special, stats
 
 from analyses.benchmarks.coverage_old import bootstrap_weights
 from analyses.benchmarks.coverage_rates import ANSWERS, old_rate_intervals, question_rates
-from analyses.benchmarks.coverage_scenario import Outcomes, Scenario
+from analyses.benchmarks.coverage_scenario import Outcomes, Scenario, bounds_of
 from em_interp.statistics import Interval, no_interval
 from em_interp.statistics.agreement import STATISTICS, agreement_interval
 from em_interp.statistics.rate_intervals import (
@@ -41,11 +41,6 @@ _JUDGED: Final = 20
 _SHARED_ERROR: Final = 0.3
 """Share of a judge's error that the answers to a question have in common."""
 Table = NDArray[np.float64]
-
-
-def _bounds(intervals: Iterable[Interval]) -> tuple[Table, Table]:
-    low, high = np.array([(i.low, i.high) for i in intervals]).T
-    return low, high
 
 
 def misalign_at_k(
@@ -136,7 +131,7 @@ def agreement(
             scores[rng.random(scores.shape) < 0.1] = np.nan
         new.append(agreement_interval(statistic, scores, question))
         old.append(_percentiles(statistic, scores, question, weights) if i % 10 == 0 else no_interval("not looked at"))
-    return Outcomes(np.full(n_datasets, truth), *_bounds(old), *_bounds(new))
+    return Outcomes(np.full(n_datasets, truth), *bounds_of(old), *bounds_of(new))
 
 
 def _percentiles(statistic: str, scores: Table, question: NDArray[np.int64], weights: Table) -> Interval:

@@ -11,7 +11,7 @@ clusters (and seeds).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analyses.benchmarks.coverage_old import bootstrap_weights
-from analyses.benchmarks.coverage_scenario import Outcomes, Scenario
-from em_interp.statistics import Interval, clustered_interval, crossed_interval, t_interval
+from analyses.benchmarks.coverage_scenario import Outcomes, Scenario, bounds_of
+from em_interp.statistics import clustered_interval, crossed_interval, t_interval
 
 SKEWED: Final = 0.8
 HEAVY: Final = 1.2
@@ -29,15 +29,10 @@ _RESAMPLES: Final = 2_000
 Table = NDArray[np.float64]
 
 
-def _bounds(intervals: Iterable[Interval]) -> tuple[Table, Table]:
-    low, high = np.array([(i.low, i.high) for i in intervals]).T
-    return low, high
-
-
 def _of_ratio(truth: float, top: Table, bottom: Table, positive: bool = False, by_size: bool = False) -> Outcomes:
     weights = bootstrap_weights(top.shape[1], resamples=_RESAMPLES)
     old = np.quantile((top @ weights.T) / (bottom @ weights.T), [0.025, 0.975], axis=1)
-    new = _bounds(
+    new = bounds_of(
         clustered_interval(y, n, positive=positive, by_size=by_size) for y, n in zip(top, bottom, strict=True)
     )
     return Outcomes(np.full(len(top), truth), old[0], old[1], *new)
@@ -86,7 +81,7 @@ def stability_gaps(rng: np.random.Generator, n_datasets: int, questions: int, se
     of_seeds = bootstrap_weights(seeds, resamples=_RESAMPLES, seed=(0, 1)) / seeds
     top = np.einsum("dqs,rq,rs->dr", rise, of_questions, of_seeds, optimize=True)
     old = np.quantile(100 * top / (gain @ of_questions.T), [0.025, 0.975], axis=1)
-    return Outcomes(np.full(n_datasets, 30.0), old[0], old[1], *_bounds(map(crossed_interval, values)))
+    return Outcomes(np.full(n_datasets, 30.0), old[0], old[1], *bounds_of(map(crossed_interval, values)))
 
 
 def means_over_seeds(rng: np.random.Generator, n_datasets: int, seeds: int, law: str) -> Outcomes:
@@ -94,7 +89,7 @@ def means_over_seeds(rng: np.random.Generator, n_datasets: int, seeds: int, law:
     values = rng.standard_normal((n_datasets, seeds))
     if law == "skewed":
         values = np.exp(0.5 * values)
-    new = _bounds(map(t_interval, values))
+    new = bounds_of(map(t_interval, values))
     return Outcomes(np.full(n_datasets, np.exp(0.125) if law == "skewed" else 0.0), *new, *new)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Bool, Float
+
+from em_interp.statistics import Interval
 
 GOOD: Final = (0.93, 0.97)
 """Where the coverage of a nominal 95% interval must lie with eight questions and a rate of .1 or more."""
@@ -28,6 +30,12 @@ class Outcomes:
     new_high: Float[np.ndarray, " data"]
     conservative: Bool[np.ndarray, " data"] | None = None
     """Where the new interval is named conservative, so that it may cover more than is asked."""
+
+
+def bounds_of(intervals: Iterable[Interval]) -> tuple[Float[np.ndarray, " data"], Float[np.ndarray, " data"]]:
+    """Low and high ends."""
+    low, high = np.array([(i.low, i.high) for i in intervals]).T
+    return low, high
 
 
 @dataclass(frozen=True)

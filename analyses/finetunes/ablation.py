@@ -79,7 +79,7 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """
     if not suite.judges:
         return of_files(suite)
-    organisms = with_directions(suite, _ablated(suite))
+    organisms = list(with_directions(suite, _ablated(suite)))
     rows, moved = [], []
     directions = _directions(suite, organisms)
     moving = _moving(organisms, *directions)

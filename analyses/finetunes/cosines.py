@@ -53,10 +53,10 @@ READINGS = ("data-diff", "data-diff-in-chat", "model-diff")
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """One row a pair and layer; column `comparison` says which of the three kinds of pair it is."""
     finetunes = suite.finetunes
-    organisms = with_directions(suite, finetunes.select(solution="general", seed=0))
-    if len(organisms) < 2:
+    found = with_directions(suite, finetunes.select(solution="general", seed=0))
+    if len(found) < 2:
         raise nothing_of(suite, "two general organisms with misaligned and aligned coherent answers")
-    contrasts = {organism.name: finetunes.contrast(organism) for organism in organisms}
+    organisms, contrasts = list(found), {organism.name: contrast for organism, contrast in found.items()}
     mean_diffs = {name: c.direction() for name, c in contrasts.items()}
     resamples: dict[str, Resamples] = {}
     for name, of in contrasts.items():
@@ -115,16 +115,17 @@ def open_asked(suite: Suite, organisms: Sequence[Organism]) -> dict[str, int]:
     return {f"open answers of {e.name}": suite.judged_finetunes.n_asked_openly(e) for e in organisms}
 
 
-def with_directions(suite: Suite, organisms: Sequence[Organism]) -> list[Organism]:
-    """Those that a direction can be read from; why it cannot of others is noted. Raises `MissingDataError` for none."""
-    found = []
+def with_directions(suite: Suite, organisms: Sequence[Organism]) -> dict[Organism, Contrast]:
+    """Those that a direction can be read from, with what it lies between; why it cannot of others is noted.
+
+    Raises `MissingDataError` for none.
+    """
+    found = {}
     for organism in organisms:
         try:
-            suite.finetunes.contrast(organism)
+            found[organism] = suite.finetunes.contrast(organism)
         except EmInterpError as error:
             suite.note(error)
-        else:
-            found.append(organism)
     if not found:
         raise nothing_of(suite, "general finetune with misaligned and aligned coherent answers")
     return found

@@ -285,10 +285,10 @@ class _Collector:
             "n": len(self.rows),
             "texts": texts,
         }
-        if ranks().is_first:  # the folder is made once
-            ActivationStore(folder, made_of)
-        ranks().wait()
-        return ActivationStore(folder, made_of)
+        us = ranks()
+        made = ActivationStore(folder, made_of) if us.is_first else None  # the folder is made once
+        us.wait()
+        return made or ActivationStore(folder, made_of)
 
     def add_stored(self, store: ActivationStore) -> None:
         """Take the totals of what a store already holds from it."""

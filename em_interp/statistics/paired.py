@@ -104,12 +104,9 @@ def questions_needed(
 
     Raises as `paired_power`, and UsageError for a difference of 0 or a power outside (0, 1).
     """
-    number("the power", power, above=0, below=1)
-    number("the difference", abs(number("the difference", difference)), above=0)
-
     return _fewest(
-        lambda questions: paired_power(difference, questions, samples, between, within, level=level) >= power,
-        FEWEST_QUESTIONS,
+        lambda questions: paired_power(difference, questions, samples, between, within, level=level),
+        *(difference, power, FEWEST_QUESTIONS),
     )
 
 
@@ -126,21 +123,22 @@ def samples_needed(
 
     None where questions differ so much that no number does, or more than a million. Raises as `questions_needed`.
     """
-    number("the power", power, above=0, below=1)
-    number("the difference", abs(number("the difference", difference)), above=0)
-
     return _fewest(
-        lambda samples: paired_power(difference, questions, samples, between, within, level=level) >= power, 1
+        lambda samples: paired_power(difference, questions, samples, between, within, level=level),
+        *(difference, power, 1),
     )
 
 
-def _fewest(enough: Callable[[int], bool], least: int) -> int | None:
+def _fewest(power_of: Callable[[int], float], difference: float, power: float, least: int) -> int | None:
+    """The least number, from `least` on, of which a difference is found with `power`."""
+    number("the power", power, above=0, below=1)
+    number("the difference", abs(number("the difference", difference)), above=0)
     low, high = least - 1, least
-    while not enough(high):
+    while power_of(high) < power:
         low, high = high, 2 * high
         if high > MOST:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        low, high = (low, middle) if power_of(middle) >= power else (middle, high)
     return high
