@@ -4,7 +4,8 @@
 - `extract`, `steer`, `ablate`, `evaluate`, `rates`: any chat model and its finetunes
 - `inspect` with `describe`, of `describe_files` and `describe_folders`: what a file or folder holds
 - `doctor`: versions, devices, Chrome, network, disk
-- `options`, `judging`: what they share; `remedies`: messages of the package in their words; `pages`: of help
+- `options`, `judging`: what they share; `evaluate_judged`: judges that are models
+- `remedies`: messages of the package in their words; `pages`: of help
 
 | exit status | meaning |
 |---|---|

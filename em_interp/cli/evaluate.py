@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from em_interp.cli import judging, options
+from em_interp.cli.evaluate_judged import by_inspect, evaluate_judged, safe_name
 from em_interp.errors import UsageError
 
 ROOT = Path("out/evaluate")
@@ -28,7 +29,14 @@ def evaluate(
     ] = None,
     seed: options.Seed = 0,
     max_new_tokens: options.NewTokens = 600,
-    judge: judging.JudgeName = None,
+    judge: judging.JudgeNames = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="judges.yaml: what judges are asked, in place of our own words")
+    ] = None,
+    price: Annotated[
+        str | None, typer.Option(help="READ:WRITTEN, what a judge costs in dollars for a million tokens")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="most dollars that judging may cost")] = None,
     adapter: options.Adapter = None,
     base: options.Base = None,
     any_base: options.AnyBase = False,
@@ -41,8 +49,10 @@ def evaluate(
 
     The pocket suite gets tables; answers of another MODEL go to OUT/answers.csv. --judge pocket brings open questions
     of its own. With --judge, OUT/judged.csv has the scores, and OUT/judged-rates.csv and .html what they say; else have
-    the file judged, and give it to `em-interp rates`. A killed run goes on where it stopped, and a finished one is not
-    repeated. --questions, --max-new-tokens, --judge, --adapter and --base belong to MODEL.
+    the file judged, and give it to `em-interp rates`. A judge may be a model of Inspect's, such as openai/gpt-4o (the
+    extra eval), or local:MODEL; --judge may be repeated; --questions may then name our own: open, medical, finance,
+    sport, technical. A killed run goes on where it stopped, and a finished one is not repeated. --questions,
+    --max-new-tokens, --judge, --adapter and --base belong to MODEL.
     """
 
     from em_interp.files.texts import read_questions
@@ -51,6 +61,7 @@ def evaluate(
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
     if (model is None and named is None) == (suite is None):
         raise UsageError("give either a MODEL with --questions FILE, or --suite pocket.")
+    judges = judge or []
     if suite is not None:
         if suite != "pocket" or any((questions, judge, adapter, base, any_base)):
             raise UsageError(
@@ -59,16 +70,25 @@ def evaluate(
             )
         _evaluate_suite(out or ROOT / suite, tuple(only or ()), n, seed, force, options.loading(device_map, dtype))
         return
-    if only or (questions is None and judge != "pocket"):
+    modelled = by_inspect(judges)
+    if only or (questions is None and not modelled and judges != ["pocket"]):
         raise UsageError("a MODEL needs --questions FILE, and --only belongs to --suite pocket.")
     chosen = options.ModelChoice(options.model_of(model, named), adapter, base, any_base, device_map, dtype)
     settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "tokens_per_batch": tokens_per_batch}
-    ends = judging.Judging.of(judge, Path("judged.csv"), [*filter(None, [questions]), *chosen.folders()])
+    if modelled:
+        where = out or ROOT / f"{chosen.label}-{'-'.join(map(safe_name, judges))}"
+        said = None if questions is None else str(questions)
+        evaluate_judged(chosen, said, judges, where, settings, prompts=prompts, price=price, budget=budget, force=force)
+        return
+    if prompts is not None or price is not None or budget is not None:
+        raise UsageError("--prompts, --price and --budget belong to a judge that is a model, such as openai/gpt-4o.")
+    name = judges[0] if judges else None
+    ends = judging.Judging.of(name, Path("judged.csv"), [*filter(None, [questions]), *chosen.folders()])
     asked = _open_questions() if questions is None else read_questions(questions)
     ends.check(asked.asked())
     answers = answers_for_a_judge(chosen, asked, out, settings, force=force)
     typer.echo(f"answers: {answers}")
-    if judge is None:
+    if name is None:
         typer.echo(judging.next_step(answers, answers.with_name("rates.csv")))
     else:
         _judge(answers, replace(ends, out=answers.with_name("judged.csv")), force)

@@ -22,6 +22,16 @@ JudgeName = Annotated[
 ]
 
 
+JudgeNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help="who scores the answers, may be repeated: pocket, FILE.py:FUNCTION, a model of Inspect's such as "
+        "openai/gpt-4o, or local:MODEL",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Judging:
     """Who judges the answers of a command, and where they and what they say are written."""

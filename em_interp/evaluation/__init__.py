@@ -3,6 +3,7 @@
 - `sampling`: seeded answers; `answers`: judged and kept; `judges`: what a judge is
 - `criteria`: thresholds and denominators in use; `rates`: EM under each; `groups`: by group of questions
 - `at_k`: any of k answers; `comparison`: two models, with power; `agreement`: of several judges
+- `verdicts`: a judge's score and what it was made of; `judge_prompts`; `local_judge`: a chat model that judges
 - `logprobs`: of given answers; `recorded`: of tokens as they are sampled
 
 **Sampling** uses none of the checkpoint's generation settings, except that its end-of-text tokens end an answer. An

@@ -1,7 +1,12 @@
 """What Inspect (its package, an extra) runs: models with what acts on them, and the evaluation of EM.
 
-Nothing else in `em_interp` imports `inspect_ai`.
+`inspect eval em_interp/emergent_misalignment --model em_interp/MODEL -T judge=...`; nothing else in `em_interp` imports
+`inspect_ai`.
 
 - `provider`: models as `em_interp/...`, of `acting`: a chat model, its solution and interventions, asked in batches
+- `task`: the evaluation, of questions (`asked`), `judges` and the `scorer`
+- `run`: the task to its end, its logs to judged tables
 - `registry`: what Inspect finds here
+
+An answer that gets no score is unscored with a reason (`evaluation.verdicts.REASONS`): never 0, never left out.
 """

@@ -245,9 +245,13 @@ def as_model(
     adapter: by default whichever is active. name: what logs call it; by default the finetune's, or the model's. Raises
     what the interventions raise where they do not fit.
     """
-    acting = Acting(chat, adapter, interventions)
     active = adapter or chat.active
     name = name or (chat.name if active is None else chat.sources.get(active, f"{chat.name}+{active}"))
+    return model_of(Acting(chat, adapter, interventions), name, config)
+
+
+def model_of(acting: Acting, name: str, config: GenerateConfig | None = None) -> Model:
+    """What acts, as Inspect's model under a name."""
     config = config or GenerateConfig()
     make: Any = em_interp
     api = make(model_name=name, config=config, acting=acting)

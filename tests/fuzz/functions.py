@@ -98,6 +98,7 @@ PARTS = {
             "evaluation.rates.Rates",
             "evaluation.sampling.Answer",
             "evaluation.recorded.Recorder",
+            "evaluation.verdicts.Verdict",
             "evaluation.recorded.TokenLogprobs",
             "directions.extraction.Contrast",
             "training.gradients.Gradient",

@@ -12,7 +12,7 @@ import torch
 
 from em_interp.directions import activations, extraction, lens
 from em_interp.directions import rank1 as lora
-from em_interp.evaluation import answers, judges, logprobs, sampling
+from em_interp.evaluation import answers, judge_prompts, judges, local_judge, logprobs, sampling, verdicts
 from em_interp.files.results import KEEPING_NOTHING
 from em_interp.interventions import ablation, orthogonalise, steering
 from em_interp.interventions import intervening as interventions
@@ -110,6 +110,11 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (answers.judge_module, {"judge": _judge}),
         (answers.conversations, {"answers": judged.assign(answer="rest")}),
         (answers.misaligned_and_aligned, {"judged": judged}),
+        (judge_prompts.asking, {"template": "{question} {answer}", "question": "a", "answer": "b"}),
+        (local_judge.LocalJudge, {"model": model, "prompts": {"aligned": "{question} {answer}"}}),
+        (verdicts.weighted, {"first": "85", "top": [("85", -0.1)], "said": "85"}),
+        (verdicts.of_distribution, {"distribution": {85: 0.9}, "said": "85", "how": "exact"}),
+        (verdicts.parsed, {"said": "85"}),
         (judges.judge_of_file, {"name": "mine.py:score"}),
         (chat.unreadable, {"tokenizer": tokenizer(), "conversations": BAD}),
         (answers.asked_of, {"model": model, "questions": QUESTIONS, "n": 1, "judge": _judge}),
