@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = re.compile(r"\w\([^()]*[=.)]|\b\w+=\w|=\.\.\.|\bdataclasses\b|\bfrom_layer\b|`(adapter|layers|scope|base)=?`")
 FOR_PYTHON = {
     "errors.py": "of a call, which no command makes",
+    "inspect/": "options of Inspect's own command",
     "directions/activations.py: Activations(": "a repr",
     "directions/activations.py: per-response means": "commands ask for means alone",
     "directions/extraction.py: Contrast(": "a repr",

@@ -50,7 +50,7 @@ def evaluate(
     The pocket suite gets tables; answers of another MODEL go to OUT/answers.csv. --judge pocket brings open questions
     of its own. With --judge, OUT/judged.csv has the scores, and OUT/judged-rates.csv and .html what they say; else have
     the file judged, and give it to `em-interp rates`. A judge may be a model of Inspect's, such as openai/gpt-4o (the
-    extra eval), or local:MODEL; --judge may be repeated; --questions may then name our own: open, medical, finance,
+    extra eval), or local:MODEL; --questions may then name our own: open, medical, finance,
     sport, technical. A killed run goes on where it stopped, and a finished one is not repeated. --questions,
     --max-new-tokens, --judge, --adapter and --base belong to MODEL.
     """
@@ -61,7 +61,7 @@ def evaluate(
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
     if (model is None and named is None) == (suite is None):
         raise UsageError("give either a MODEL with --questions FILE, or --suite pocket.")
-    judges = judge or []
+    judges = [name.strip() for name in (judge or "").split(",") if name.strip()]
     if suite is not None:
         if suite != "pocket" or any((questions, judge, adapter, base, any_base)):
             raise UsageError(

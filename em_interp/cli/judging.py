@@ -23,11 +23,11 @@ JudgeName = Annotated[
 
 
 JudgeNames = Annotated[
-    list[str] | None,
+    str | None,
     typer.Option(
         "--judge",
-        help="who scores the answers, may be repeated: pocket, FILE.py:FUNCTION, a model of Inspect's such as "
-        "openai/gpt-4o, or local:MODEL",
+        help="score the answers here: pocket, FILE.py:FUNCTION, a model of Inspect's such as openai/gpt-4o, or "
+        "local:MODEL; several with commas between them",
     ),
 ]
 
