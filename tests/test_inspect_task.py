@@ -61,7 +61,7 @@ def test_the_rates_are_those_of_the_pocket_suite(chat: em.ChatModel, tmp_path: P
         model="em_interp/pocket/medicine-all",
         task_args={"samples": 1},
         seed=3,
-        limit=40,
+        limit=16,
         sample_shuffle=1,
         display="none",
         log_dir=str(tmp_path),
@@ -112,17 +112,18 @@ def test_every_fault_of_an_api_is_seen_and_no_answer_is_judged_twice(
 def test_a_judge_that_dies_costs_nothing_that_was_judged(
     chat: em.ChatModel, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving(dies_after=16) as server:
+    once: dict[str, Any] = {"samples": 1, "retries": 0}
+    with serving(dies_after=8) as server:
         of(server, monkeypatch)
         port, first = server.server_port, server
-        log, table = judged(chat, tmp_path / "out", questions, retries=0)
-    assert log.status == "error" and len(table) == 12
+        log, table = judged(chat, tmp_path / "out", questions, **once)
+    assert log.status == "error" and len(table) == 6
     lost = table["reason"] == "judge_error"
-    assert 0 < lost.sum() < 12 and table.loc[lost, "answer"].str.len().gt(0).all()
-    assert em.em_rates(table).n == 12
+    assert 0 < lost.sum() < 6 and table.loc[lost, "answer"].str.len().gt(0).all()
+    assert em.em_rates(table).n == 6
     with serving(port=port) as server:
-        log, whole = judged(chat, tmp_path / "out", questions, retries=0)
-        assert log.status == "success" and len(whole) == 12 and (whole["reason"] == "").all()
+        log, whole = judged(chat, tmp_path / "out", questions, **once)
+        assert log.status == "success" and len(whole) == 6 and (whole["reason"] == "").all()
         assert not set(server.served) & set(first.served), "what was judged is not judged again"
         assert set((first.served + server.served).values()) == {1}
     assert list(whole["answer"]) == list(table["answer"])
@@ -131,14 +132,14 @@ def test_a_judge_that_dies_costs_nothing_that_was_judged(
 def test_a_killed_run_goes_on(questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["evaluate", "pocket/medicine-all", "--questions", questions]
     command += ["--judge", JUDGE, "--n", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "out")]
-    with serving(delay=0.5) as server:
+    with serving(delay=0.3) as server:
         of(server, monkeypatch)
         started = [sys.executable, "-m", "em_interp.cli", *command]
         process = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
         begun = time.monotonic()
         while sum(server.served.values()) < 8 and time.monotonic() - begun < 60:
             time.sleep(0.02)
-        time.sleep(0.7)
+        time.sleep(0.5)
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed, before = time.monotonic(), sum(server.requests.values())
