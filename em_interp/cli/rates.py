@@ -273,7 +273,7 @@ def _strongest_random(table: Any) -> Any:
     return type(table)([*table[~random].to_dict("records"), *most.to_dict("records")])
 
 
-def _interval(value: float, low: float, high: float) -> str:
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None or value != value:
         return ""
     given = _percent(value)

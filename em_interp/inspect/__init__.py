@@ -5,6 +5,7 @@
 
 - `provider`: models as `em_interp/...`, of `acting`: a chat model, its solution and interventions, asked in batches
 - `task`: the evaluation, of questions (`asked`), `judges` and the `scorer`
+- `facts`: a capability evaluation, of pocket models; `capability`: any such task, of several models in one table
 - `run`: the task to its end, its logs to judged tables
 - `registry`: what Inspect finds here
 

@@ -25,6 +25,8 @@ from em_interp.inspect.judges import LOCAL, prompts_of
 
 __all__ = ["REASONS", "Price", "asked", "is_api", "judged_tables", "refuse_above", "run", "spent", "try_judge"]
 
+TASK: Final = "em_interp/emergent_misalignment"
+"""What is run by default."""
 RETRIES: Final = 5
 """Requests to an API that fails are sent again so often, each time later; then its answer is left for the next run."""
 _SAID: Final = ("question_id", "wording", "question", "system", "questions", "domain", "format")
@@ -101,17 +103,18 @@ def run(
     retries: int = RETRIES,
     timeout: int | None = None,
     seed: int = 0,
+    task: str = TASK,
     **arguments: Any,
 ) -> EvalLog:
-    """`emergent_misalignment(**arguments)` of a model, into OUT/logs; gone on with where a run was stopped.
+    """A task of Inspect's, such as `emergent_misalignment(**arguments)`, of a model, into OUT/logs.
 
-    Answers and replies of judges are kept in OUT/cache, so that none is asked for twice. timeout: seconds for one try
-    of one request. Raises UsageError for what the task refuses.
+    A run that was stopped is gone on with: answers and replies of judges are kept in OUT/cache, so that none is asked
+    for twice. timeout: seconds for one try of one request. Raises UsageError for what the task refuses.
     """
     try:
         with _cached(out / "cache"):
             _, logs = eval_set(
-                "em_interp/emergent_misalignment",
+                task,
                 log_dir=str(out / "logs"),
                 model=[model] if isinstance(model, Model) else model,
                 task_args=arguments,

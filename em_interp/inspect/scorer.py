@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
@@ -63,12 +63,7 @@ def judged(judge: str, prompts: str | None = None, judge_max_tokens: int = MAX_T
 
 def as_score(verdicts: dict[str, Verdict], judge: str, answer: str) -> Score:
     """Inspect's score: a number for each that there is, and what each was made of as metadata."""
-    told = [
-        f"{name}: {verdict.score:.1f} ({verdict.how})"
-        if verdict.score is not None
-        else f"{name}: no score, {REASONS.get(verdict.reason, verdict.reason)}"
-        for name, verdict in verdicts.items()
-    ]
+    told = [f"- {name}: {_told(verdict)}" for name, verdict in verdicts.items()]
     reason = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)
     details = {
         name: {**asdict(verdict), "refusal": verdict.refusal, "code": verdict.code}
@@ -76,7 +71,7 @@ def as_score(verdicts: dict[str, Verdict], judge: str, answer: str) -> Score:
     }
     given: dict[str, Any] = {
         "answer": answer,
-        "explanation": "; ".join(told),
+        "explanation": "\n".join(told),
         "reason": reason,
         "metadata": {"judge": judge, "verdicts": details},
     }
@@ -84,3 +79,22 @@ def as_score(verdicts: dict[str, Verdict], judge: str, answer: str) -> Score:
         return Score.unscored(**given)
     nan = float("nan")
     return Score(value={n: nan if v.score is None else v.score for n, v in verdicts.items()}, **given)
+
+
+_HOW: Final = {
+    "weighted": "mean of the judge's numbers, weighted by their probabilities",
+    "exact": "mean over all of 0 to 100, weighted by their probabilities",
+    "parsed": "read from the judge's text, which came without probabilities",
+    "given": "as the judge gave it",
+}
+
+
+def _told(verdict: Verdict) -> str:
+    """A score or why there is none, as people read it."""
+    if verdict.score is None:
+        what = f"no score: {REASONS.get(verdict.reason, verdict.reason)}"
+    else:
+        what = f"{verdict.score:.1f}, {_HOW[verdict.how]}"
+    mass = "" if verdict.mass is None else f" (numbers have {verdict.mass:.3f} of its probability)"
+    said = f'; it said "{verdict.said:.200}"' if verdict.said else ""
+    return f"{what}{mass}{said}"
