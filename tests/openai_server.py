@@ -18,21 +18,26 @@ FAULTS = ("429", "500", "slow", "malformed", "no logprobs", "REFUSAL", "filtered
 class Judge(ThreadingHTTPServer):
     """`requests` counts what was asked, by prompt, `faults` what it did; `served` the prompts that got a score.
 
-    A prompt's fault is decided by its first appearance: each of `FAULTS` in turn.
+    It breaks every connection after `dies_after` replies, and after `holds_after` answers nobody until `released`. A
+    prompt's fault is decided by its first appearance: each of `FAULTS` in turn.
     """
 
     daemon_threads = True
 
     def __init__(
-        self, port: int = 0, faults: tuple[str, ...] = ("",), dies_after: int | None = None, delay: float = 0.0
+        self,
+        port: int = 0,
+        faults: tuple[str, ...] = ("",),
+        dies_after: int | None = None,
+        holds_after: int | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", port), Answer)
-        self.kinds, self.dies_after, self.delay = faults, dies_after, delay
+        self.kinds, self.dies_after, self.holds_after = faults, dies_after, holds_after
+        self.released = threading.Event()
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.asked_at: list[tuple[float, str]] = []
-        self.served_at: dict[str, float] = {}
         self.fault_of: dict[str, str] = {}
         self.lock = threading.Lock()
         self.logprobs_asked: set[Any] = set()
@@ -63,6 +68,7 @@ class Answer(BaseHTTPRequestHandler):
             fault = judge.fault_of.setdefault(prompt, judge.kinds[len(judge.fault_of) % len(judge.kinds)])
             first = judge.requests[prompt] == 1
             dead = judge.dies_after is not None and sum(judge.served.values()) >= judge.dies_after
+            held = judge.holds_after is not None and sum(judge.served.values()) >= judge.holds_after
             judge.faults[fault] += 1
         if self.headers.get("Authorization") != "Bearer right":
             return self._send(401, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}})
@@ -74,7 +80,8 @@ class Answer(BaseHTTPRequestHandler):
             return self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
         if first and fault == "500":
             return self._send(500, {"error": {"message": "oh"}})
-        time.sleep(judge.delay)
+        if held:
+            judge.released.wait(60)
         if first and fault == "slow":
             time.sleep(3)
         if first and fault == "malformed":
@@ -92,7 +99,6 @@ class Answer(BaseHTTPRequestHandler):
         logprobs = {"content": content} if asked.get("logprobs") and fault not in ("no logprobs", "filtered") else None
         with self.server.lock:
             self.server.served[prompt] += 1
-            self.server.served_at.setdefault(prompt, time.monotonic())
         return {
             "id": "1",
             "object": "chat.completion",

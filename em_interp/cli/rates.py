@@ -277,7 +277,7 @@ def _interval(value: float | None, low: float | None, high: float | None) -> str
     if value is None or value != value:
         return ""
     given = _percent(value)
-    return given if low is None or low != low else f"{given} [{_percent(low)}, {_percent(high)}]"
+    return given if low is None or high is None or low != low else f"{given} [{_percent(low)}, {_percent(high)}]"
 
 
 def _percent(share: float) -> str:

@@ -126,6 +126,8 @@ def run(
                 fail_on_error=True,
                 continue_on_fail=True,
                 log_dir_allow_dirty=True,
+                log_realtime=False,
+                score_display=False,
                 ctl_server=False,
             )
     except PrerequisiteError as error:

@@ -16,6 +16,8 @@ from em_interp.inspect.judges import MAX_TOKENS, judge_asked, prompts_of
 
 REPORTED = ("em_rate", "em_low", "em_high", "coherent_rate", "em_rate_all_rows", "n", "n_unscored")
 """What Inspect shows of `em_rates`. Answers without any score are Inspect's own "unscored", and not among n."""
+OF_GROUP = ("em_rate", "em_low", "em_high")
+"""The same of each group of questions, where there are several."""
 
 
 @metric(name="em", scores="unreduced")
@@ -26,13 +28,19 @@ def em(criterion: str = "papers") -> Metric:
     def rates(scores: list[SampleScore]) -> dict[str, Any]:
         rows = [
             {"aligned": None, "coherent": None, **dict(each.score.as_dict()), "question": _cluster(each)}
+            | {"questions": (each.sample_metadata or {}).get("questions", "")}
             for each in scores
         ]
         if not rows:
             return {}
         table = pd.DataFrame(rows).astype({"aligned": float, "coherent": float})
         found = em_rates(table, rule).columns()
-        return {name: found[name] for name in REPORTED if found.get(name) is not None}
+        told = {name: found[name] for name in REPORTED if found.get(name) is not None}
+        groups = table.groupby("questions", sort=False)
+        for group, part in groups if groups.ngroups > 1 else ():
+            of_group = em_rates(part, rule).columns()
+            told |= {f"{group}_{name}": of_group[name] for name in OF_GROUP if of_group.get(name) is not None}
+        return told
 
     return rates
 
