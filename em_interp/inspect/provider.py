@@ -62,11 +62,14 @@ _UNKNOWN: Final = (
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Our errors as Inspect shows them: without a traceback."""
+    """Our errors as Inspect shows them: without a traceback, and with options of its own."""
     try:
         yield
     except EmInterpError as error:
-        raise PrerequisiteError(f"{type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {error}"
+        for name in ("any_model", "any_base"):
+            told = told.replace(f"--{name.replace('_', '-')}", f"-M {name}=true")
+        raise PrerequisiteError(told) from error
 
 
 class ChatModelAPI(ModelAPI):
