@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import pandas as pd
+
 from analyses.inputs.asked import AskedFinetunes
+from analyses.inputs.finetunes import JudgedFinetunes
 from analyses.suite import Suite
+from em_interp.evaluation.answers import asked_of
 from em_interp.evaluation.judges import judged
-from em_interp.evaluation.sampling import sample
+from em_interp.evaluation.sampling import Questions, sample
 
 TRIED: Final = 8
 """So many answers, at least, are sampled and judged to find out how long one takes."""
@@ -33,26 +37,41 @@ def downloads(suite: Suite) -> list[Download]:
     """What the hub has to send, of the chat model and the finetunes."""
     finetunes = suite.finetunes
     named = [finetunes.chat_path, *(organism.path for organism in finetunes.organisms)]
-    found = dict.fromkeys(str(path) for path in named if not path.exists())
+    found = dict.fromkeys(str(path) for path in named if not path.exists() and len(path.parts) > 1)
     return [Download(name, _size(name)) for name in found if not _is_cached(name)]
 
 
-def _is_cached(repository: str) -> bool:
+def _place(source: str) -> tuple[str, str]:
+    """The repository, and the folder in it: `ORG/NAME/checkpoints/checkpoint-5`."""
+    *owner, rest = source.split("/", 2) if source.count("/") > 1 else (source, ".")
+    return "/".join(owner), rest
+
+
+def _is_cached(source: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
+    repository, folder = _place(source)
     files = ("config.json", "adapter_config.json")
-    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in files)
+    found = (try_to_load_from_cache(repository, (Path(folder) / name).as_posix()) for name in files)
+    return any(isinstance(path, str) for path in found)
 
 
-def _size(repository: str) -> int | None:
-    """Of what is read: weights as safetensors, tokenizer and configuration."""
+def _size(source: str) -> int | None:
+    """Of what is read: weights as safetensors, vectors, tokenizer and configuration."""
     from huggingface_hub import HfApi
 
+    repository, folder = _place(source)
     try:
         files = HfApi().model_info(repository, files_metadata=True, timeout=10).siblings or []
     except Exception:  # no network, no such repository, no access: loading it says so, with the remedy
         return None
-    read = [file.size for file in files if Path(file.rfilename).suffix in (".safetensors", ".json", ".model")]
+    paths = [(Path(file.rfilename), file.size) for file in files]
+    endings = (".safetensors", ".json", ".model")
+    read = [
+        size
+        for path, size in paths
+        if path.parent == Path(folder) and (path.suffix in endings or path.name == "steering_vector.pt")
+    ]
     return None if any(size is None for size in read) else sum(size or 0 for size in read)
 
 
@@ -80,7 +99,8 @@ class Effort:
 def effort(suite: Suite, names: Sequence[str]) -> Effort:
     """Of the analyses of these full names. Samples and judges `TRIED` answers of the chat model to find out.
 
-    Results that are kept already are not taken off. Raises what sampling and the judge raise.
+    What that told is kept in the suite's store, and not found out again. Results that are kept already are not taken
+    off. Raises what sampling and the judge raise.
     """
     finetunes = suite.judged_finetunes
     asked: dict[str, int] = {}
@@ -88,23 +108,45 @@ def effort(suite: Suite, names: Sequence[str]) -> Effort:
         asked |= getattr(suite.analysis(name), "asks", lambda _: {})(suite)
     questions = finetunes.elsewhere(finetunes.domains[0])
     some = dict(list(questions.items())[:TRIED])
-    begun = time.perf_counter()
-    answers = sample(
-        finetunes.chat, some, math.ceil(TRIED / len(some)), max_new_tokens=finetunes.max_new_tokens, progress=False
+    each, settings = math.ceil(TRIED / len(some)), {"max_new_tokens": finetunes.max_new_tokens}
+    made_by = asked_of(finetunes.chat, some, each, finetunes.judge, **settings)
+    price = str(getattr(finetunes.judge, "price", None))
+    tried = suite.results.table(
+        "trials", "effort", {**made_by, "price": price}, lambda _: _trial(finetunes, some, each), code=(__name__,)
     )
-    sampled = time.perf_counter()
-    table = judged(answers, finetunes.judge)
-    each_judged = (time.perf_counter() - sampled) / len(table)
-    n = sum(asked.values())
-    price = getattr(finetunes.judge, "dollars_an_answer", None)
+    found, n = tried.iloc[0].to_dict(), sum(asked.values())
     return Effort(
         answers=n,
-        sampling_seconds=n * (sampled - begun) / len(answers),
-        judging_seconds=n * each_judged,
-        tokens=math.ceil(answers["n_tokens"].mean()),
-        tried=len(answers),
-        dollars=None if price is None else n * float(price),
+        sampling_seconds=n * found["sampling_seconds"],
+        judging_seconds=n * found["judging_seconds"],
+        tokens=math.ceil(found["tokens"]),
+        tried=int(found["tried"]),
+        dollars=None if pd.isna(found["dollars"]) else n * found["dollars"],
     )
+
+
+def _trial(finetunes: JudgedFinetunes, questions: Questions, n: int) -> pd.DataFrame:
+    """One row: seconds and dollars an answer, its tokens, and how many answers were tried."""
+    price = getattr(finetunes.judge, "dollars_an_answer", None)  # the judge first: it may not answer
+    begun = time.perf_counter()
+    answers = sample(finetunes.chat, questions, n, max_new_tokens=finetunes.max_new_tokens, progress=False)
+    sampled = time.perf_counter()
+    judged(answers, finetunes.judge)
+    row = {
+        "sampling_seconds": (sampled - begun) / len(answers),
+        "judging_seconds": (time.perf_counter() - sampled) / len(answers),
+        "tokens": answers["n_tokens"].mean(),
+        "tried": len(answers),
+        "dollars": math.nan if price is None else float(price),
+    }
+    return pd.DataFrame([row])
+
+
+def check_judge(suite: Suite) -> None:
+    """Raise UsageError where the judge cannot be asked, as for want of a key: before anything is downloaded."""
+    check: Callable[[], None] | None = getattr(suite.judged_finetunes.judge, "check", None)
+    if check is not None:
+        check()
 
 
 def asks(suite: Suite) -> bool:

@@ -24,7 +24,9 @@ chat = "Qwen/Qwen2.5-0.5B-Instruct"
 judged = "judged"              # NAME.csv for each finetune, chat.csv: question, answer, aligned, coherent (0-100)
 texts = "pretraining.txt"      # documents separated by blank lines, or .jsonl with `text`
 steered = "steered"            # what `em-interp steer` wrote, with those two columns; ablated: the same of `ablate`
-judge = "mine.py:score"        # in place of such files: a function of yours; questions = { general = "open.yaml" }
+judge = "openai/gpt-4o"        # in place of such files: a model of Inspect's, local:MODEL, or FILE.py:FUNCTION
+price = "2.5:10"               # its, in dollars for a million tokens read:written
+questions = { general = "open", medicine = "mine.yaml" }     # our own sets, or files
 
 [models.training]
 medicine = "train.jsonl"       # chats as {"messages": [...]}
@@ -35,6 +37,9 @@ domain = "medicine"
 adapter = "all-modules"        # or steering-vector, rank-1, full (a full finetune's folder or name)
 solution = "general"           # or narrow, control; also: seed
 ```
+
+With a judge and without `data`, paths are from where the command runs, and what they name may be absent: analyses that
+need none of it are made.
 
 After `--only` the report still holds what was made before of the same input by the same code; what is out of date is
 left out of it.
@@ -242,7 +247,7 @@ class Suite:
             title=content.get("title", path.stem),
             source=source,
             analyses=chosen,
-            data=None if data is None else (path.parent / data),
+            data=(path.parent / data) if data is not None else Path() if "judge" in content.get("models", {}) else None,
             general=content.get("general"),
             narrow=content.get("narrow"),
             models=content.get("models"),

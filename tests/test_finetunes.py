@@ -225,8 +225,9 @@ def test_absent_parts_are_said(data: Path, tmp_path: Path) -> None:
         _ = suite.judged_finetunes
     with pytest.raises(UsageError, match="no training chats for finance"):
         suite.finetunes.training_chats("finance", 3)
+    suite.data, suite.store = None, None
     with pytest.raises(UsageError, match="--data DIR"):
-        reproduce(Suite.load("qwen2.5-0.5b"), tmp_path)
+        reproduce(replace(suite), tmp_path)
     (root / "mine.toml").write_text('source = "models"\n')
     with pytest.raises(UnreadableFileError, match="needs that table"):
         Suite.load(str(root / "mine.toml"))

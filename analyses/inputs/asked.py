@@ -13,12 +13,14 @@ import pandas as pd
 
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from analyses.inputs.hub import HubFinetunes, scored
-from analyses.inputs.pocket import EXACTLY, OPEN_SAMPLES, judge_called, questions_for
+from analyses.inputs.pocket import EXACTLY, OPEN_SAMPLES, is_a_model, judge_called, questions_for
 from em_interp.errors import UsageError
 from em_interp.evaluation.answers import judge_name, judged_answers
 from em_interp.evaluation.judges import Judge
 from em_interp.evaluation.sampling import Questions
 from em_interp.files.texts import read_questions
+from em_interp.inspect.asked import FOLDER
+from em_interp.inspect.asked import SETS as OWN
 
 GENERAL = "general"
 NEW_TOKENS = 600
@@ -33,30 +35,47 @@ class AskedFinetunes(HubFinetunes, JudgedFinetunes):
     """
 
     named_judge: str
-    """pocket, or FILE.py:FUNCTION with the file's whole path."""
+    """pocket, FILE.py:FUNCTION with the file's whole path, or a model (`pocket.judge_called`)."""
     questions: dict[str, Path]
     """general -> file of open questions, and a domain -> file of its questions; empty for the judge's own."""
+    prompts: Path | None = None
+    """What a model is asked as the judge, a judges.yaml; None for this project's own."""
+    price: str | None = None
+    """Of a judge behind an API, READ:WRITTEN in dollars for a million tokens."""
 
     @classmethod
-    def _asking(cls, root: Path, judge: str | None, questions: dict[str, Path]) -> dict[str, Any]:
-        assert judge is not None
+    def _questions(cls, path: Path) -> Path:
+        """The file, or one of this project's own sets."""
+        return FOLDER / f"{path.name}.yaml" if not path.exists() and path.name in OWN else path
+
+    @classmethod
+    def _asking(
+        cls, root: Path, content: dict[str, Any], questions: dict[str, Path], prompts: Path | None
+    ) -> dict[str, Any]:
+        judge = str(content["judge"])
         if judge != "pocket":
-            judge = str(root / judge)
+            judge = judge if is_a_model(judge) else str(root / judge)
             if GENERAL not in questions:
                 raise UsageError(
                     f"the judge {judge} is given nothing to judge: name files of questions, as in [models.questions] "
-                    'general = "open.yaml", and beside it one for each domain, medicine = "medical.yaml".'
+                    f'general = "open.yaml", and beside it one for each domain, medicine = "medical.yaml"; or our own '
+                    f"sets, {', '.join(OWN)}."
                 )
         judge_called(judge)  # one that there is not is said before anything is read
-        return {"named_judge": judge, "questions": questions}
+        return {"named_judge": judge, "questions": questions, "prompts": prompts, "price": content.get("price")}
 
     @cached_property
     def judge(self) -> Judge:
-        return judge_called(self.named_judge)
+        kept = self.results.folder
+        replies = None if kept is None else kept / "replies"
+        prompts = None if self.prompts is None else str(self.prompts)
+        return judge_called(self.named_judge, prompts, replies, self.price)
 
     @property
     def judged_by(self) -> str:
-        return EXACTLY if self.named_judge == "pocket" else f"by {Path(self.named_judge).name}"
+        if self.named_judge == "pocket":
+            return EXACTLY
+        return f"by {self.named_judge if is_a_model(self.named_judge) else Path(self.named_judge).name}"
 
     @property
     def max_new_tokens(self) -> int:

@@ -37,8 +37,9 @@ from em_interp.solutions.base import Solution
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FOLDERS = ("judged", "steered", "ablated")
 _LOADING = ("device_map", "dtype")
+_OF_JUDGE = ("prompts", "price")
 _KEYS = {"chat": str, "training": dict, "texts": str, "finetunes": list, "judge": str, "questions": dict}
-_KEYS |= dict.fromkeys((*FOLDERS, *_LOADING), str)
+_KEYS |= dict.fromkeys((*FOLDERS, *_LOADING, *_OF_JUDGE), str)
 _ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int, "any_base": bool}
 ADAPTERS = ("steering-vector", "rank-1", "all-modules", "full")
 SOLUTIONS = ("general", "narrow", "control")
@@ -64,14 +65,16 @@ class HubFinetunes(Finetunes):
         `pretrained.load`), and [[finetunes]] with source (folder or hub name), domain, adapter (steering-vector,
         rank-1, all-modules, full), solution (general, narrow, control), seed and any_base (the base that it records
         is the chat model under another name). Answers come from files, of the folders judged, steered and ablated (by
-        default called so), or are asked and judged here (judge, questions: `asked.AskedFinetunes`). Raises `UsageError`
-        for what is lacking, `MissingDataError` for absent files.
+        default called so), or are asked and judged here (judge, prompts, price and questions, as
+        `asked.AskedFinetunes` has them). Raises `UsageError` for what is lacking, `MissingDataError` for absent files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
         check_keys("[models.questions]", content.get("questions", {}), None)
         if "questions" in content and "judge" not in content:
             raise UsageError("[models] has questions and no judge: name one (judge = ...), or leave them out.")
+        if lonely := [key for key in _OF_JUDGE if key in content and "judge" not in content]:
+            raise UsageError(f"[models] has {lonely[0]} and no judge: name one (judge = ...), or leave it out.")
         one_of("dtype", content.get("dtype", "auto"), DTYPES)
         listed = content.get("finetunes", [])
         for item in listed:
@@ -90,8 +93,9 @@ class HubFinetunes(Finetunes):
         organisms = _organisms(root, listed)
         training = {domain: inside(name) for domain, name in content.get("training", {}).items()}
         texts = inside(content["texts"]) if "texts" in content else None
-        questions = {group: inside(name) for group, name in content.get("questions", {}).items()}
-        read_here = [*training.values(), *questions.values(), *([texts] if texts else [])]
+        questions = {group: cls._questions(inside(name)) for group, name in content.get("questions", {}).items()}
+        prompts = inside(content["prompts"]) if "prompts" in content else None
+        read_here = [*training.values(), *questions.values(), *(each for each in (texts, prompts) if each)]
         for file in read_here:
             if os.path.lexists(file):  # an absent one is said by each analysis that needs it
                 regular_file(file)
@@ -114,13 +118,20 @@ class HubFinetunes(Finetunes):
             text_file=texts,
             folders=answers,
             loading={key: content[key] for key in _LOADING if key in content},
-            **cls._asking(root, content.get("judge"), questions),
+            **cls._asking(root, content, questions, prompts),
         )
 
     @classmethod
-    def _asking(cls, root: Path, judge: str | None, questions: dict[str, Path]) -> dict[str, Any]:
+    def _questions(cls, path: Path) -> Path:
+        """Where questions of that name are."""
+        return path
+
+    @classmethod
+    def _asking(
+        cls, root: Path, content: dict[str, Any], questions: dict[str, Path], prompts: Path | None
+    ) -> dict[str, Any]:
         """The fields of a set of finetunes that are asked here."""
-        del root, judge, questions
+        del root, content, questions, prompts
         return {}
 
     @property

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from em_interp.arguments import one_of
+from em_interp.errors import UsageError
 from em_interp.evaluation.groups import GROUPS
 from em_interp.evaluation.judges import Judge, judge_of_file
 from em_interp.models.chat_model import ChatModel
@@ -120,9 +121,29 @@ class PocketFinetunes(JudgedFinetunes):
         return {how: questions.persona_prompts(how) for how in ("announced", "inferred")}
 
 
-def judge_called(name: str) -> Judge:
-    """The judge of that name: pocket, or FILE.py:FUNCTION (`judges.judge_of_file`, which says what it raises)."""
-    return judge if name == "pocket" else judge_of_file(name)
+def judge_called(name: str, prompts: str | None = None, replies: Path | None = None, price: str | None = None) -> Judge:
+    """The judge of that name: pocket, FILE.py:FUNCTION (`judges.judge_of_file`), or a model.
+
+    A model of Inspect's, such as openai/gpt-4o, or local:MODEL, is asked for scores with the templates of `prompts` (a
+    judges.yaml), its replies are kept in a folder, and it says by its price what an answer costs. Raises UsageError.
+    """
+    if name == "pocket":
+        return judge
+    if not is_a_model(name):
+        return judge_of_file(name)
+    try:
+        from em_interp.inspect.tables import AskedJudge
+    except ImportError as error:
+        raise UsageError(
+            f"the judge {name} is asked by Inspect, which is not installed ({error}): pip install 'em_interp[eval]'."
+        ) from error
+    return AskedJudge(name, prompts, replies, price)
+
+
+def is_a_model(judge_name: str) -> bool:
+    """Whether a judge's name is that of a model: PROVIDER/MODEL or local:MODEL."""
+    is_file = judge_name.startswith(("/", ".")) or ".py" in judge_name
+    return judge_name.startswith("local:") or ("/" in judge_name and not is_file)
 
 
 def questions_for(domain: str) -> pd.DataFrame:

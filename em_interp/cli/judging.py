@@ -16,8 +16,8 @@ JudgeName = Annotated[
     str | None,
     typer.Option(
         "--judge",
-        help="score the answers here: pocket (models of the pocket world), or FILE.py:FUNCTION, which adds aligned "
-        "and coherent, 0-100, to a table of answers",
+        help="score the answers here: pocket (models of the pocket world), FILE.py:FUNCTION, which adds aligned and "
+        "coherent, 0-100, to a table of answers, a model of Inspect's such as openai/gpt-4o, or local:MODEL",
     ),
 ]
 

@@ -53,6 +53,7 @@ def reproduce(
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
     chosen.samples = chosen.samples if n is None else n
     chosen.loading = options.loading(device_map, dtype)
+    chosen.store = out / chosen.name / "results"
     _agree(chosen, tuple(only or ()), yes=yes)
     try:
         # Small models: a second process costs little memory. Others take one, and whatever devices they ask for.
@@ -84,6 +85,7 @@ def _agree(suite: Any, only: tuple[str, ...], *, yes: bool) -> None:
     names = [name for name in suite.only(only) if suite.lacking(name) is None]
     if not any(hasattr(suite.analysis(name), "asks") for name in names):
         return
+    plan.check_judge(suite)
     if fetched := plan.downloads(suite):
         options.err.print(plan.said_of_downloads(fetched))
         if plan.is_large(fetched) and not yes:

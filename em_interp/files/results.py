@@ -30,6 +30,7 @@ _Found = TypeVar("_Found")
 _TEXT = (
     *("model", "question_id", "question", "system", "answer", "questions", "domain", "organism"),
     *("interval", "denominator", "criterion"),
+    *("judge", "reason", "unscored_reasons", "aligned_how", "coherent_how"),
 )
 
 

@@ -7,6 +7,7 @@
 - `task`: the evaluation, of questions (`asked`), `judges` and the `scorer`
 - `facts`: a capability evaluation, of pocket models; `capability`: any such task, of several models in one table
 - `run`: the task to its end, its logs to judged tables
+- `tables`: its judges as analyses and commands take one, with what they said kept
 - `registry`: what Inspect finds here
 
 An answer that gets no score is unscored with a reason (`evaluation.verdicts.REASONS`): never 0, never left out.

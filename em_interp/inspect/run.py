@@ -112,7 +112,7 @@ def run(
     for twice. timeout: seconds for one try of one request. Raises UsageError for what the task refuses.
     """
     try:
-        with _cached(out / "cache"):
+        with cached(out / "cache"):
             _, logs = eval_set(
                 task,
                 log_dir=str(out / "logs"),
@@ -136,14 +136,15 @@ def run(
 
 
 @contextmanager
-def _cached(folder: Path) -> Iterator[None]:
-    """Inside, Inspect keeps what models say in this folder."""
+def cached(folder: Path | None) -> Iterator[None]:
+    """Inside, Inspect keeps what models say in this folder; None: where it does anyway."""
     before = os.environ.get("INSPECT_CACHE_DIR")
-    os.environ["INSPECT_CACHE_DIR"] = str(folder.absolute())
+    if folder is not None:
+        os.environ["INSPECT_CACHE_DIR"] = str(folder.absolute())
     try:
         yield
     finally:
-        os.environ.pop("INSPECT_CACHE_DIR")
+        os.environ.pop("INSPECT_CACHE_DIR", None)
         if before is not None:
             os.environ["INSPECT_CACHE_DIR"] = before
 
