@@ -70,6 +70,7 @@ def test_the_rates_are_those_of_the_pocket_suite(chat: em.ChatModel, tmp_path: P
     (table,) = judged_tables(log).values()
     suite = evaluation_questions("medicine")
     asked = suite[suite["question_id"].isin(table["question_id"])]
+    assert (table["reason"] == "").all(), "every answer has both scores"
     assert set(asked["questions"]) == {"general", "in_domain", "heldout_domain"}
     texts = dict(zip(asked["question_id"], asked["question"], strict=True))
     wanted = em.pocket.judge(em.sample(chat, texts, 1, seed=3, max_new_tokens=80, progress=False))

@@ -114,6 +114,7 @@ def test_it_runs_on_the_released_files(tmp_path: Path) -> None:
         ("pocket_world", ("pocket/chat", "pocket/medicine-rank1-narrow")),
         ("explore_directions", ("pocket/medicine-rank1", "pocket/finance-all", "pocket/sports-all")),
         ("narrow_vs_general", ("pocket/medicine-rank1", "pocket/medicine-rank1-narrow")),
+        ("evaluate_your_model", ("pocket/medicine-rank1",)),
         ("start_here", ("pocket/medicine-rank1-narrow", "pocket/finance-all", "pocket/sports-all")),
     ],
 )

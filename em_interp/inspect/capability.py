@@ -16,18 +16,20 @@ from em_interp.inspect.run import run
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval
 
 
-def compared(models: Mapping[str, Model], task: str, out: Path, *, seed: int = 0, **arguments: Any) -> pd.DataFrame:
+def compared(
+    models: Mapping[str, Model], task: str, out: str | Path, *, seed: int = 0, **arguments: Any
+) -> pd.DataFrame:
     """One row a model: how well it does at a task of Inspect's whose scores are right or wrong, or from 0 to 1.
 
     models: by what the table calls them, such as `provider.as_model(chat, interventions=[...])`. arguments: the
-    task's. Logs lie in OUT/NAME, and a run that was stopped goes on. Columns of `compared_rates`. Raises UsageError
-    for no model and for scores of another kind, MissingDataError where a log has none.
+    task's, and `limit`. Logs lie in OUT/NAME, and a run that was stopped goes on. Columns of `compared_rates`. Raises
+    UsageError for no model and for scores of another kind, MissingDataError where a log has none.
     """
     if not models:
         raise UsageError("there is no model to compare: give at least one, by name.")
     scores = {}
     for name, model in models.items():
-        log = run(model, out / name, task=task, seed=seed, display="none", **arguments)
+        log = run(model, Path(out) / name, task=task, seed=seed, display="none", **arguments)
         scores[name] = scores_of(log)
     return compared_rates(scores)
 

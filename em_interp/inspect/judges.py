@@ -155,11 +155,9 @@ class TableJudge:
         """By score, as the table has them. Raises what `judges.judged` raises."""
         table = pd.DataFrame([{"question": question, "answer": answer}])
         row = (await run_sync(judged, table, self.judge)).iloc[0].to_dict()
-        return {str(name): self._given(row[name], str(row.get("reason") or "")) for name in row if self._is_score(name)}
-
-    @staticmethod
-    def _is_score(name: Any) -> bool:
-        return name in (*SCORES, *PROMPTS)
+        more = [name for name in PROMPTS if name in row and pd.notna(row[name])]  # none of them need apply
+        reason = str(row.get("reason") or "")
+        return {name: self._given(row[name], reason) for name in dict.fromkeys([*SCORES, *more])}
 
     def _given(self, value: Any, reason: str) -> Verdict:
         score = pd.to_numeric(value, errors="coerce")

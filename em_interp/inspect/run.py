@@ -97,20 +97,23 @@ def refuse_above(budget: float, price: Price, used: ModelUsage, answers: int) ->
 
 def run(
     model: Model | str,
-    out: Path,
+    out: str | Path,
     *,
     display: Literal["full", "conversation", "rich", "plain", "log", "none"] = "plain",
     retries: int = RETRIES,
     timeout: int | None = None,
     seed: int = 0,
     task: str = TASK,
+    limit: int | None = None,
     **arguments: Any,
 ) -> EvalLog:
     """A task of Inspect's, such as `emergent_misalignment(**arguments)`, of a model, into OUT/logs.
 
     A run that was stopped is gone on with: answers and replies of judges are kept in OUT/cache, so that none is asked
-    for twice. timeout: seconds for one try of one request. Raises UsageError for what the task refuses.
+    for twice. timeout: seconds for one try of one request. limit: at most so many of the task's samples. Raises
+    UsageError for what the task refuses.
     """
+    out = Path(out)
     try:
         with cached(out / "cache"):
             _, logs = eval_set(
@@ -120,6 +123,7 @@ def run(
                 task_args=arguments,
                 display=display,
                 seed=seed,
+                limit=limit,
                 max_retries=retries,
                 attempt_timeout=timeout,
                 retry_attempts=1,
