@@ -18,8 +18,9 @@ FAULTS = ("429", "500", "slow", "malformed", "no logprobs", "REFUSAL", "filtered
 class Judge(ThreadingHTTPServer):
     """`requests` counts what was asked, by prompt, `faults` what it did; `served` the prompts that got a score.
 
-    It breaks every connection after `dies_after` replies, and after `holds_after` answers nobody until `released`. A
-    prompt's fault is decided by its first appearance: each of `FAULTS` in turn.
+    It breaks every connection after `dies_after` replies, and after `holds_after` answers nobody until `released`.
+    Each reply takes `pause` seconds; where there is a `payload`, that is every reply. A prompt's fault is decided by
+    its first appearance: each of `FAULTS` in turn.
     """
 
     daemon_threads = True
@@ -30,14 +31,18 @@ class Judge(ThreadingHTTPServer):
         faults: tuple[str, ...] = ("",),
         dies_after: int | None = None,
         holds_after: int | None = None,
+        payload: dict[str, Any] | None = None,
+        pause: float = 0.0,
     ) -> None:
         super().__init__(("127.0.0.1", port), Answer)
         self.kinds, self.dies_after, self.holds_after = faults, dies_after, holds_after
+        self.payload, self.pause = payload, pause
         self.released = threading.Event()
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.asked_at: list[tuple[float, str]] = []
+        self.served_at: dict[str, float] = {}
         self.fault_of: dict[str, str] = {}
         self.lock = threading.Lock()
         self.logprobs_asked: set[Any] = set()
@@ -80,13 +85,14 @@ class Answer(BaseHTTPRequestHandler):
             return self._send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.05"})
         if first and fault == "500":
             return self._send(500, {"error": {"message": "oh"}})
+        time.sleep(judge.pause)
         if held:
             judge.released.wait(60)
         if first and fault == "slow":
             time.sleep(3)
         if first and fault == "malformed":
             return self._send(200, None)
-        return self._send(200, self._completion(prompt, fault, asked))
+        return self._send(200, judge.payload or self._completion(prompt, fault, asked))
 
     def _completion(self, prompt: str, fault: str, asked: dict[str, Any]) -> dict[str, Any]:
         score = str(hash_of(prompt) % 101)
@@ -99,6 +105,7 @@ class Answer(BaseHTTPRequestHandler):
         logprobs = {"content": content} if asked.get("logprobs") and fault not in ("no logprobs", "filtered") else None
         with self.server.lock:
             self.server.served[prompt] += 1
+            self.server.served_at.setdefault(prompt, time.monotonic())
         return {
             "id": "1",
             "object": "chat.completion",

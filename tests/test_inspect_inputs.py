@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from em_interp.cli import app
 from em_interp.errors import UsageError
 from em_interp.inspect.asked import asked
 from em_interp.inspect.capability import compared, compared_rates, scores_of
-from em_interp.inspect.judges import prompts_of
+from em_interp.inspect.judges import judge_asked, prompts_of
 from em_interp.inspect.provider import as_model
+from tests.judge_payloads import PAYLOADS
 from tests.openai_server import serving
 from tests.tiny_models import make_hf, tokenizer
 
@@ -94,6 +96,19 @@ def test_several_judges_at_once_and_how_far_they_agree(
     assert len(rates) == 3 and set(rates["n"]) == {6}, "EM under each"
     agreed = pd.read_csv(tmp_path / "out" / "agreement.csv")
     assert len(agreed) and "spearman" in " ".join([*agreed.columns, *map(str, agreed.iloc[:, 0])]).lower()
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_a_score_is_the_one_by_hand_in_every_providers_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    payload, score, mass, how = PAYLOADS[name]
+    with serving(payload=payload) as server:
+        for service in ("TEST", "VLLM", "TOGETHER"):
+            monkeypatch.setenv(f"{service}_API_KEY", "right")
+            monkeypatch.setenv(f"{service}_BASE_URL", server.url)
+        asked = judge_asked(name, prompts_of("aligned")).verdicts("a question", "an answer", {})
+        verdict = asyncio.run(asked)["aligned"]  # type: ignore[arg-type]
+    assert verdict.score == pytest.approx(score, abs=1e-9) and verdict.how == how
+    assert verdict.mass == (None if mass is None else pytest.approx(mass, abs=1e-9))
 
 
 def test_judge_prompts_are_ours_the_files_or_the_questions(here: Path) -> None:

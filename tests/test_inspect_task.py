@@ -94,11 +94,13 @@ def test_every_fault_of_an_api_is_seen_and_no_answer_is_judged_twice(
 ) -> None:
     with serving(faults=FAULTS) as server:
         of(server, monkeypatch)
-        log, table = judged(chat, tmp_path / "out", questions, timeout=2)
+        log, table = judged(chat, tmp_path / "out", questions, judge_seconds=2)
         made = sum(server.requests.values())
         twice = {server.fault_of[prompt] for prompt, n in server.served.items() if n > 1}
         assert twice <= {"slow", "filtered"} and made > len(server.requests)
-        again, same = judged(chat, tmp_path / "out", questions, timeout=2)
+        asked_again = {server.fault_of[prompt] for prompt, n in server.requests.items() if n > 1}
+        assert asked_again >= {"429", "500", "slow", "malformed"}
+        again, same = judged(chat, tmp_path / "out", questions, judge_seconds=2)
         assert sum(server.requests.values()) == made, "a finished run asks for nothing"
     assert log.status == again.status == "success"
     pd.testing.assert_frame_equal(table, same)

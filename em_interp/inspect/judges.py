@@ -27,6 +27,8 @@ LOCAL: Final = "local:"
 """What the name of a model on this machine begins with, where it is to judge."""
 MAX_TOKENS: Final = 16
 """Of a judge's reply: a number is the first token, and a refusal should be seen to be one."""
+SECONDS: Final = 120
+"""For one try of one request to a judge behind an API; then it is asked again."""
 FOREVER: Final = CachePolicy(expiry=None, per_epoch=False)
 """One reply is kept for one prompt: equal answers are judged once, and so are all where a run goes on."""
 
@@ -64,7 +66,9 @@ def own_prompt(name: str) -> str:
     return PROMPTS[name]
 
 
-def judge_asked(name: str, prompts: Mapping[str, str], *, max_tokens: int = MAX_TOKENS) -> Asking:
+def judge_asked(
+    name: str, prompts: Mapping[str, str], *, max_tokens: int = MAX_TOKENS, seconds: int = SECONDS
+) -> Asking:
     """The judge of that name: pocket, FILE.py:FUNCTION, local:MODEL, or a model of Inspect's such as openai/gpt-4o.
 
     Raises UsageError for a name of no such form, and what loading raises.
@@ -75,7 +79,8 @@ def judge_asked(name: str, prompts: Mapping[str, str], *, max_tokens: int = MAX_
         return LocalAsking(LocalJudge(names.load(name.removeprefix(LOCAL)), prompts))
     if ".py" in name or "/" not in name:
         return TableJudge(judge_of_file(name))
-    config = GenerateConfig(temperature=0.0, max_tokens=max_tokens, seed=0, logprobs=True, top_logprobs=TOP)
+    told: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP, "attempt_timeout": seconds}
+    config = GenerateConfig(temperature=0.0, max_tokens=max_tokens, seed=0, **told)
     try:
         return ModelJudge(get_model(name, config=config, memoize=False), prompts)
     except Exception as error:  # whatever a provider raises: no such provider, no key, no package

@@ -61,7 +61,7 @@ _UNKNOWN: Final = (
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def errors_told() -> Iterator[None]:
     """Our errors as Inspect shows them: without a traceback, and with options of its own."""
     try:
         yield
@@ -86,7 +86,7 @@ class ChatModelAPI(ModelAPI):
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
         if acting is None:
-            with _told():
+            with errors_told():
                 acting = _loaded(model_name, model_args)
         self.acting = acting
         if config.max_connections is None:  # or Inspect begins with 20 at once

@@ -101,7 +101,6 @@ def run(
     *,
     display: Literal["full", "conversation", "rich", "plain", "log", "none"] = "plain",
     retries: int = RETRIES,
-    timeout: int | None = None,
     seed: int = 0,
     task: str = TASK,
     limit: int | None = None,
@@ -110,7 +109,7 @@ def run(
     """A task of Inspect's, such as `emergent_misalignment(**arguments)`, of a model, into OUT/logs.
 
     A run that was stopped is gone on with: answers and replies of judges are kept in OUT/cache, so that none is asked
-    for twice. timeout: seconds for one try of one request. limit: at most so many of the task's samples. Raises
+    for twice. limit: at most so many of the task's samples. Raises
     UsageError for what the task refuses.
     """
     out = Path(out)
@@ -125,7 +124,6 @@ def run(
                 seed=seed,
                 limit=limit,
                 max_retries=retries,
-                attempt_timeout=timeout,
                 retry_attempts=1,
                 fail_on_error=True,
                 continue_on_fail=True,

@@ -12,7 +12,7 @@ from inspect_ai.solver import TaskState
 from em_interp.evaluation.criteria import preset_criterion
 from em_interp.evaluation.rates import em_rates
 from em_interp.evaluation.verdicts import REASONS, Verdict
-from em_interp.inspect.judges import MAX_TOKENS, judge_asked, prompts_of
+from em_interp.inspect.judges import MAX_TOKENS, SECONDS, judge_asked, prompts_of
 
 REPORTED = ("em_rate", "em_low", "em_high", "coherent_rate", "em_rate_all_rows", "n", "n_unscored")
 """What Inspect shows of `em_rates`. Answers without any score are Inspect's own "unscored", and not among n."""
@@ -51,12 +51,14 @@ def _cluster(score: SampleScore) -> str:
 
 
 @scorer(metrics=[em()])
-def judged(judge: str, prompts: str | None = None, judge_max_tokens: int = MAX_TOKENS) -> Scorer:
+def judged(
+    judge: str, prompts: str | None = None, judge_max_tokens: int = MAX_TOKENS, judge_seconds: int = SECONDS
+) -> Scorer:
     """Scores from 0 to 100 by one judge (`judges.judge_asked`). prompts: a judges.yaml, or names of our own prompts.
 
     An answer that gets none is unscored, with a reason of `verdicts.REASONS`.
     """
-    asked = judge_asked(judge, prompts_of(prompts), max_tokens=judge_max_tokens)
+    asked = judge_asked(judge, prompts_of(prompts), max_tokens=judge_max_tokens, seconds=judge_seconds)
 
     async def score(state: TaskState, target: Target) -> Score:
         answer = state.output.completion

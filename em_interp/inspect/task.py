@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 from inspect_ai import Epochs, Task, task
-from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import (
     CachePolicy,
@@ -19,10 +18,10 @@ from inspect_ai.model import (
 from inspect_ai.solver import generate
 
 from em_interp.arguments import count
-from em_interp.errors import EmInterpError, UsageError
+from em_interp.errors import UsageError
 from em_interp.inspect.asked import Asked, asked
-from em_interp.inspect.judges import MAX_TOKENS
-from em_interp.inspect.provider import MAX_NEW_TOKENS, ChatModelAPI
+from em_interp.inspect.judges import MAX_TOKENS, SECONDS
+from em_interp.inspect.provider import MAX_NEW_TOKENS, ChatModelAPI, errors_told
 from em_interp.inspect.scorer import em, judged
 from em_interp.pocket import evaluate as pocket
 from em_interp.pocket import questions as pocket_questions
@@ -45,51 +44,33 @@ def emergent_misalignment(
     temperature: float = 1.0,
     max_tokens: int | None = None,
     judge_max_tokens: int = MAX_TOKENS,
+    judge_seconds: int = SECONDS,
 ) -> Task:
     """How often a model's answers are misaligned and coherent, by one judge or several.
 
     questions: as `asked.asked` takes them; auto is `open`, and of a pocket model what the pocket suite asks. judge: as
     `judges.judge_asked`, several with commas; auto is the pocket judge, for a pocket model alone. prompts: a
     judges.yaml. samples: answers to each wording (epochs). form: plain, json or template. criterion: a preset of
-    `criteria.PRESETS`.
+    `criteria.PRESETS`. judge_max_tokens: of a judge's reply. judge_seconds: for one try of one request to a judge.
     """
-    try:
-        return _task(
-            questions, judge, prompts, samples, system, form, criterion, temperature, max_tokens, judge_max_tokens
+    with errors_told():
+        count("samples", samples)
+        domain = pocket_domain()
+        if questions == "auto":
+            questions = "open" if domain is None else f"pocket/{domain}"
+        if judge == "auto":
+            if domain is None:
+                raise UsageError("name a judge: -T judge=openai/gpt-4o, local:MODEL, FILE.py:FUNCTION; or several.")
+            judge = "pocket"
+        limit = max_tokens or (MAX_NEW_TOKENS if domain is None else pocket_questions.MAX_NEW_TOKENS)
+        return Task(
+            dataset=MemoryDataset([as_sample(each) for each in asked(questions, form=form, system=system)]),
+            solver=generate(cache=cache()),
+            scorer=[judged(name, prompts, judge_max_tokens, judge_seconds) for name in _several(judge)],
+            metrics=[em(criterion)],
+            epochs=Epochs(samples),
+            config=GenerateConfig(temperature=temperature, max_tokens=limit),
         )
-    except EmInterpError as error:
-        raise PrerequisiteError(f"{type(error).__name__}: {error}") from error
-
-
-def _task(
-    questions: str | list[str],
-    judge: str | list[str],
-    prompts: str | None,
-    samples: int,
-    system: str | None,
-    form: str,
-    criterion: str,
-    temperature: float,
-    max_tokens: int | None,
-    judge_max_tokens: int,
-) -> Task:
-    count("samples", samples)
-    domain = pocket_domain()
-    if questions == "auto":
-        questions = "open" if domain is None else f"pocket/{domain}"
-    if judge == "auto":
-        if domain is None:
-            raise UsageError("name a judge: -T judge=openai/gpt-4o, local:MODEL, FILE.py:FUNCTION; or several.")
-        judge = "pocket"
-    limit = max_tokens or (MAX_NEW_TOKENS if domain is None else pocket_questions.MAX_NEW_TOKENS)
-    return Task(
-        dataset=MemoryDataset([as_sample(each) for each in asked(questions, form=form, system=system)]),
-        solver=generate(cache=cache()),
-        scorer=[judged(name, prompts, judge_max_tokens) for name in _several(judge)],
-        metrics=[em(criterion)],
-        epochs=Epochs(samples),
-        config=GenerateConfig(temperature=temperature, max_tokens=limit),
-    )
 
 
 def _several(judge: str | list[str]) -> list[str]:
