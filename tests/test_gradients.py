@@ -14,6 +14,7 @@ from em_interp.models.losses import response_loss
 from em_interp.solutions.base import Solution
 from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
+from em_interp.training import gradients
 from em_interp.training.gradients import gradient_cosines, loss_gradient
 from tests.test_influence import gen, lora, vector
 from tests.tiny_models import CONVERSATIONS, make_chat
@@ -92,8 +93,8 @@ def test_a_head_tied_to_the_embeddings_has_a_gradient_of_its_own() -> None:
 
 
 def test_cosines_along_checkpoints() -> None:
-    model = make_chat()
-    general, narrow = vector(1), vector(1, seed=1)
+    model = make_chat(dtype=torch.float64)
+    general, narrow = double(vector(1)), double(vector(1, seed=1))
     checkpoints: dict[int, Solution] = {0: general.scaled(0.0), 5: general.scaled(0.5), 10: general}
     table = gradient_cosines(model, checkpoints, CONVERSATIONS, general=general, narrow=narrow, progress=False)
     assert list(table.columns) == [
@@ -106,7 +107,7 @@ def test_cosines_along_checkpoints() -> None:
         (g,) = found.parts.values()
         for name, end in (("cos_general", general), ("cos_narrow", narrow)):
             slow = torch.nn.functional.cosine_similarity(-g, end.theta.double(), dim=0)
-            assert getattr(row, name) == pytest.approx(float(slow), rel=1e-6)
+            assert getattr(row, name) == pytest.approx(float(slow), rel=1e-9)
         assert row.grad_norm == pytest.approx(float(g.norm()))
         assert row.loss == pytest.approx(loss(model, theta), rel=1e-5)
     downhill = SteeringVector(
@@ -118,8 +119,12 @@ def test_cosines_along_checkpoints() -> None:
     assert table.loc[0, "cos_general"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("n", [2, 4, 12])
-def test_the_interval_leaves_chats_out_in_turn(n: int) -> None:
+@pytest.mark.parametrize(("n", "held"), [(2, 1 << 20), (4, 1 << 20), (12, 1 << 20), (12, 0)])
+def test_the_interval_leaves_chats_out_in_turn(n: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """held: bytes of gradients that are kept; the others are taken once more, no more than that."""
+    monkeypatch.setattr(gradients, "HELD_BYTES", held)
+    taken: list[int] = []
+    monkeypatch.setattr(gradients, "loss_gradient", lambda *a, **k: taken.append(1) or loss_gradient(*a, **k))
     model = make_chat(dtype=torch.float64)
     general, narrow = double(vector(1)), double(vector(1, seed=1))
     chats = [
@@ -127,6 +132,7 @@ def test_the_interval_leaves_chats_out_in_turn(n: int) -> None:
         for i in range(n)
     ]
     (row,) = gradient_cosines(model, {1: general}, chats, general=general, narrow=narrow, progress=False).itertuples()
+    assert len(taken) == min(n, 10) * (1 if held or n == 2 else 2)
     if n == 2:
         assert np.isnan([row.cos_general_low, row.cos_narrow_high]).all()
         return

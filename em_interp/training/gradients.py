@@ -7,8 +7,8 @@ compare it with the final B; that is given beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -33,6 +33,8 @@ from em_interp.statistics.jackknife import FEWEST, jackknife_error
 
 PARTS: Final = 10
 """Of the conversations, each left out in turn for the intervals."""
+HELD_BYTES: Final = 1 << 30
+"""The parts' gradients are kept between their sum and their intervals while they take no more; else taken twice."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def gradient_cosines(
     rows = []
     for step, theta in tqdm(checkpoints.items(), desc="gradients", disable=not progress, leave=False):
         check_comparable({"the general solution": general, f"checkpoint {step}": theta}, model, may_be_zero=True)
-        found = loss_gradient(model, theta, conversations, tokens_per_batch=tokens_per_batch)
+        parts = _Parts(model, theta, conversations, tokens_per_batch)
+        found = _summed(parts)
         size = found.norm
         if not size > 0:
             raise SolutionError(f"checkpoint {step}: the loss has no gradient there, so it has no direction.")
@@ -118,31 +121,58 @@ def gradient_cosines(
             "n_tokens": found.n_tokens,
             "n_conversations": len(conversations),
         }
-        intervals = _intervals(model, theta, conversations, found, ends, tokens_per_batch)
+        intervals = _intervals(parts, found, ends)
         row |= {f"cos_{name}_{side}": value for name, sides in intervals.items() for side, value in sides.items()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _intervals(
-    model: ChatModel,
-    theta: Solution,
-    conversations: Sequence[Conversation],
-    whole: Gradient,
-    ends: Mapping[str, Solution],
-    tokens_per_batch: int | None,
-) -> dict[str, dict[str, float]]:
-    """low and high of the cosine of minus the gradient with each end; NaN for too few conversations.
+@dataclass
+class _Parts:
+    """Gradients of the conversations' parts, each a tenth of them: every time it is gone through."""
 
-    The parts' gradients are taken once more, so that no more than one is held beside the whole.
-    """
-    n = min(PARTS, len(conversations))
+    model: ChatModel
+    theta: Solution
+    conversations: Sequence[Conversation]
+    tokens_per_batch: int | None
+    held: list[Gradient] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return max(1, min(PARTS, len(self.conversations)))
+
+    def __iter__(self) -> Iterator[Gradient]:
+        if self.held:
+            yield from self.held
+            return
+        kept: list[Gradient] = []
+        for first in range(len(self)):
+            part = self.conversations[first :: len(self)]
+            gradient = loss_gradient(self.model, self.theta, part, tokens_per_batch=self.tokens_per_batch)
+            if len(self) * sum(g.nbytes for g in gradient.parts.values()) <= HELD_BYTES:
+                kept.append(gradient)
+            yield gradient
+        self.held = kept
+
+
+def _summed(parts: Iterable[Gradient]) -> Gradient:
+    """The gradient over all tokens of the parts."""
+    loss, count = 0.0, 0
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        loss, count = loss + part.loss * part.n_tokens, count + part.n_tokens
+        for name, gradient in part.parts.items():
+            sums[name] = sums.get(name, 0) + gradient * part.n_tokens
+    return Gradient(loss / count, count, {name: total / count for name, total in sums.items()})
+
+
+def _intervals(parts: _Parts, whole: Gradient, ends: Mapping[str, Solution]) -> dict[str, dict[str, float]]:
+    """low and high of the cosine of minus the gradient with each end; NaN for too few conversations."""
+    n = len(parts)
     if n < FEWEST:
         return {name: {"low": np.nan, "high": np.nan} for name in ends}
     along: dict[str, list[float]] = {name: [] for name in ends}
     lengths = []
-    for first in range(n):
-        part = loss_gradient(model, theta, conversations[first::n], tokens_per_batch=tokens_per_batch)
+    for part in parts:
         share = part.n_tokens / whole.n_tokens
         inner = sum(float((part.parts[place] * whole.parts[place]).sum()) for place in whole.parts)
         lengths.append(whole.norm**2 - 2 * share * inner + (share * part.norm) ** 2)
