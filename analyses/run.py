@@ -7,7 +7,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from analyses.comparison import compare, load_numbers
 from analyses.findings import as_table, findings_of
 from analyses.report import Section, write_report
-from analyses.suite import Suite, reads_others
-from analyses.tasks import BACKENDS, Task, Workers, tasks_of
+from analyses.suite import ANALYSES, Suite, load_analysis, reads_others
+from analyses.tasks import BACKENDS, Task, Workers
 from em_interp import figures as house
 from em_interp.arguments import count, one_of
 from em_interp.errors import EmInterpError, MissingDataError, OutputError, UsageError
@@ -143,6 +143,17 @@ def _in_turn(suite: Suite, names: list[str], folder: Path, key: str) -> Iterator
         bar.set_postfix_str(name)
         with threadpool_limits(1):  # many small operations: threads add nothing, and stall on a busy machine
             yield _run(suite, name, folder, key)
+
+
+def tasks_of(suite: Suite, name: str) -> list[Task]:
+    """What an analysis, and those whose tables it needs, have for other processes to make: its module's `tasks`."""
+    analysis = load_analysis(name)
+    make: Callable[[Suite], list[Task]] | None = getattr(analysis, "tasks", None)
+    try:
+        own = [] if make is None else make(suite)
+    except Exception:  # of absent or bad input: the analysis says so
+        own = []
+    return [*own, *(task for need in analysis.NEEDS if need in ANALYSES for task in tasks_of(suite, need))]
 
 
 def _on_workers(suite: Suite, names: list[str], folder: Path, key: str, n: int, backend: str) -> list[Section]:

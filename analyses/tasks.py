@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -13,17 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from joblib import Parallel, delayed, parallel_config
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from analyses.progress import told, watched
-from analyses.suite import ANALYSES, Suite, load_analysis
 from em_interp.errors import EmInterpError, MemoryLimitError, OutputError, UsageError
 from em_interp.files.atomic import make_folder
 from em_interp.files.manifest import fingerprint
+
+if TYPE_CHECKING:  # a worker has no use for what no task of its needs
+    from analyses.suite import Suite
 
 BACKENDS: Final = ("loky", "ray")
 _UNSEEN_SECONDS: Final = 2.0
@@ -56,17 +59,6 @@ class Task:
     def mark(self) -> str:
         """The name of its file while it runs."""
         return fingerprint([self.do.__module__, self.do.__qualname__, repr(self.given)])[:24]
-
-
-def tasks_of(suite: Suite, name: str) -> list[Task]:
-    """What an analysis, and those whose tables it needs, have for other processes to make: its module's `tasks`."""
-    analysis = load_analysis(name)
-    make: Callable[[Suite], list[Task]] | None = getattr(analysis, "tasks", None)
-    try:
-        own = [] if make is None else make(suite)
-    except Exception:  # of absent or bad input: the analysis says so
-        own = []
-    return [*own, *(task for need in analysis.NEEDS if need in ANALYSES for task in tasks_of(suite, need))]
 
 
 @dataclass(frozen=True)
@@ -249,10 +241,10 @@ def _settle(parent: int | None = None) -> None:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
     from joblib.externals.loky import process_executor
 
-    torch.set_num_threads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     process_executor._MAX_MEMORY_LEAK_SIZE = 2**62  # models and their work are no leak: a worker that ends loads again
 
 

@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
-from joblib.externals.loky.backend.queues import SimpleQueue
 
 from analyses.suite import Suite
 from analyses.tasks import Task, Workers
-from em_interp.errors import DirectionError, MemoryLimitError, OutputError, UsageError
-
-
-def number(suite: Suite, i: int) -> tuple[int, int]:
-    return i, os.getpid()
-
-
-def noted(suite: Suite) -> str:
-    suite.note(DirectionError("a note of a worker"))
-    return suite.name
-
-
-def dies(suite: Suite, folder: Path, times: int) -> str:
-    """The first `times` times."""
-    tried = len(list(folder.glob("tried-*")))
-    (folder / f"tried-{tried}").touch()
-    if tried < times:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "made"
-
-
-def fails(suite: Suite) -> None:
-    raise DirectionError("the analysis says so itself")
-
-
-def full(suite: Suite) -> None:
-    raise OutputError("no room")
-
-
-def dies_while_it_sends(suite: Suite, folder: Path) -> str:
-    """The first time: half of a message is in the pipe of results, and nobody else may write there."""
-    if not (folder / "tried").exists():
-        (folder / "tried").touch()
-        (pipe,) = [q for q in gc.get_objects() if type(q) is SimpleQueue and q._writer is not None and q._wlock]
-        pipe._wlock.acquire()
-        pipe._writer._send(struct.pack("!i", 1000))
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "made"
-
-
-def waits(suite: Suite, folder: Path, i: int) -> None:
-    (folder / f"pid-{i}").write_text(str(os.getpid()))
-    time.sleep(60)
+from em_interp.errors import MemoryLimitError, OutputError, UsageError
+from tests.light_tasks import Notes, dies, dies_while_it_sends, fails, full, noted, number
 
 
 @pytest.fixture
 def suite() -> Suite:
-    return Suite.load("pocket")
+    return cast("Suite", Notes())
 
 
 @pytest.mark.parametrize("backend", ["loky", "ray"])
@@ -105,11 +62,10 @@ def test_a_worker_that_dies_in_the_middle_of_a_result_holds_nobody_up(suite: Sui
 HOLD = """
 import sys
 from pathlib import Path
-from analyses.suite import Suite
 from analyses.tasks import Task, Workers
-from tests.test_workers import waits
+from tests.light_tasks import Notes, waits
 folder = Path(sys.argv[1])
-with Workers(Suite.load("pocket"), folder / "work", 2) as pool:
+with Workers(Notes(), folder / "work", 2) as pool:
     pool.run([Task(str(i), waits, (folder, i)) for i in range(int(sys.argv[2]))])
 """
 

@@ -94,6 +94,7 @@ def _imported(modules: Sequence[str]) -> set[Path]:
     return files
 
 
+@cache
 def _imports(path: Path) -> list[str]:
     """The names in a file that may be modules of this project."""
     found = []
