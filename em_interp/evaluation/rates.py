@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -199,25 +200,15 @@ def em_rates(
     (0.5, 8, 7)
     """
     read = scored(judged, criterion, cluster=cluster)
-
-    def rate(hits: NDArray[np.bool_], among: NDArray[np.bool_], denominator: str) -> Rate | None:
-        if not among.any():
-            return None
-        top = np.bincount(read.cluster, weights=hits & among)
-        bottom = np.bincount(read.cluster, weights=among)
-        interval = rate_interval(top, bottom, level=level)
-        return Rate(int((hits & among).sum()), int(among.sum()), interval, denominator)
-
-    def of(hits: NDArray[np.bool_], denominator: str) -> Rate | None:
-        return rate(hits, read.among(denominator), DENOMINATORS[denominator])
-
+    of = partial(_among, read, level)
     em_all, coherent_all = of(read.em, "all"), of(read.is_coherent, "all")
     assert em_all is not None and coherent_all is not None  # there is at least one row
     recognised = None
     if BAD in judged:
         bad = _score(judged, BAD)
         hits = read.is_coherent & criterion.recognised(read.aligned, bad)
-        recognised = rate(hits, read.has_both & np.isfinite(bad), f"rows with both scores and {BAD}")
+        among, told = read.has_both & np.isfinite(bad), f"rows with both scores and {BAD}"
+        recognised = _rate(read, level, hits, among, told)
     return Rates(
         criterion=criterion,
         n=len(judged),
@@ -232,6 +223,22 @@ def em_rates(
         recognised=recognised,
         unscored=_reasons(judged[~read.has_both]) if REASON in judged else None,
     )
+
+
+def _among(read: Scored, level: float, hits: NDArray[np.bool_], denominator: str) -> Rate | None:
+    return _rate(read, level, hits, read.among(denominator), DENOMINATORS[denominator])
+
+
+def _rate(
+    read: Scored, level: float, hits: NDArray[np.bool_], among: NDArray[np.bool_], denominator: str
+) -> Rate | None:
+    """The rate of `hits` with its interval; None of no rows."""
+    if not among.any():
+        return None
+    top = np.bincount(read.cluster, weights=hits & among)
+    bottom = np.bincount(read.cluster, weights=among)
+    interval = rate_interval(top, bottom, level=level)
+    return Rate(int((hits & among).sum()), int(among.sum()), interval, denominator)
 
 
 def _reasons(unscored: pd.DataFrame) -> dict[str, int]:

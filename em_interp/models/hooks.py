@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,13 +133,15 @@ def head_sees_only(hf: nn.Module, positions: Bool[Tensor, "batch token"]) -> Ite
     if head is None:
         raise HookError(f"{type(unwrap(hf)).__name__} has no output head: it is not a causal language model.")
     count = [0]
-
-    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        count[0] += 1
-        return (rearrange(args[0][positions.to(args[0].device)], "scored d -> 1 scored d"), *args[1:])
-
-    with firing({"the output head": count}, [head.register_forward_pre_hook(pick)]):
+    with firing({"the output head": count}, [head.register_forward_pre_hook(partial(_picked, positions, count))]):
         yield
+
+
+def _picked(
+    positions: Bool[Tensor, "batch token"], count: list[int], _module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    count[0] += 1
+    return (rearrange(args[0][positions.to(args[0].device)], "scored d -> 1 scored d"), *args[1:])
 
 
 def scored_logits(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from em_interp.errors import HookError
 from em_interp.models.architectures import find_blocks, last_mlp, unwrap
@@ -35,17 +37,9 @@ def replaced_up_to(
     """
     check_layer(layer, len(blocks))
     before = [block.__dict__.get("forward") for block in blocks[: layer + 1]]
-
-    def passing(output: Tensor | None) -> Callable[..., object]:
-        def forward(hidden_states: Tensor, *_args: object, **_kwargs: object) -> object:
-            result = hidden_states if output is None else output
-            return (result,) if as_tuple else result
-
-        return forward
-
     try:
         for number in range(layer + 1):
-            blocks[number].forward = passing(residual if number == layer else None)
+            blocks[number].forward = partial(_passing, residual if number == layer else None, as_tuple)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=False):
@@ -55,31 +49,45 @@ def replaced_up_to(
                 block.forward = forward
 
 
+def _passing(
+    output: Tensor | None, as_tuple: bool, /, hidden_states: Tensor, *_args: object, **_kwargs: object
+) -> object:
+    """A block's forward that puts out what came in, or `output`."""
+    result = hidden_states if output is None else output
+    return (result,) if as_tuple else result
+
+
 @contextmanager
 def last_mlp_sees_only(hf: nn.Module, positions: Bool[Tensor, "row token"]) -> Iterator[None]:
     """Inside, the last MLP runs at `positions` only; elsewhere it puts out zeros, which nothing scored reads.
 
     BLOOM's takes the residual as a second argument, and adds it.
     """
-
-    def pick(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        return tuple(
-            x[positions].unsqueeze(0) if isinstance(x, Tensor) and x.shape[:2] == positions.shape else x for x in args
-        )
-
-    def spread(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> object:
-        hidden = hidden_of(output)
-        whole = hidden.new_zeros(*positions.shape, hidden.shape[-1])
-        whole[positions] = hidden[0]
-        return with_hidden(output, whole)
-
     mlp = last_mlp(hf)
-    handles = [] if mlp is None else [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
+    handles: list[RemovableHandle] = []
+    if mlp is not None:
+        handles.append(mlp.register_forward_pre_hook(partial(_picked, positions)))
+        handles.append(mlp.register_forward_hook(partial(_spread, positions)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _picked(positions: Bool[Tensor, "row token"], _module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(
+        x[positions].unsqueeze(0) if isinstance(x, Tensor) and x.shape[:2] == positions.shape else x for x in args
+    )
+
+
+def _spread(
+    positions: Bool[Tensor, "row token"], _module: nn.Module, _args: tuple[Tensor, ...], output: object
+) -> object:
+    hidden = hidden_of(output)
+    whole = hidden.new_zeros(*positions.shape, hidden.shape[-1])
+    whole[positions] = hidden[0]
+    return with_hidden(output, whole)
 
 
 class ResidualCache:
@@ -132,7 +140,7 @@ class ResidualCache:
     def _compute(self, index: Sequence[int], device: torch.device) -> dict[int, dict[int, Tensor]]:
         batch = collate(self.encoded, list(index), pad=self.pad).to(device)
         seen: dict[int, Tensor] = {}
-        handles = [self.blocks[layer].register_forward_hook(self._keeper(seen, layer)) for layer in self.layers]
+        handles = [self.blocks[layer].register_forward_hook(partial(self._keep, seen, layer)) for layer in self.layers]
         try:
             with self.off():
                 self.hf(**batch.inputs(), use_cache=False)
@@ -144,14 +152,11 @@ class ResidualCache:
         lengths = [len(self.encoded[i]) for i in index]
         return {i: {layer: seen[layer][r, : lengths[r]].clone() for layer in self.layers} for r, i in enumerate(index)}
 
-    def _keeper(self, seen: dict[int, Tensor], layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: Any) -> None:
-            self.as_tuple = isinstance(output, tuple)
-            seen[layer] = hidden_of(output)
-            if layer == self.layers[-1]:
-                raise EndPass
-
-        return hook
+    def _keep(self, seen: dict[int, Tensor], layer: int, _module: nn.Module, _args: object, output: Any) -> None:
+        self.as_tuple = isinstance(output, tuple)
+        seen[layer] = hidden_of(output)
+        if layer == self.layers[-1]:
+            raise EndPass
 
     def logits(
         self, batch: Batch, layer: int, residual: Tensor, where: Bool[Tensor, "batch token"]

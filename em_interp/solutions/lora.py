@@ -142,11 +142,7 @@ class LoraAdapter(Solution):
         P3 (Fig. 11) plots norm_a and norm_b.
         """
         products = self._product_norms().values()
-
-        def joint(factors: Mapping[str, Tensor]) -> float:
-            return math.sqrt(sum(float(exact(x.detach()).square().sum()) for x in factors.values()))
-
-        return {"raw_norm": sum(products) / len(products), "norm_a": joint(self.a), "norm_b": joint(self.b)}
+        return {"raw_norm": sum(products) / len(products), "norm_a": _joint(self.a), "norm_b": _joint(self.b)}
 
     def inner(self, other: Solution) -> float:
         """Through rank x rank products."""
@@ -380,3 +376,8 @@ class _Stack:
         if flat.dtype == b.dtype:
             return torch.baddbmm(flat, update, b).view_as(output)
         return (flat + torch.bmm(update, b)).to(output.dtype).view_as(output)
+
+
+def _joint(factors: Mapping[str, Tensor]) -> float:
+    """The norm of all factors together."""
+    return math.sqrt(sum(float(exact(x.detach()).square().sum()) for x in factors.values()))
