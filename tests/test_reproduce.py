@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from analyses.comparison import compare, load_numbers
 from analyses.run import Outcome, reproduce
 from analyses.suite import Suite
-from em_interp.cli import app
+from em_interp.cli import app, main
 from em_interp.errors import MissingDataError, OutputError, StatisticsError, UnreadableFileError, UsageError
 from tests.published_factory import (
     D_MODEL,
@@ -55,10 +55,23 @@ def table(outcome: Outcome, name: str) -> pd.DataFrame:
     return pd.read_csv(outcome.folder / "tables" / f"{name}.csv")
 
 
-def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    line = [sys.executable, "-m", "em_interp.cli", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False, **options)  # type: ignore[call-overload,no-any-return]
+PUBLISHED = ("reproduce", "--suite", "published", "--data")
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The status of a command, what it wrote, and its errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["em-interp", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
 def test_a_folder_with_other_names_gives_every_table(synthetic: Path, tmp_path: Path) -> None:
@@ -124,7 +137,7 @@ def test_part_of_the_data_missing(synthetic: Path, tmp_path: Path) -> None:
     assert (outcome.folder / "tables" / "cosines.csv").is_file()
 
 
-def test_bad_files_fail_loud_and_cost_only_themselves(synthetic: Path, tmp_path: Path) -> None:
+def test_bad_files_fail_loud_and_cost_only_themselves(synthetic: Path, tmp_path: Path, command: Command) -> None:
     bad = synthetic / "runs" / SV_STEM / "steering_vector_checkpoint_10.pt"
     bad.write_bytes(b"PK")
     outcome = run(synthetic, tmp_path)
@@ -132,10 +145,12 @@ def test_bad_files_fail_loud_and_cost_only_themselves(synthetic: Path, tmp_path:
     assert any(str(bad) in problem for problem in outcome.problems)
     assert bad.name in outcome.report.read_text()
     assert {s.name for s in outcome.sections if s.error} == set()
-    done = command("reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path), "--no-static")
-    assert done.returncode == 1
-    assert "steering_vector_checkpoint_10.pt" in done.stderr
-    assert "report:" in done.stdout
+    status, said, errors = command(
+        "reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path), "--no-static"
+    )
+    assert status == 1
+    assert "steering_vector_checkpoint_10.pt" in errors
+    assert "report:" in said
 
 
 def test_the_report_needs_no_network(synthetic: Path, tmp_path: Path) -> None:
@@ -209,12 +224,14 @@ def test_a_full_disk_is_said_and_the_old_table_stays(
     assert not list(first.folder.rglob("*.tmp"))
 
 
-def test_an_unwritable_folder_is_said(synthetic: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_said(synthetic: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "file").write_text("in the way")
-    done = command("reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path / "file"))
-    assert done.returncode == 2
-    assert "OutputError" in done.stderr
-    assert "Traceback" not in done.stderr
+    status, said, errors = command(
+        "reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path / "file")
+    )
+    assert status == 2
+    assert "OutputError" in errors
+    assert "Traceback" not in errors
 
 
 def test_suites_and_names_that_do_not_exist(synthetic: Path, tmp_path: Path) -> None:
@@ -244,13 +261,13 @@ def test_a_users_own_suite_file(synthetic: Path, tmp_path: Path) -> None:
     assert outcome.folder == tmp_path / "out" / "mine"
 
 
-def test_without_input_it_says_how_to_get_it(tmp_path: Path) -> None:
-    done = command("reproduce", "--data", str(tmp_path))
-    assert done.returncode == 2
-    assert "pocket build --out" in done.stderr
-    no_data = command("reproduce", "--suite", "published")
-    assert no_data.returncode == 2
-    assert "--data DIR" in no_data.stderr
+def test_without_input_it_says_how_to_get_it(tmp_path: Path, command: Command) -> None:
+    status, _, errors = command("reproduce", "--data", str(tmp_path))
+    assert status == 2
+    assert "pocket build --out" in errors
+    status, _, errors = command("reproduce", "--suite", "published")
+    assert status == 2
+    assert "--data DIR" in errors
 
 
 def test_an_unforeseen_error_in_one_analysis_spares_the_others(
