@@ -80,6 +80,15 @@ def test_the_plan_counts_what_is_then_sampled_and_judged(root, tmp_path):
     assert f"{found.answers:,} answers" in plan.said_of_effort(found)
 
 
+def test_what_the_trial_told_is_kept(root, tmp_path):
+    found = []
+    for _ in range(2):
+        suite = Suite.load(str(root / "mine.toml"))
+        suite.store = tmp_path / "results"
+        found.append(plan.effort(suite, suite.only(("em_rates",))))
+    assert found[0] == found[1] and n_judged(root) == found[0].tried
+
+
 def test_answers_in_files_are_not_asked_for(root):
     suite = Suite.load(str(root / "mine.toml"))
     (root / "judged").mkdir()

@@ -9,6 +9,7 @@ import pytest
 
 from analyses import plan
 from analyses.suite import ANALYSES, SUITES, Suite
+from docs import costs
 from em_interp.errors import UsageError
 from em_interp.inspect.asked import SETS
 
@@ -68,3 +69,20 @@ def test_the_14b_suite_compares_general_and_narrow() -> None:
     assert {general.adapter for domain in found.domains for general, _ in found.pairs(domain)} == {"steering-vector"}
     with (SUITES / "qwen2.5-14b.toml").open("rb") as file:
         assert tomllib.load(file)["models"]["chat"] == "Qwen/Qwen2.5-14B-Instruct"
+
+
+def test_the_page_of_costs_is_what_the_suites_and_sizes_give() -> None:
+    text = costs.PAGE.read_text(encoding="utf-8")
+    assert costs.page(text) == text
+    assert sorted(model.suite for model in costs.MODELS) == NAMES
+    billions = {model.suite: round(model.parameters / 1e9, 1) for model in costs.MODELS}
+    assert billions == {  # as their cards say
+        "qwen2.5-0.5b": 0.5,
+        "gemma-3-4b": 3.9,
+        "llama-3.1-8b": 8.0,
+        "qwen2.5-14b": 14.8,
+        "qwen3-14b": 14.8,
+    }
+    large, card = costs.MODELS[3], costs.GPUS[0]
+    assert costs.sampling_seconds(large, card, 10) is None  # 30 GB into 24
+    assert costs.sampling_seconds(large, costs.GPUS[3], 10) < costs.sampling_seconds(large, costs.GPUS[2], 10)

@@ -16,7 +16,7 @@ from torch import Tensor
 from analyses.inputs.checkpoints import read_trajectories
 from em_interp.directions import extraction
 from em_interp.directions.extraction import Contrast, contrast
-from em_interp.errors import BadValueError, EmInterpError
+from em_interp.errors import BadValueError, EmInterpError, MissingDataError
 from em_interp.evaluation.answers import conversations, misaligned_and_aligned
 from em_interp.evaluation.criteria import PAPER
 from em_interp.evaluation.judges import Judge
@@ -245,7 +245,11 @@ class Finetunes(ABC):
 
     def _tell(self, organism: Organism, problems: Iterable[Sequence[str]]) -> None:
         told = {str(problem) for problem in self.problems}
-        found = [BadValueError(self.answers_file(organism), *said) for said in problems]
+        file = self.answers_file(organism)
+        # what was sampled here is nobody's bad input
+        found = [
+            BadValueError(file, *s) if Path(file).is_file() else MissingDataError(organism.name, *s) for s in problems
+        ]
         self.problems += [problem for problem in found if str(problem) not in told]
 
     def contrast(self, organism: Organism, kind: str = "data-diff") -> Contrast:
