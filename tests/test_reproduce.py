@@ -226,9 +226,7 @@ def test_a_full_disk_is_said_and_the_old_table_stays(
 
 def test_an_unwritable_folder_is_said(synthetic: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "file").write_text("in the way")
-    status, said, errors = command(
-        "reproduce", "--suite", "published", "--data", str(synthetic), "--out", str(tmp_path / "file")
-    )
+    status, _, errors = command(*PUBLISHED, str(synthetic), "--out", str(tmp_path / "file"))
     assert status == 2
     assert "OutputError" in errors
     assert "Traceback" not in errors
