@@ -11,7 +11,15 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook looks it up by name)
 
-install_import_hook("em_interp", "tests.typecheck.check")
+PACKAGE = Path(__file__).parents[1] / "em_interp"
+SHAPED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if "jaxtyping" in path.read_text(encoding="utf-8")
+]
+"""Modules that tell of shapes; of the others the package's own check sees every call, in the tests as elsewhere."""
+
+install_import_hook(SHAPED, "tests.typecheck.check")
 
 import pytest  # noqa: E402
 
