@@ -106,6 +106,8 @@ def effort(suite: Suite, names: Sequence[str]) -> Effort:
     asked: dict[str, int] = {}
     for name in names:
         asked |= getattr(suite.analysis(name), "asks", lambda _: {})(suite)
+    if not (n := sum(asked.values())):
+        return Effort(0, 0.0, 0.0, 0, 0, None)
     questions = finetunes.elsewhere(finetunes.domains[0])
     some = dict(list(questions.items())[:TRIED])
     each, settings = math.ceil(TRIED / len(some)), {"max_new_tokens": finetunes.max_new_tokens}
@@ -114,7 +116,7 @@ def effort(suite: Suite, names: Sequence[str]) -> Effort:
     tried = suite.results.table(
         "trials", "effort", {**made_by, "price": price}, lambda _: _trial(finetunes, some, each), code=(__name__,)
     )
-    found, n = tried.iloc[0].to_dict(), sum(asked.values())
+    found = tried.iloc[0].to_dict()
     return Effort(
         answers=n,
         sampling_seconds=n * found["sampling_seconds"],
@@ -164,6 +166,8 @@ def said_of_downloads(found: Sequence[Download]) -> str:
 
 def said_of_effort(found: Effort) -> str:
     """One line for the terminal."""
+    if not found.answers:
+        return "nothing to sample and to judge: files hold all answers"
     told = f"{found.answers:,} answers of about {found.tokens} tokens to sample and to judge: "
     told += f"about {duration(found.sampling_seconds)} and {duration(found.judging_seconds)} on this machine"
     told += "" if found.dollars is None else f", ${found.dollars:,.2f} for the judge"

@@ -94,6 +94,10 @@ def test_answers_in_files_are_not_asked_for(root):
     (root / "judged").mkdir()
     (root / "judged" / "chat.csv").write_text("question,answer,aligned,coherent\na fox,b,90,90\n")
     assert suite.analysis("em_rates").asks(suite)["answers of the chat model"] == 0
+    for i in range(2):
+        shutil.copy(root / "judged" / "chat.csv", root / "judged" / f"rank1-{i}.csv")
+    found = plan.effort(suite, suite.only(("em_rates",)))
+    assert found.answers == 0 and not (root / "judged.txt").exists() and "files hold" in plan.said_of_effort(found)
 
 
 @pytest.mark.parametrize(("words", "answer", "runs"), [((), "n\n", False), ((), "y\n", True), (("--yes",), "", True)])
