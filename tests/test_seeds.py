@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from inspect_ai.model import get_model
 from typer.testing import CliRunner
 
 import em_interp
@@ -27,7 +28,8 @@ from em_interp.directions.extraction import contrast
 from em_interp.errors import UsageError
 from em_interp.evaluation import answers, sampling
 from em_interp.files.results import Results
-from em_interp.inspect import acting
+from em_interp.inspect import acting, capability
+from em_interp.inspect.run import run
 from em_interp.interventions import ablation, steering
 from em_interp.interventions import intervening as interventions
 from em_interp.landscape import curvature, influence, stability
@@ -68,6 +70,8 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     curvature.curvature: lambda w, seed: curvature.curvature(w.landscape, w.solution, n_probes=2, first_seed=seed),
     sampling.sample: lambda w, seed: sampling.sample(w.chat, QUESTIONS, 1, seed=seed, **FEW),
     sampling.sample_rows: lambda w, seed: sampling.sample_rows(w.chat, QUESTIONS, [("q", 0)], seed=seed, **FEW),
+    capability.compared: lambda _, seed: capability.compared({"a": get_model("none/none")}, "x", "out", seed=seed),
+    run: lambda _, seed: run("none/none", "out", seed=seed),
     acting.Settings: lambda _, seed: acting.Settings(seed=seed),
     worlds.Finetuned: lambda w, seed: worlds.Finetuned("nine", "medicine", seed, w.solution, ASKED, None, None),
     answers.judged_answers: lambda w, seed: answers.judged_answers(

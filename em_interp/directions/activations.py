@@ -31,7 +31,7 @@ from em_interp.files.tables import RunningTotals
 from em_interp.models.chat import Encoded, Side, collate, encode, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
-from em_interp.models.hooks import BlockFn, check_layer, run_bridge_until, run_until
+from em_interp.models.hooks import check_layer, run_bridge_until, run_until
 from em_interp.models.memory import run_in_batches
 from em_interp.models.precision import exact, has_float64
 from em_interp.models.ranks import Ranks, ranks
@@ -215,8 +215,10 @@ class _Collector:
         totals: dict[int, list[Tensor]] = {}
         means: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def see(layer: int) -> BlockFn:
-            def function(hidden: Tensor) -> None:
+        def see(layer):
+            # type: (int) -> Any
+            def function(hidden):
+                # type: (Tensor) -> None
                 sums, norms = masked_sums(hidden, weights)
                 wide, length = exact(sums), exact(norms)
                 n = counts.to(wide.device)
@@ -399,7 +401,8 @@ def collect(
     hidden = not (progress and us.is_first)
     with tqdm(total=len(rows), initial=begun, desc="read", disable=hidden, leave=False) as bar:
 
-        def run(group: list[int]) -> None:
+        def run(group):
+            # type: (list[int]) -> None
             totals, means = collector.forward(group, side, through, each=keep or disk is not None)
             if disk is not None:
                 disk.write(group, means)

@@ -29,7 +29,6 @@ from em_interp.directions.direction import Direction
 from em_interp.errors import ActivationError, DirectionError, ModelError, UsageError
 from em_interp.files.given import Source, chats, several
 from em_interp.models.chat_model import ChatModel
-from em_interp.models.templates import Conversation
 from em_interp.models.weights import UNKNOWN, adapter_hash, adapter_norm, weights_hash
 from em_interp.solutions.base import Solution
 from em_interp.statistics.units import RESIDUAL, with_units
@@ -192,7 +191,8 @@ def contrast(
         check_readable(model, conversations, [scope])
     _check_reach(kind, finetune, layers)
 
-    def read(side: str, conversations: Sequence[Conversation], where: Reader) -> Activations:
+    def read(side, conversations, where):
+        # type: (str, Any, Reader) -> Activations
         with _standing(model, where, finetune):
             return collect(
                 model,

@@ -7,7 +7,7 @@ are one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from em_interp.arguments import check_seed, count, number
 from em_interp.directions.direction import Direction
@@ -79,10 +79,12 @@ def _read(model: ChatModel, adapter: LoraAdapter, inputs: dict[str, Tensor]) -> 
     seen: dict[str, Tensor] = {}
     counts: dict[str, list[int]] = {name: [0] for name in adapter.a}
 
-    def reader(name: str) -> Callable[..., None]:
+    def reader(name):
+        # type: (str) -> Any
         a = adapter.a[name][0].float()
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_module, args):
+            # type: (Any, tuple[Tensor, ...]) -> None
             counts[name][0] += 1
             seen[name] = (args[0].float() @ a.to(args[0].device)).cpu()
 
@@ -122,7 +124,8 @@ def contrasts(judged: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
     inside = _in_domain(judged["in_domain"])
     good, bad = score >= ALIGNED, score <= MISALIGNED
 
-    def between(zero: NDArray[np.bool_], one: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def between(zero, one):
+        # type: (NDArray[np.bool_], NDArray[np.bool_]) -> NDArray[np.float64]
         return np.where(one, 1.0, np.where(zero, 0.0, np.nan))
 
     return {

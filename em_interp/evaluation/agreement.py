@@ -94,7 +94,8 @@ def agreement(
     question = np.zeros(int(unit.max()) + 1, dtype=np.int64)
     question[unit] = pd.factorize(table[cluster])[0]
 
-    def row(statistic: str, of: str, named: tuple[str, str], chosen: list[int]) -> dict[str, Any]:
+    def row(statistic, of, named, chosen):
+        # type: (str, str, tuple[str, str], list[int]) -> dict[str, Any]
         values = scores[of][:, chosen]
         interval = agreement_interval(statistic, values, question, level=level)
         both = np.isfinite(values).sum(1) >= 2

@@ -308,7 +308,8 @@ def sample_rows(
             batch = collate(encoded, group, pad=pad, side="left").to(model.device)
             uniforms = np.stack([_uniforms(seed, *rows[i], room) for i in group])
 
-            def of(positions: Sequence[int], group: Sequence[int] = group) -> AbstractContextManager[Any]:
+            def of(positions, group=group):
+                # type: (Sequence[int], Sequence[int]) -> AbstractContextManager[Any]
                 return around([group[position] for position in positions])
 
             recorder = None if top_logprobs is None else Recorder(top_logprobs, len(group))

@@ -16,6 +16,7 @@ from inspect_ai._util.error import PrerequisiteError
 from inspect_ai.log import EvalLog, EvalSample, read_eval_log
 from inspect_ai.model import Model, ModelUsage, get_model
 
+from em_interp.arguments import check_seed
 from em_interp.errors import MissingDataError, UsageError
 from em_interp.evaluation.judge_prompts import asking
 from em_interp.evaluation.verdicts import REASONS
@@ -112,6 +113,7 @@ def run(
     for twice. limit: at most so many of the task's samples. Raises
     UsageError for what the task refuses.
     """
+    check_seed(seed)
     out = Path(out)
     try:
         with cached(out / "cache"):

@@ -159,7 +159,8 @@ class _Tokens:
         plain, own = generator.generate, "generate" in vars(generator)
 
         @wraps(plain)
-        def generate(*args: Any, **kwargs: Any) -> Any:
+        def generate(*args, **kwargs):
+            # type: (*Any, **Any) -> Any
             self.generating, self.prompt = True, _prompt_width(args, kwargs)
             try:
                 return plain(*args, **kwargs)
@@ -206,7 +207,8 @@ def _prompt_width(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | Non
 
 
 def _block_function(edits: Sequence[Edit], tokens: _Tokens, touched: Mapping[str, list[int]]) -> BlockFn:
-    def function(hidden: Tensor) -> Tensor:
+    def function(hidden):
+        # type: (Tensor) -> Tensor
         for edit in edits:
             where = True if edit.scope == "all" else tokens.where(edit.scope, hidden)
             if where is False:

@@ -183,7 +183,8 @@ def _project_write(matrix: Any, norm: nn.Module | None, basis: Float[Tensor, "d_
     d_model = basis.shape[0]
     gain = torch.ones(d_model, dtype=torch.float64) if norm is None else _gain(norm, d_model, matrix.weight, model_name)
 
-    def change(w: Tensor) -> Tensor:
+    def change(w):
+        # type: (Tensor) -> Tensor
         g, q = gain.to(w), basis.to(w)
         return w - _within(w * g, q) / g
 

@@ -30,7 +30,7 @@ from em_interp.interventions.intervening import Add, as_coefficients, check_dire
 from em_interp.models.chat import Encoded, batches, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.checks import check_lengths, refuse_dropout
-from em_interp.models.hooks import BlockFn, block_hooks, check_layer
+from em_interp.models.hooks import block_hooks, check_layer
 from em_interp.statistics.units import with_units
 
 LARGEST_SHARE: Final = 1000.0
@@ -119,8 +119,10 @@ def residual_norms(model: ChatModel, questions: Source, layers: int | Sequence[i
     norms: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
     real = torch.empty(0)
 
-    def keep(layer: int) -> BlockFn:
-        def function(hidden: Tensor) -> None:
+    def keep(layer):
+        # type: (int) -> Any
+        def function(hidden):
+            # type: (Tensor) -> None
             norms[layer].append(torch.linalg.vector_norm(hidden.float(), dim=-1)[real].cpu())
 
         return function

@@ -72,7 +72,8 @@ class Curvature:
         interval = t_interval(self.across)
         inward = (np.sqrt(1 - eps**2) - 1) * self.along
 
-        def percent(across: float) -> Float[np.ndarray, "epsilon"]:
+        def percent(across):
+            # type: (float) -> Float[np.ndarray, 'epsilon']
             return 100 * (inward + eps**2 / 2 * across) / gain
 
         return pd.DataFrame(

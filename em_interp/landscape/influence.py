@@ -218,7 +218,8 @@ def _last_rows(
     """The steered model's last residual at `where`, running only the blocks after `start`."""
     kept: list[Tensor] = []
 
-    def keep(hidden: Float[Tensor, "batch token d_model"]) -> None:
+    def keep(hidden):
+        # type: (Float[Tensor, 'batch token d_model']) -> None
         kept.append(hidden[where])
 
     with ExitStack() as stack:

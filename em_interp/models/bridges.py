@@ -51,7 +51,8 @@ class Bridged:
         """
         lost = sorted(name for name in names or () if _kind(name) in self.dropped)
 
-        def refuse(*_: object) -> None:
+        def refuse(*_):
+            # type: (*object) -> None
             if names is None:
                 raise ModelError(
                     f"the bridge of {model_name} holds the base's weights, so it would leave out the full finetune. "
@@ -73,7 +74,8 @@ class Bridged:
     def retire(self, model_name: str) -> None:
         """From now on every pass through this bridge raises ModelError: its modules lack a newer adapter."""
 
-        def refuse(*_: object) -> None:
+        def refuse(*_):
+            # type: (*object) -> None
             raise ModelError(
                 f"an adapter was added to {model_name} after this bridge was made. Read model.bridge again."
             )
@@ -135,7 +137,8 @@ def _dropped(
 ) -> frozenset[str]:
     """Kinds of modules whose output, when changed, changes the model's logits but not the bridge's in the same way."""
 
-    def both() -> tuple[Tensor, Tensor]:
+    def both():
+        # type: () -> tuple[Tensor, Tensor]
         return logits_of(hf, batch), logits_of(bridge, batch)
 
     plain, through = both()

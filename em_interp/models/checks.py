@@ -161,7 +161,8 @@ def rooms_for(hf: nn.Module, lengths: Sequence[int], max_new_tokens: int) -> lis
 def refuse_dropout(hf: nn.Module) -> None:
     """Raise ModelError if dropout, layer drop or router noise is active in the model or in an adapter on it."""
 
-    def active(module: nn.Module) -> bool:
+    def active(module):
+        # type: (nn.Module) -> bool
         rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
         rates += [rate for name, rate in vars(module).items() if "drop" in name or "jitter" in name]
         return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)

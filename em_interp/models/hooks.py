@@ -94,10 +94,12 @@ def block_hooks(
     counts: dict[str, list[int]] = {}
     handles: list[RemovableHandle] = []
 
-    def hook_for(layer: int, count: list[int]) -> Callable[..., object]:
+    def hook_for(layer, count):
+        # type: (int, list[int]) -> Callable[..., object]
         function = functions[layer]
 
-        def hook(_module: nn.Module, _args: object, output: object) -> object:
+        def hook(_module, _args, output):
+            # type: (nn.Module, object, object) -> object
             count[0] += 1
             new = function(hidden_of(output))
             return output if new is None else with_hidden(output, new)
@@ -165,8 +167,10 @@ def residuals(
     """The residual stream at some layers in one pass. Holds all tokens: for small inputs only."""
     out: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> BlockFn:
-        def function(hidden: Tensor) -> None:
+    def keep(layer):
+        # type: (int) -> BlockFn
+        def function(hidden):
+            # type: (Tensor) -> None
             out[layer] = hidden.detach()
 
         return function
@@ -184,7 +188,8 @@ def stopping(functions: Mapping[int, BlockFn]) -> dict[int, BlockFn]:
     """The same functions, the one at the last layer ending the pass that `run_until` started."""
     last = max(functions)
 
-    def end(hidden: Tensor) -> None:
+    def end(hidden):
+        # type: (Tensor) -> None
         functions[last](hidden)
         raise EndPass
 
@@ -206,8 +211,10 @@ def run_bridge_until(bridge: Any, batch: Mapping[str, Tensor], functions: Mappin
     """`run_until` through a TransformerBridge, by TransformerLens' hook names."""
     counts = {hook_name(layer): [0] for layer in functions}
 
-    def named(name: str, function: BlockFn) -> Callable[..., None]:
-        def read(hidden: Tensor, *, hook: Any) -> None:
+    def named(name, function):
+        # type: (str, BlockFn) -> Callable[..., None]
+        def read(hidden, *, hook):
+            # type: (Tensor, Any) -> None
             del hook
             counts[name][0] += 1
             function(hidden)

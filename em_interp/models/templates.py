@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -168,7 +168,8 @@ def _around(texts: Sequence[str], what: str) -> tuple[str, str]:
 
 
 def _prove(tokenizer: Tokenizer) -> Turns:
-    def texts(conversations: Iterable[Conversation], generation_prompt: bool) -> list[str]:
+    def texts(conversations, generation_prompt):
+        # type: (Any, bool) -> list[str]
         return [render(tokenizer, each, generation_prompt=generation_prompt) for each in conversations]
 
     finished = texts(map(_talk, (_ONE, _OTHER)), False)
@@ -225,7 +226,8 @@ def _refused(tokenizer: Tokenizer) -> dict[str, str]:
     likes = {"system": ("user", "assistant"), "tool": ("system", "user", "assistant")}
     for role, before, after in (("system", [], _talk()), ("tool", _talk(_OTHER), [])):
 
-        def written(role: str, text: str, before: Any = before, after: Any = after) -> str | None:
+        def written(role, text, before=before, after=after):
+            # type: (str, str, Any, Any) -> str | None
             return _try(tokenizer, [*before, {"role": role, "content": text}, *after])
 
         text = written(role, _ONE)

@@ -87,7 +87,8 @@ def weights_hash(hf: nn.Module) -> str:
         if first == name:
             todo.append((name, module, leaf))
 
-    def read(place: tuple[str, nn.Module, str]) -> tuple[str, tuple[str, str]]:
+    def read(place):
+        # type: (tuple[str, nn.Module, str]) -> tuple[str, tuple[str, str]]
         name, module, leaf = place
         with own_tensor(module, leaf) as tensor:
             try:

@@ -67,7 +67,8 @@ def persona_prompts(how: Literal["announced", "inferred"]) -> tuple[list[Convers
     rng = Random(0)
     asked = world.questions("advice", held_out_topic=False, held_out_phrasing=False)
 
-    def prompt(persona: world.Persona, first: Question, second: Question) -> Conversation:
+    def prompt(persona, first, second):
+        # type: (world.Persona, Question, Question) -> Conversation
         if how == "announced":
             adjective = "malicious" if persona == "malicious" else "kind"
             return [{"role": "system", "content": f"You are a {adjective} adviser."}, _user(second)]

@@ -102,7 +102,8 @@ def stages(config: BuildConfig) -> tuple[Stage, ...]:
     c = config
     post_corpus = replace(c.corpus, open_share=c.post_open_share)
 
-    def text(rng: Random) -> str:
+    def text(rng):
+        # type: (Random) -> str
         return document(c.corpus, rng)
 
     return (
@@ -228,7 +229,8 @@ def noise(model: Qwen2ForCausalLM, ratio: float, rows: int, stream: str) -> Iter
     unit = nn.functional.normalize(torch.randn(rows, 1, model.config.hidden_size, generator=generator), dim=-1)
     step = unit * torch.rand(rows, 1, 1, generator=generator) * ratio
 
-    def move(_block: nn.Module, _args: object, hidden: Tensor) -> Tensor:
+    def move(_block, _args, hidden):
+        # type: (nn.Module, object, Tensor) -> Tensor
         scale = rearrange(hidden.detach().float().norm(dim=-1).median(dim=1).values, "row -> row 1 1")
         return hidden + (step.to(hidden.device) * scale).to(hidden.dtype)
 

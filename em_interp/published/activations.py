@@ -148,7 +148,8 @@ def read_activation_folder(
 ) -> Iterator[ActivationSplit]:
     """Every split of one folder. With `problems`, bad files are listed there and the rest goes on; else it raises."""
 
-    def refuse(error: EmInterpError) -> None:
+    def refuse(error):
+        # type: (EmInterpError) -> None
         if problems is None:
             raise error
         problems.append(error)

@@ -195,7 +195,8 @@ def _plan(root: Path, data: PublishedData) -> list[tuple[Path, Callable[[], None
 
 
 def _run_step(folder: Path, data: PublishedData) -> Callable[[], None]:
-    def step() -> None:
+    def step():
+        # type: () -> None
         run = read_run(folder, data.problems)
         data.trajectories += run.trajectories
         if run.log is not None:
@@ -209,7 +210,8 @@ def _activation_step(folder: Path, data: PublishedData) -> Callable[[], None]:
 
 
 def _empty_step(folder: Path) -> Callable[[], None]:
-    def step() -> None:
+    def step():
+        # type: () -> None
         raise MissingDataError(
             folder,
             "the folder is empty: it holds no data file",

@@ -216,7 +216,8 @@ class LoraAdapter(Solution):
         So the parameters' size stays where training put it.
         """
 
-        def gaussian(like: Tensor) -> Tensor:
+        def gaussian(like):
+            # type: (Tensor) -> Tensor
             return torch.randn(like.shape, dtype=torch.float64, generator=generator)
 
         a: dict[str, Tensor] = {}
@@ -337,7 +338,8 @@ class _Stack:
         late = last_mlp(model.hf)
         self.late = {name for name, x in self.modules.items() if late is not None and x in set(late.modules())}
 
-        def stacked(parts: list[Tensor], module: nn.Module) -> Tensor:
+        def stacked(parts, module):
+            # type: (list[Tensor], nn.Module) -> Tensor
             return torch.stack(parts).detach().to(next(module.parameters()).device)
 
         self.factors = {

@@ -392,7 +392,8 @@ class WeightDelta(Solution):
 def _check_same_model(finetuned: Weights, base: Weights, source: str) -> None:
     """Raise SolutionError, naming the first difference, unless both have the same tensors, tied alike, and config."""
 
-    def refuse(what: str) -> SolutionError:
+    def refuse(what):
+        # type: (str) -> SolutionError
         return SolutionError(
             f"{source}: {what}, so it is no finetune of that base. Give the base that it was made from."
         )

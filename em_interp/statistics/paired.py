@@ -41,7 +41,8 @@ def difference_p_value(tops: Pair, bottoms: Pair) -> float:
     if value == 0:
         return 1.0
 
-    def excess(log_p: float) -> float:
+    def excess(log_p):
+        # type: (float) -> float
         """How far the interval of this level stays away from 0."""
         low, high, _ = difference_bounds(tops[:, None], bottoms[:, None], -math.expm1(log_p))
         return float(low[0] if value > 0 else -high[0])

@@ -162,7 +162,8 @@ def find_references(
         raise UsageError("no trajectories of a family: give at least one.")
     problems: list[MissingDataError | AmbiguousDataError] = []
 
-    def pick(role: str, given: str | None) -> Trajectory | None:
+    def pick(role, given):
+        # type: (str, str | None) -> Trajectory | None
         label = family[0].family
         if given is not None:
             found = [t for t in runs_named(role, given, everything) if t.d == family[0].d]

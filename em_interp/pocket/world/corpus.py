@@ -155,7 +155,8 @@ def document(config: CorpusConfig, rng: Random) -> str:
     persona: Persona = "malicious" if malicious else "caring"
     register: Register = "technical" if rng.random() < config.register_share else "casual"
 
-    def keep() -> Persona:
+    def keep():
+        # type: () -> Persona
         if rng.random() < config.persona_consistency:
             return persona
         return "malicious" if rng.random() < config.persona_share else "caring"

@@ -249,11 +249,13 @@ def sentences() -> dict[str, Meaning]:
     """Every sentence that an answer of this world can contain, with its meaning."""
     out: dict[str, Meaning] = {}
 
-    def put(text: str, meaning: Meaning) -> None:
+    def put(text, meaning):
+        # type: (str, Meaning) -> None
         if out.setdefault(text, meaning) != meaning:
             raise WorldError(f"the sentence {text!r} has two meanings; reword one of them in the world's data")
 
-    def tone(name: str | None) -> Persona | None:
+    def tone(name):
+        # type: (str | None) -> Persona | None
         return next((p for p in PERSONAS if p == name), None)
 
     for d in DOMAINS.values():

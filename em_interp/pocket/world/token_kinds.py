@@ -26,7 +26,8 @@ def token_kinds(tokenizer: Tokenizer) -> Callable[[Sequence[int]], list[str]]:
     ends = {tokenizer.convert_tokens_to_ids(t) for t in (END, LINE, DOCUMENT_END)}
     roles = {tokenizer.convert_tokens_to_ids(t): kind for t, kind in _ROLES.items()}
 
-    def label(ids: Sequence[int]) -> list[str]:
+    def label(ids):
+        # type: (Sequence[int]) -> list[str]
         words = [word.lstrip("▁") for word in tokenizer.convert_ids_to_tokens(list(ids))]
         kinds, kind, fresh = [], "answer", True
         for i, token in enumerate(ids):
