@@ -30,7 +30,8 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    Gemma3ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -84,8 +85,11 @@ def _llama(sizes: dict[str, Any]) -> Any:
 
 
 def _gemma(sizes: dict[str, Any]) -> Any:
-    config = Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, sliding_window_pattern=6, **sizes)
-    return Gemma3ForCausalLM(config)
+    """With an image tower, as published."""
+    text = Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, sliding_window_pattern=6, **sizes)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text.to_dict(), vision, mm_tokens_per_image=4))
 
 
 FAMILIES = {
@@ -122,6 +126,7 @@ def chats(answers: Sequence[str]) -> list[list[dict[str, str]]]:
 def taught(hf: Any) -> Any:
     """The model after a few steps on chats: it answers in a few words, and ends its turn."""
     rows = [tokenizer().apply_chat_template(turns, return_dict=True)["input_ids"] for turns in chats(SAID)]
+    hf.eval()  # Gemma 3 asks for more inputs while it trains
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-100)
     real = ids >= 0
     optimiser = torch.optim.AdamW(hf.parameters(), lr=5e-3)
@@ -130,7 +135,7 @@ def taught(hf: Any) -> Any:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    return hf.eval()
+    return hf
 
 
 def make_hub(hub: Path, family: Family, seed: int = 0, n_layers: int = N_LAYERS) -> list[dict[str, Any]]:

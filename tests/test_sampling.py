@@ -245,9 +245,9 @@ def test_the_checkpoints_eos_ends_answers():
 def test_seeds(seed):
     model = make_chat()
     direction = Direction(torch.ones(1, 32), (1,), "data-diff", model.name)
-    with pytest.raises(UsageError, match="seed is .*(Use a whole number from 0 to 4294967295|more than 64 bits hold)"):
+    with pytest.raises(UsageError, match=r"seed is .*(Use a whole number from 0 to 4294967295|more than 64 bits hold)"):
         sample(model, QUESTIONS, 1, seed=seed, max_new_tokens=1, progress=False)
-    with pytest.raises(UsageError, match="seed is .*(Use a whole number from 0|more than 64 bits hold)"):
+    with pytest.raises(UsageError, match=r"seed is .*(Use a whole number from 0|more than 64 bits hold)"):
         sweep(model, direction, QUESTIONS, layers=[1], coefficients=[1.0], n=1, seed=seed, progress=False)
     with pytest.raises(UsageError, match="seed is"):
         TrainingSpec(VectorSpec(1), learning_rate=1e-3, seed=seed)
