@@ -26,8 +26,6 @@ from em_interp.files.manifest import fingerprint
 from em_interp.inspect.judges import LOCAL, Asking, LocalAsking, ModelJudge, judge_asked, prompts_of
 from em_interp.inspect.run import RETRIES, Price, cached, try_judge
 
-SECONDS: Final = 120
-"""For one try of one request."""
 PATIENCE: Final = 10
 """A judge that fails so often in a row, after all retries, is not asked any more."""
 _Pair = tuple[str, str]
@@ -93,7 +91,7 @@ class AskedJudge:
         if not isinstance(judge, ModelJudge):
             return await self._each(judge, pairs, 1, turn)
         async with judge.model as model:
-            model.config.max_retries, model.config.attempt_timeout = RETRIES, SECONDS
+            model.config.max_retries = RETRIES
             return await self._each(judge, pairs, model.config.max_connections or model.api.max_connections(), turn)
 
     async def _each(self, judge: Asking, pairs: Sequence[_Pair], at_once: int, turn: _Turn) -> list[dict[str, Verdict]]:
