@@ -70,6 +70,7 @@ ROWS: Final[tuple[Row, ...]] = (
     *_each("ablation of the mean-diff: coherence lost", "at most", 0.03),
     *_each("ablation of random directions: EM removed", "at most", 0.1),
     Row("transfer of the mean-diff: EM removed", "others", "at least", 0.7),
+    Row("transfer of the mean-diff: coherence lost", "others", "reported"),
     *_each("ablation of the model-diff: EM left", "reported", None),
     *_each("steering with the model-diff: EM", "reported", None),
     *_each("cosine of model-diff and announced persona", "reported", None),

@@ -363,15 +363,17 @@ class Trial:
         )
 
     def _transfer(self, general: Sequence[Finetuned]) -> list[tuple[Any, ...]]:
-        """How much of each organism's EM the mean-diffs of the others of its domain and seed remove, on average."""
+        """How much of each organism's EM, and coherence, the mean-diffs of the others of its domain and seed remove."""
         rows: list[tuple[Any, ...]] = []
         for one in general:
             for other in general:
                 if one is other or (one.domain, one.seed) != (other.domain, other.seed) or other.mean_diff is None:
                     continue
                 after = self._under(one, f"the mean-diff of {other.name}", [Ablate(other.mean_diff)])
-                removed = 1 - _left(after, self._before(one))
-                rows.append(("transfer of the mean-diff: EM removed", "others", one.domain, one.seed, removed))
+                before, where = self._before(one), ("others", one.domain, one.seed)
+                rows.append(("transfer of the mean-diff: EM removed", *where, 1 - _left(after, before)))
+                lost = _coherent(before) - _coherent(after)
+                rows.append(("transfer of the mean-diff: coherence lost", *where, lost))
         return rows
 
     @cached_property
