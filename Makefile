@@ -43,10 +43,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# One thread a worker: two workers of two threads each would fight over two cores. Files in the order of conftest.
+# One thread a worker: two workers of two threads each would fight over two cores.
 test: install
 	@$(MAKE) --no-print-directory -j2 lint types
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The README's picture: the first screen of a report, drawn by Chrome.
 picture: install

@@ -25,15 +25,6 @@ import pytest  # noqa: E402
 
 from tests import published_factory  # noqa: E402
 
-LONG = ("notebooks", "kills", "live", "reproduce", "readme", "inspect_task", "workers", "ranks", "finetunes", "fuzz")
-"""Files that take longest: begun first, so that no worker ends with one of them alone."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
-
-
 PUBLISHED = Path(os.environ.get("EM_INTERP_PUBLISHED", Path(__file__).parents[1].parent / "shared" / "published"))
 
 
