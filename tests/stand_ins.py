@@ -89,7 +89,9 @@ def _gemma(sizes: dict[str, Any]) -> Any:
     text = Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, sliding_window_pattern=6, **sizes)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
-    return Gemma3ForConditionalGeneration(Gemma3Config(text.to_dict(), vision, mm_tokens_per_image=4))
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    )
 
 
 FAMILIES = {

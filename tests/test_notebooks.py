@@ -110,7 +110,9 @@ def test_it_runs_on_the_released_files(tmp_path: Path) -> None:
 
 FEWER = {
     "explore_directions": {
-        "layers=[0, 1, 2], coefficients=[0, 0.4, 0.5, 0.6, 0.7, 0.8]": "layers=[0, 1], coefficients=[0, 0.6]"
+        '"medicine", 16,': '"medicine", 6,',
+        'asked[asked.questions != "in_domain"]': 'asked[asked.questions != "in_domain"].groupby("questions").head(12)',
+        "layers=[0, 1, 2], coefficients=[0, 0.4, 0.5, 0.6, 0.7, 0.8]": "layers=[0, 1], coefficients=[0, 0.6]",
     },
     "pocket_world": {
         'organisms.SPECS["rank-1"]': '__import__("dataclasses").replace(organisms.SPECS["rank-1"], max_steps=60)'
