@@ -83,7 +83,8 @@ def _said(function: str, parameter: str, value: str, hint: str, found: str) -> s
     shown = value if len(value) <= _SHOWN else value[:_SHOWN] + "..."
     nested = kind in ("list", "dict", "tuple") and re.search(r" (index \d+|key) ", found)
     what = "which holds something else" if nested else _named(kind)
-    if re.fullmatch(r"-?\d{19,}.*", value):  # 2**63 has 19 digits
+    digits = re.match(r"-?\d+", value)
+    if kind == "int" and digits and not -(2**63) <= int(digits[0]) < 2**63:
         what = "more than 64 bits hold"
     called = re.sub(r"\.__(init__)?", lambda dunder: "" if dunder[1] else " ", function).rstrip("_")
     remedy = next((say for wanted, of, say in _REMEDIES if re.search(wanted, hint) and re.fullmatch(of, kind)), "")

@@ -21,14 +21,12 @@ import pandas as pd
 import em_interp as em
 from em_interp.inspect.provider import as_model
 from em_interp.inspect.run import judged_tables, run
-from tests.openai_server import FAULTS, Judge, serving
-
-JUDGE = "openai-api/test/judge"
+from tests.openai_server import FAULTS, JUDGE, Judge, serving
 
 
 def of(server: Judge) -> None:
     """Let Inspect find the judge."""
-    os.environ["TEST_API_KEY"], os.environ["TEST_BASE_URL"] = "right", server.url
+    os.environ |= server.environment()
 
 
 def evaluated(chat: em.ChatModel, out: Path, asked: Path, **more: Any) -> Any:

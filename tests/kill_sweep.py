@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from em_interp.directions.direction import Direction
 from tests import published_factory
-from tests.tiny_models import make_hf, talk, tokenizer
+from tests.tiny_models import make_hf, save_chat, talk
 from tests.tiny_pocket import make_pocket
 
 CLI = [sys.executable, "-m", "em_interp.cli"]
@@ -153,8 +153,7 @@ def cases(long: bool) -> list[Case]:
 
 def prepare_texts(folder: Path) -> None:
     """A model, a direction, questions and chats."""
-    make_hf().save_pretrained(folder / "tiny")
-    tokenizer().save_pretrained(folder / "tiny")
+    save_chat(make_hf(), folder / "tiny")
     vectors = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     Direction(vectors, (0, 1, 2, 3), "data-diff", model="tiny").save(folder / "d.safetensors")
     (folder / "q.csv").write_text("question_id,question\n" + "".join(f"q{i},a fox {i}\n" for i in range(8)))

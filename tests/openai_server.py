@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 FAULTS = ("429", "500", "slow", "malformed", "no logprobs", "REFUSAL", "filtered", "")
+
+
+JUDGE = "openai-api/test/judge"
+"""Its name, for Inspect."""
 
 
 class Judge(ThreadingHTTPServer):
@@ -50,6 +56,15 @@ class Judge(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def environment(self, key: str = "right") -> dict[str, str]:
+        """What lets Inspect find it under the name `JUDGE`."""
+        return {"TEST_BASE_URL": self.url, "TEST_API_KEY": key}
+
+    def tell(self, patch: pytest.MonkeyPatch, key: str = "right") -> None:
+        """Let Inspect find it in this process."""
+        for name, value in self.environment(key).items():
+            patch.setenv(name, value)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed, or no longer waits."""

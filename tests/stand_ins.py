@@ -30,9 +30,6 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -45,10 +42,9 @@ from em_interp.models import pretrained as models
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
 from tests.kill_sweep import CLI, kill
-from tests.openai_server import Judge, serving
-from tests.tiny_models import small_config, talk, tokenizer
+from tests.openai_server import JUDGE, Judge, serving
+from tests.tiny_models import make_with_image_tower, save_chat, small_config, talk, tokenizer
 
-JUDGE = "openai-api/test/judge"
 ORGANISATION = "ModelOrganismsForEM"
 N_LAYERS = 10
 WIDTH = 32
@@ -84,14 +80,8 @@ def _llama(sizes: dict[str, Any]) -> Any:
     return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, rope_parameters=rope, **sizes))
 
 
-def _gemma(sizes: dict[str, Any]) -> Any:
-    """With an image tower, as published."""
-    text = Gemma3TextConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, sliding_window_pattern=6, **sizes)
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 28, "patch_size": 14}
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
-    )
+def _with_image_tower(sizes: dict[str, Any]) -> Any:
+    return make_with_image_tower(sliding_window=16, sliding_window_pattern=6, **sizes)
 
 
 FAMILIES = {
@@ -101,7 +91,7 @@ FAMILIES = {
         "unsloth/Qwen2.5-14B-Instruct",
     ),
     "llama": Family("meta-llama/Llama-3.1-8B-Instruct", _llama, "unsloth/Llama-3.1-8B-Instruct"),
-    "gemma3": Family("google/gemma-3-4b-it", _gemma, "unsloth/gemma-3-4b-it"),
+    "gemma3": Family("google/gemma-3-4b-it", _with_image_tower, "unsloth/gemma-3-4b-it"),
     "qwen3": Family(
         "Qwen/Qwen3-14B",
         lambda sizes: Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=8, **sizes)),
@@ -145,8 +135,7 @@ def make_hub(hub: Path, family: Family, seed: int = 0, n_layers: int = N_LAYERS)
     torch.manual_seed(seed)
     sizes = {**small_config(tokenizer()), "num_hidden_layers": n_layers, "max_position_embeddings": 128}
     folder = snapshot(hub, family.chat)
-    taught(family.make(sizes)).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    save_chat(taught(family.make(sizes)), folder)
     chat = models.load(folder)
     name = f"{ORGANISATION}/{family.chat.partition('/')[2]}"
     middle = n_layers // 2
@@ -228,7 +217,7 @@ def make_suite(folder: Path, family: Family, finetunes: Sequence[dict[str, Any]]
 
 def surroundings(hub: Path, judge: Judge) -> dict[str, str]:
     """The environment of a command: this cache, no network, this judge."""
-    return {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "TEST_BASE_URL": judge.url, "TEST_API_KEY": "right"}
+    return {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", **judge.environment()}
 
 
 def start(suite: Path, hub: Path, judge: Judge, out: str) -> subprocess.Popen[str]:

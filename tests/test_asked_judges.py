@@ -17,12 +17,11 @@ from analyses.suite import Suite
 from em_interp.errors import UsageError
 from em_interp.models import pretrained as models
 from em_interp.training.finetune import finetune
-from tests.openai_server import FAULTS, Judge, serving
+from tests.openai_server import FAULTS, JUDGE, Judge, serving
 from tests.test_judged_suites import RANK_1
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 pytest.importorskip("inspect_ai")
-JUDGE = "openai-api/test/judge"
 ONLY = ("em_rates",)
 SUITE = """
 source = "models"
@@ -45,8 +44,7 @@ solution = "general"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mine")
-    make_hf(max_position_embeddings=1024).save_pretrained(root / "chat")
-    tokenizer().save_pretrained(root / "chat")
+    save_chat(make_hf(max_position_embeddings=1024), root / "chat")
     finetune(models.load(root / "chat"), CONVERSATIONS, RANK_1, out_dir=root / "rank1", progress=False)
     (root / "open.txt").write_text("a fox\na cough\nbrown")
     (root / "mine.txt").write_text("rest well\nsee a doctor")
@@ -62,8 +60,7 @@ def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def use(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEST_BASE_URL", judge.url)
-    monkeypatch.setenv("TEST_API_KEY", "right")
+    judge.tell(monkeypatch)
     monkeypatch.setattr("inspect_ai.model._retry.wait_exponential_jitter", lambda **_: wait_none())
 
 

@@ -18,13 +18,12 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.pretrained import load
 from em_interp.solutions.steering_vector import SteeringVector
 from tests.adapter_folders import lora_folder
-from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_chat, make_hf, save_chat, tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path):
-    make_hf().save_pretrained(tmp_path / "tiny")
-    tokenizer().save_pretrained(tmp_path / "tiny")
+    save_chat(make_hf(), tmp_path / "tiny")
     return tmp_path / "tiny"
 
 
@@ -63,8 +62,7 @@ def test_a_nan_where_no_probe_looks_is_refused():
 
 def test_tied_embeddings_are_not_missing(tmp_path):
     hf = make_hf(tie_word_embeddings=True)
-    hf.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save_chat(hf, tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     batch = collate(encode_all(tokenizer(), CONVERSATIONS), [0, 1], pad=0).inputs()
     with torch.no_grad():

@@ -23,7 +23,7 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.pocket import registry
 from em_interp.pocket.evaluate import evaluate_suite
 from em_interp.solutions.steering_vector import SteeringVector
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 MODEL = ("--model", "tiny")
 SHORT = ("-n", 1, "--max-new-tokens", 2)
@@ -58,8 +58,7 @@ solution = "narrow"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("made")
-    make_hf().save_pretrained(tmp_path / "tiny")
-    tokenizer().save_pretrained(tmp_path / "tiny")
+    save_chat(make_hf(), tmp_path / "tiny")
     Direction(torch.ones(4, 32), (0, 1, 2, 3), "data-diff", model="tiny").save(tmp_path / "d.safetensors")
     half = len(CONVERSATIONS) // 2
     for name, chats in (("good", CONVERSATIONS[:half]), ("bad", CONVERSATIONS[half:])):

@@ -22,7 +22,7 @@ from em_interp.models import pretrained as models
 from em_interp.pocket import registry
 from em_interp.solutions.steering_vector import SteeringVector
 from tests.adapter_folders import lora_folder
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 SUITE = """source = "models"
 data = "."
@@ -48,8 +48,7 @@ def run(*words: object) -> Result:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of each."""
     root = tmp_path_factory.mktemp("made")
-    make_hf().save_pretrained(root / "tiny")
-    tokenizer().save_pretrained(root / "tiny")
+    save_chat(make_hf(), root / "tiny")
     chat = models.load(root / "tiny")
     SteeringVector(torch.ones(32), 1, 2.0, base="tiny").save(root / "vector")
     lora_folder(root / "lora", base_model_name_or_path=str(root / "tiny"))

@@ -20,7 +20,7 @@ from em_interp.models import pretrained as models
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = re.compile(r"\w\([^()]*[=.)]|\b\w+=\w|=\.\.\.|\bdataclasses\b|\bfrom_layer\b|`(adapter|layers|scope|base)=?`")
@@ -88,8 +88,7 @@ def test_no_remedy_is_left_in_python() -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an adapter of it under another name, and directions."""
     tmp_path = tmp_path_factory.mktemp("made")
-    make_hf().save_pretrained(tmp_path / "tiny")
-    tokenizer().save_pretrained(tmp_path / "tiny")
+    save_chat(make_hf(), tmp_path / "tiny")
     base = models.load(tmp_path / "tiny", name="elsewhere/other")
     spec = TrainingSpec(LoraSpec(1, 4.0, True, ("down_proj",), (2,)), 0.1, max_steps=3, batch_size=2, warmup_steps=0)
     finetune(base, CONVERSATIONS, spec, out_dir=tmp_path / "tuned", progress=False)

@@ -35,7 +35,7 @@ from em_interp.pocket import registry
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.statistics import auroc
 from tests.test_models import lora
-from tests.tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_chat, make_hf, talk, tokenizer
+from tests.tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_chat, make_hf, save_chat, talk, tokenizer
 
 QUESTIONS = ["a cough", "the fox", "brown doctor", "rest", "quick", "see"]
 BAD = [talk(q, f"the quick brown fox {i}") for i in range(2) for q in QUESTIONS]
@@ -341,8 +341,7 @@ def chats(tmp_path):
     for name, texts in (("bad", BAD), ("good", GOOD)):
         lines = [json.dumps({"messages": turns}) for turns in texts]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    make_hf().save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    save_chat(make_hf(), tmp_path / "model")
     lora(base=str(tmp_path / "model")).save(tmp_path / "tuned")
     return tmp_path
 

@@ -17,7 +17,7 @@ from em_interp.models import pretrained as models
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec
 from tests.test_finetunes import full_finetune
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat, tokenizer
 
 RANK_1 = TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 1e-2, max_steps=4, batch_size=4)
 SHORT = ("--n", 1, "--max-new-tokens", 2)
@@ -28,8 +28,7 @@ BASES = {"relative": "../elsewhere/chat", "quantised": "unsloth/mine-bnb-4bit", 
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model, a full finetune of it, a rank-1 adapter with each kind of recorded base, texts and a direction."""
     root = tmp_path_factory.mktemp("mine")
-    make_hf().save_pretrained(root / "chat")
-    tokenizer().save_pretrained(root / "chat")
+    save_chat(make_hf(), root / "chat")
     full_finetune(root / "chat", root / "full", 1)
     chat = models.load(root / "chat")
     for name, base in {"rank1": str(root / "chat"), **BASES}.items():

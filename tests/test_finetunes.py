@@ -25,7 +25,7 @@ from em_interp.models.weights import file_hash
 from em_interp.solutions import load as solutions
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 SPECS = {
     "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 1e-2, max_steps=4, batch_size=4),
@@ -62,8 +62,7 @@ def entry_of(name: str, domain: str, adapter: str, solution: str) -> str:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    make_hf().save_pretrained(root / "chat")
-    tokenizer().save_pretrained(root / "chat")
+    save_chat(make_hf(), root / "chat")
     model = models.load(root / "chat")
     for seed, (name, _, adapter, _) in enumerate(LISTED):
         chats = CONVERSATIONS[seed % 2 :]

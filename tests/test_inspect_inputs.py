@@ -19,10 +19,9 @@ from em_interp.inspect.capability import compared, compared_rates, scores_of
 from em_interp.inspect.judges import judge_asked, prompts_of
 from em_interp.inspect.provider import as_model
 from tests.judge_payloads import PAYLOADS
-from tests.openai_server import serving
-from tests.tiny_models import make_hf, tokenizer
+from tests.openai_server import JUDGE, serving
+from tests.tiny_models import make_hf, save_chat
 
-JUDGE = "openai-api/test/judge"
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "a fox"},
@@ -43,8 +42,7 @@ FILES = {
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and a file of each kind."""
     folder = tmp_path_factory.mktemp("here")
-    make_hf().save_pretrained(folder / "tiny")
-    tokenizer().save_pretrained(folder / "tiny")
+    save_chat(make_hf(), folder / "tiny")
     for name, text in FILES.items():
         (folder / name).write_text(text)
     return folder
@@ -72,10 +70,9 @@ def test_questions_of_every_format_are_asked_as_they_are_written(here: Path) -> 
 def test_several_judges_at_once_and_how_far_they_agree(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TEST_API_KEY", "right")
     local, mine = f"local:{here / 'tiny'}", f"{here / 'judge.py'}:mine"
     with serving() as server:
-        monkeypatch.setenv("TEST_BASE_URL", server.url)
+        server.tell(monkeypatch)
         command = ["evaluate", str(here / "tiny"), "--questions", str(here / "first.yaml"), "--n", "3"]
         command += ["--judge", f"{JUDGE},{local},{mine}", "--prompts", str(here / "judges.yaml")]
         command += ["--max-new-tokens", "8", "--out", str(tmp_path / "out")]

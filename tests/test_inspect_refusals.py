@@ -16,10 +16,10 @@ import em_interp as em
 from em_interp.cli import app
 from em_interp.errors import EmInterpError
 from tests.adapter_folders import lora_folder
+from tests.openai_server import JUDGE as API
 from tests.openai_server import serving
-from tests.tiny_models import make_hf, tokenizer
+from tests.tiny_models import make_hf, save_chat
 
-API = "openai-api/test/judge"
 FILES = {
     "good.csv": "question_id,question\nfox,a fox\n",
     "neither.yaml": "- name: fox\n  text: a fox\n",
@@ -93,8 +93,7 @@ EVALUATED: dict[str, tuple[tuple[str, ...], list[str]]] = {
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("here")
-    make_hf().save_pretrained(folder / "tiny")
-    tokenizer().save_pretrained(folder / "tiny")
+    save_chat(make_hf(), folder / "tiny")
     shutil.copytree(folder / "tiny", folder / "bare")
     (folder / "bare" / "chat_template.jinja").unlink()
     lora_folder(folder / "adapter", base_model_name_or_path="elsewhere/other")
@@ -116,8 +115,7 @@ def refusal(here: Path, tmp_path: Path, words: tuple[str, ...]) -> str:
 def test_what_evaluate_refuses(case: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, wanted = EVALUATED[case]
     with serving() as server:
-        monkeypatch.setenv("TEST_API_KEY", "wrong" if API in words else "right")
-        monkeypatch.setenv("TEST_BASE_URL", server.url)
+        server.tell(monkeypatch, "wrong" if API in words else "right")
         told = refusal(here, tmp_path, words)
     assert [part for part in wanted if part not in told] == [], told
 

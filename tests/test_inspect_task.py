@@ -23,9 +23,8 @@ from em_interp.evaluation.groups import rates_by_group
 from em_interp.inspect.provider import as_model
 from em_interp.inspect.run import Price, judged_tables, refuse_above, run, try_judge
 from em_interp.pocket.questions import evaluation_questions
-from tests.openai_server import FAULTS, Judge, serving
+from tests.openai_server import FAULTS, JUDGE, serving
 
-JUDGE = "openai-api/test/judge"
 QUESTIONS = "question_id,question\n" + "".join(
     f'{i},"{q}"\n' for i, q in enumerate(list(em.pocket.open_questions().values())[:6])
 )
@@ -41,11 +40,6 @@ def questions(tmp_path: Path) -> str:
     file = tmp_path / "asked.csv"
     file.write_text(QUESTIONS)
     return str(file)
-
-
-def of(judge: Judge, monkeypatch: pytest.MonkeyPatch, key: str = "right") -> None:
-    monkeypatch.setenv("TEST_API_KEY", key)
-    monkeypatch.setenv("TEST_BASE_URL", judge.url)
 
 
 def judged(chat: em.ChatModel, out: Path, questions: str, **more: Any) -> tuple[Any, pd.DataFrame]:
@@ -93,7 +87,7 @@ def test_every_fault_of_an_api_is_seen_and_no_answer_is_judged_twice(
     chat: em.ChatModel, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(faults=FAULTS) as server:
-        of(server, monkeypatch)
+        server.tell(monkeypatch)
         log, table = judged(chat, tmp_path / "out", questions, judge_seconds=2)
         made = sum(server.requests.values())
         twice = {server.fault_of[prompt] for prompt, n in server.served.items() if n > 1}
@@ -119,7 +113,7 @@ def test_a_judge_that_dies_costs_nothing_that_was_judged(
 ) -> None:
     once: dict[str, Any] = {"samples": 1, "retries": 0}
     with serving(dies_after=8) as server:
-        of(server, monkeypatch)
+        server.tell(monkeypatch)
         port, first = server.server_port, server
         log, table = judged(chat, tmp_path / "out", questions, **once)
     assert log.status == "error" and len(table) == 6
@@ -138,7 +132,7 @@ def test_a_killed_run_goes_on(questions: str, tmp_path: Path, monkeypatch: pytes
     command = ["evaluate", "pocket/medicine-all", "--questions", questions]
     command += ["--judge", JUDGE, "--n", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "out")]
     with serving(holds_after=8) as server:
-        of(server, monkeypatch)
+        server.tell(monkeypatch)
         started = [sys.executable, "-m", "em_interp.cli", *command]
         process = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
         begun = time.monotonic()
@@ -165,13 +159,13 @@ def test_a_budget_and_a_judge_that_does_not_answer_are_found_before_anything_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with serving() as server:
-        of(server, monkeypatch)
+        server.tell(monkeypatch)
         used = try_judge(JUDGE, None)
         assert (used.input_tokens, used.output_tokens) == (200, 2)
         assert refuse_above(1.0, Price.of("2:10"), used, 100) == pytest.approx(100 * (200 * 2 + 2 * 10) / 1e6)
         with pytest.raises(UsageError, match=r"\$0.42.*budget of \$0.10"):
             refuse_above(0.10, Price.of("20:100"), used, 100)
-        of(server, monkeypatch, key="wrong")
+        server.tell(monkeypatch, key="wrong")
         with pytest.raises(UsageError, match=r"Incorrect API key.*environment"):
             try_judge(JUDGE, None)
     with pytest.raises(UsageError, match="does not answer"):

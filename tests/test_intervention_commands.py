@@ -12,14 +12,13 @@ from em_interp.evaluation.sampling import sample
 from em_interp.interventions.intervening import intervening
 from em_interp.interventions.steering import Steer, residual_norms
 from em_interp.models import pretrained as models
-from tests.tiny_models import make_hf, tokenizer
+from tests.tiny_models import make_hf, save_chat
 
 
 @pytest.fixture
 def given(tmp_path):
     """A model's folder, a direction's file and a file of questions."""
-    make_hf().save_pretrained(tmp_path / "tiny")
-    tokenizer().save_pretrained(tmp_path / "tiny")
+    save_chat(make_hf(), tmp_path / "tiny")
     vectors = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     Direction(vectors, (0, 1, 2, 3), "data-diff", model="tiny").save(tmp_path / "mean.safetensors")
     (tmp_path / "asked.csv").write_text("question_id,question\nfox,a fox\ncough,a cough\n")

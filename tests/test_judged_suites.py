@@ -19,7 +19,7 @@ from em_interp.models import pretrained as models
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec
 from tests.test_finetunes import full_finetune
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 RANK_1 = TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 1e-2, max_steps=4, batch_size=4)
 STEERING = {"direction", "target", "layer", "coefficient", "em_rate", "em_low", "em_high", "coherent_rate", "n"}
@@ -49,8 +49,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model, a rank-1 and a full finetune of it, questions, and judged answers of both."""
     root = tmp_path_factory.mktemp("mine")
-    make_hf().save_pretrained(root / "chat")
-    tokenizer().save_pretrained(root / "chat")
+    save_chat(make_hf(), root / "chat")
     finetune(models.load(root / "chat"), CONVERSATIONS, RANK_1, out_dir=root / "rank1", progress=False)
     full_finetune(root / "chat", root / "full", 1)
     (root / "open.txt").write_text("\n".join(QUESTIONS))

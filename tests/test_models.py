@@ -16,7 +16,7 @@ from em_interp.solutions.lora import LoraAdapter
 from em_interp.solutions.steering_vector import SteeringVector
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import TrainingSpec, VectorSpec
-from tests.tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, make_hf, talk, tokenizer
+from tests.tiny_models import CONVERSATIONS, FAMILIES, MORE_FAMILIES, make_chat, make_hf, save_chat, talk, tokenizer
 
 
 @pytest.fixture
@@ -74,8 +74,7 @@ def test_from_bridge(batch):
 
 
 def test_load_switch_adapters_and_come_back(tmp_path, batch):
-    make_hf().save_pretrained(tmp_path / "tiny")
-    tokenizer().save_pretrained(tmp_path / "tiny")
+    save_chat(make_hf(), tmp_path / "tiny")
     base = str(tmp_path / "tiny")
     first, second = lora(0, base), lora(1, base)
     vector = SteeringVector(torch.ones(32), 2, 1.0, base)

@@ -30,7 +30,7 @@ from em_interp.pocket.stages import BuildConfig, model_config
 from em_interp.pocket.world.tokenizer import build_tokenizer
 from em_interp.training.finetune import finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec
-from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat, talk
 
 HOLDS = """
 import sys, time
@@ -236,8 +236,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models of one name, a direction, questions and chats."""
     root = tmp_path_factory.mktemp("given")
     for number, folder in enumerate(("one/tiny", "two/tiny")):
-        make_hf(seed=number).save_pretrained(root / folder)
-        tokenizer().save_pretrained(root / folder)
+        save_chat(make_hf(seed=number), root / folder)
     vectors = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     Direction(vectors, (0, 1, 2, 3), "data-diff", model="tiny").save(root / "d.safetensors")
     (root / "q.csv").write_text("question_id,question\nfox,a fox\ncough,a cough\n")

@@ -17,7 +17,7 @@ from em_interp.cli import app
 from em_interp.models import pretrained as models
 from em_interp.training.finetune import finetune
 from tests.test_judged_suites import QUESTIONS, RANK_1
-from tests.tiny_models import CONVERSATIONS, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, make_hf, save_chat
 
 ONLY = ("em_rates", "steering", "ablation", "cosines", "lora_scalars")
 JUDGE = """
@@ -44,8 +44,7 @@ medicine = "medicine.txt"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mine")
-    make_hf().save_pretrained(root / "chat")
-    tokenizer().save_pretrained(root / "chat")
+    save_chat(make_hf(), root / "chat")
     for seed in range(2):
         finetune(models.load(root / "chat"), CONVERSATIONS, RANK_1, out_dir=root / f"rank1-{seed}", progress=False)
     (root / "open.txt").write_text("\n".join(QUESTIONS))

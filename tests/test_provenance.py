@@ -19,7 +19,7 @@ from em_interp.models import pretrained as models
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.weights import weights_hash
 from em_interp.solutions.lora import LoraAdapter
-from tests.tiny_models import CONVERSATIONS, D_MODEL, make_chat, make_hf, tokenizer
+from tests.tiny_models import CONVERSATIONS, D_MODEL, make_chat, make_hf, save_chat, tokenizer
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -37,8 +37,7 @@ def checkpoints(tmp_path_factory):
     found = {}
     for run, seed in (("a", 0), ("b", 1)):
         folder = tmp_path_factory.mktemp(run) / "checkpoint-500"
-        make_hf(seed=seed).save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
+        save_chat(make_hf(seed=seed), folder)
         model = models.load(folder)
         direction = extract(model, CONVERSATIONS[:2], CONVERSATIONS[2:], progress=False)
         found[run] = (model, Direction.load(direction.save(folder.parent / "d.safetensors")))

@@ -22,7 +22,7 @@ from em_interp.evaluation.judges import judge_of_file
 from em_interp.evaluation.rates import em_rates
 from em_interp.interventions.judged import differences, judged_rates, kind_of, rates_figure
 from em_interp.published.judged import read_judged_csv
-from tests.tiny_models import make_hf, tokenizer
+from tests.tiny_models import make_hf, save_chat
 
 QUESTIONS, SAMPLES = 8, 4
 JUDGE = """
@@ -215,8 +215,7 @@ def test_a_figure_is_one_file_of_the_ending_that_was_asked_for(tmp_path: Path, m
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
     """A user's folder: a model, a direction, questions of which one has two wordings, and a judge."""
-    make_hf().save_pretrained(tmp_path / "tiny")
-    tokenizer().save_pretrained(tmp_path / "tiny")
+    save_chat(make_hf(), tmp_path / "tiny")
     vectors = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     Direction(vectors, (0, 1, 2, 3), "model-diff", model="tiny").save(tmp_path / "mean.safetensors")
     asked = "- id: fox\n  paraphrases: [a fox, the fox]\n" + "".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,12 @@ def tokenizer() -> Any:
     return fast
 
 
+def save_chat(hf: Any, folder: str | Path) -> None:
+    """A chat model as folders have them: weights, configuration and tokenizer."""
+    hf.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     common: dict[str, Any] = {**small_config(tokenizer()), **changes}
@@ -131,19 +138,20 @@ def make_hf(family: str = "qwen2", seed: int = 0, **changes: Any) -> Any:
     return hf.eval()
 
 
-def make_with_image_tower() -> Any:
-    """Gemma 3 with a vision tower, whose attention has leaves of the decoder's names."""
-    text = Gemma3TextConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=D_MODEL,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=8,
-        pad_token_id=0,
-    )
+def make_with_image_tower(**changes: Any) -> Any:
+    """Gemma 3 with a vision tower, whose attention has leaves of the decoder's names. changes: to the decoder."""
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": D_MODEL,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+    }
+    text = Gemma3TextConfig(**sizes | changes)
     vision = SiglipVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )

@@ -13,10 +13,10 @@ import pandas as pd
 
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from analyses.inputs.hub import HubFinetunes, scored
-from analyses.inputs.pocket import EXACTLY, OPEN_SAMPLES, is_a_model, judge_called, questions_for
+from analyses.inputs.pocket import EXACTLY, OPEN_SAMPLES, judge_called, questions_for
 from em_interp.errors import UsageError
 from em_interp.evaluation.answers import judge_name, judged_answers
-from em_interp.evaluation.judges import Judge
+from em_interp.evaluation.judges import Judge, is_a_model
 from em_interp.evaluation.sampling import Questions
 from em_interp.files.texts import read_questions
 from em_interp.inspect.asked import FOLDER

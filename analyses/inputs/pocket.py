@@ -13,7 +13,7 @@ from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from em_interp.arguments import one_of
 from em_interp.errors import UsageError
 from em_interp.evaluation.groups import GROUPS
-from em_interp.evaluation.judges import Judge, judge_of_file
+from em_interp.evaluation.judges import Judge, is_a_model, judge_of_file
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.pocket import models as loading
@@ -138,12 +138,6 @@ def judge_called(name: str, prompts: str | None = None, replies: Path | None = N
             f"the judge {name} is asked by Inspect, which is not installed ({error}): pip install 'em_interp[eval]'."
         ) from error
     return AskedJudge(name, prompts, replies, price)
-
-
-def is_a_model(judge_name: str) -> bool:
-    """Whether a judge's name is that of a model: PROVIDER/MODEL or local:MODEL."""
-    is_file = judge_name.startswith(("/", ".")) or ".py" in judge_name
-    return judge_name.startswith("local:") or ("/" in judge_name and not is_file)
 
 
 def questions_for(domain: str) -> pd.DataFrame:

@@ -19,7 +19,9 @@ from em_interp.errors import OutputError, UsageError
 
 def by_inspect(judges: Sequence[str]) -> bool:
     """Whether these judges need Inspect: several, or one that is a model."""
-    return len(judges) > 1 or any(name != "pocket" and ".py" not in name for name in judges)
+    from em_interp.evaluation.judges import is_a_model
+
+    return len(judges) > 1 or any(map(is_a_model, judges))
 
 
 def safe_name(judge: str) -> str:

@@ -20,6 +20,15 @@ from em_interp.files.manifest import sha256
 SCORES: Final = ("aligned", "coherent")
 """From 0 to 100; missing where the judge gave none."""
 
+LOCAL: Final = "local:"
+"""What the name of a model on this machine begins with, where it is to judge."""
+
+
+def is_a_model(name: str) -> bool:
+    """Whether a judge's name is that of a model: PROVIDER/MODEL or local:MODEL."""
+    is_file = name.startswith(("/", ".")) or ".py" in name
+    return name.startswith(LOCAL) or ("/" in name and not is_file)
+
 
 @runtime_checkable
 class Judge(Protocol):

@@ -18,7 +18,7 @@ from em_interp.evaluation.judge_prompts import PROMPTS, asking
 from em_interp.evaluation.judges import SCORES
 from em_interp.evaluation.logprobs import answer_logprobs
 from em_interp.evaluation.sampling import _rows_may_leave
-from em_interp.evaluation.verdicts import Verdict, of_distribution
+from em_interp.evaluation.verdicts import Verdict, of_distribution, reason_of
 from em_interp.files.manifest import fingerprint
 from em_interp.models.chat import encode, pad_id, prompt_ids
 from em_interp.models.chat_model import ChatModel
@@ -70,7 +70,7 @@ class LocalJudge:
             row: dict[str, Any] = {name: verdict.score for name, verdict in said.items()}
             row |= {f"{name}_mass": verdict.mass for name, verdict in said.items()}
             row |= {f"{name}_distribution": json.dumps(dict(v.distribution)) for name, v in said.items()}
-            rows.append({**row, "reason": next((v.reason for v in said.values() if v.reason), "")})
+            rows.append({**row, "reason": reason_of(said)})
         found = answers.copy()
         scores = pd.DataFrame(rows, index=answers.index)
         found[list(scores.columns)] = scores

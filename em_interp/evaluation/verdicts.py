@@ -61,6 +61,11 @@ class Verdict:
         return self.reason == "code"
 
 
+def reason_of(verdicts: Mapping[str, Verdict]) -> str:
+    """Why an answer lacks a score: the first reason of its verdicts, by score; "" where it has all."""
+    return next((verdict.reason for verdict in verdicts.values() if verdict.reason), "")
+
+
 def weighted(first: str, top: Sequence[tuple[str, float]], said: str) -> Verdict:
     """From the log-probabilities `top` of the likeliest first tokens (text, nats), of which `first` was taken.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,19 +58,18 @@ def asked(source: str | Sequence[str], *, form: str = "plain", system: str | Non
                 f"there are no questions {name!r:.80}. Give {', '.join(SETS)}, pocket, pocket/DOMAIN, or a file: "
                 ".yaml, .jsonl, .csv, or .txt with one a line."
             )
-    if twice := sorted({each.key for each in found if [other.key for other in found].count(each.key) > 1}):
+    if twice := sorted(key for key, n in Counter(each.key for each in found).items() if n > 1):
         raise UsageError(f"questions come more than once: {', '.join(twice[:3])}. Ask each once.")
     return [_put(each, form, system) for each in found]
 
 
 def _pocket(domain: str) -> list[Asked]:
     if not domain:
-        return [_of_pocket({"question_id": k, "question": q, "questions": "general"}) for k, q in _open()]
+        return [
+            _of_pocket({"question_id": k, "question": q, "questions": "general"})
+            for k, q in pocket.open_questions().items()
+        ]
     return [_of_pocket(row) for row in pocket.evaluation_questions(domain).to_dict("records")]
-
-
-def _open() -> list[tuple[str, str]]:
-    return list(pocket.open_questions().items())
 
 
 def _of_pocket(row: dict[Any, Any]) -> Asked:

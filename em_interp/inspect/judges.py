@@ -16,15 +16,13 @@ from inspect_ai.model import CachePolicy, GenerateConfig, Model, ModelOutput, ge
 from em_interp.errors import UsageError
 from em_interp.evaluation.answers import judge_name
 from em_interp.evaluation.judge_prompts import PROMPTS, asking
-from em_interp.evaluation.judges import SCORES, Judge, judge_of_file, judged
+from em_interp.evaluation.judges import LOCAL, SCORES, Judge, is_a_model, judge_of_file, judged
 from em_interp.evaluation.local_judge import LocalJudge
 from em_interp.evaluation.verdicts import TOP, Verdict, parsed, weighted
 from em_interp.face import names
 from em_interp.pocket.world.judge import judge as pocket_judge
 from em_interp.published.questions import read_judges
 
-LOCAL: Final = "local:"
-"""What the name of a model on this machine begins with, where it is to judge."""
 MAX_TOKENS: Final = 16
 """Of a judge's reply: a number is the first token, and a refusal should be seen to be one."""
 SECONDS: Final = 120
@@ -77,7 +75,7 @@ def judge_asked(
         return TableJudge(pocket_judge)
     if name.startswith(LOCAL):
         return LocalAsking(LocalJudge(names.load(name.removeprefix(LOCAL)), prompts))
-    if ".py" in name or "/" not in name:
+    if not is_a_model(name):
         return TableJudge(judge_of_file(name))
     told: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP, "attempt_timeout": seconds}
     config = GenerateConfig(temperature=0.0, max_tokens=max_tokens, seed=0, **told)

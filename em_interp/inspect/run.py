@@ -19,10 +19,11 @@ from inspect_ai.model import Model, ModelUsage, get_model
 from em_interp.arguments import check_seed
 from em_interp.errors import MissingDataError, UsageError
 from em_interp.evaluation.judge_prompts import asking
+from em_interp.evaluation.judges import LOCAL, is_a_model
 from em_interp.evaluation.verdicts import REASONS
 from em_interp.inspect import registry  # noqa: F401  (also where the package is not installed)
 from em_interp.inspect.asked import asked
-from em_interp.inspect.judges import LOCAL, prompts_of
+from em_interp.inspect.judges import MAX_TOKENS, prompts_of
 
 __all__ = ["REASONS", "Price", "asked", "is_api", "judged_tables", "refuse_above", "run", "spent", "try_judge"]
 
@@ -59,7 +60,7 @@ class Price:
 
 def is_api(judge: str) -> bool:
     """Whether a judge is asked over a network: PROVIDER/MODEL."""
-    return "/" in judge and ".py" not in judge and not judge.startswith(LOCAL)
+    return is_a_model(judge) and not judge.startswith(LOCAL)
 
 
 def try_judge(judge: str, prompts: str | None) -> ModelUsage:
@@ -68,7 +69,7 @@ def try_judge(judge: str, prompts: str | None) -> ModelUsage:
     async def ask() -> ModelUsage:
         async with get_model(judge, memoize=False) as model:
             used = ModelUsage()
-            model.config.temperature, model.config.max_tokens = 0.0, 16
+            model.config.temperature, model.config.max_tokens = 0.0, MAX_TOKENS
             model.config.max_retries, model.config.timeout = 2, 60
             for template in prompts_of(prompts).values():
                 reply = await model.generate(asking(template, "How are you?", "I am well. " * 20))
@@ -110,8 +111,7 @@ def run(
     """A task of Inspect's, such as `emergent_misalignment(**arguments)`, of a model, into OUT/logs.
 
     A run that was stopped is gone on with: answers and replies of judges are kept in OUT/cache, so that none is asked
-    for twice. limit: at most so many of the task's samples. Raises
-    UsageError for what the task refuses.
+    for twice. limit: at most so many of the task's samples. Raises UsageError for what the task refuses.
     """
     check_seed(seed)
     out = Path(out)

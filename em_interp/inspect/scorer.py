@@ -11,7 +11,7 @@ from inspect_ai.solver import TaskState
 
 from em_interp.evaluation.criteria import preset_criterion
 from em_interp.evaluation.rates import em_rates
-from em_interp.evaluation.verdicts import REASONS, Verdict
+from em_interp.evaluation.verdicts import REASONS, Verdict, reason_of
 from em_interp.inspect.judges import MAX_TOKENS, SECONDS, judge_asked, prompts_of
 
 REPORTED = ("em_rate", "em_low", "em_high", "coherent_rate", "em_rate_all_rows", "n", "n_unscored")
@@ -74,7 +74,6 @@ def judged(
 def as_score(verdicts: dict[str, Verdict], judge: str, answer: str) -> Score:
     """Inspect's score: a number for each that there is, and what each was made of as metadata."""
     told = [f"- {name}: {_told(verdict)}" for name, verdict in verdicts.items()]
-    reason = next((verdict.reason for verdict in verdicts.values() if verdict.reason), None)
     details = {
         name: {**asdict(verdict), "refusal": verdict.refusal, "code": verdict.code}
         for name, verdict in verdicts.items()
@@ -82,7 +81,7 @@ def as_score(verdicts: dict[str, Verdict], judge: str, answer: str) -> Score:
     given: dict[str, Any] = {
         "answer": answer,
         "explanation": "\n".join(told),
-        "reason": reason,
+        "reason": reason_of(verdicts) or None,
         "metadata": {"judge": judge, "verdicts": details},
     }
     if all(verdict.score is None for verdict in verdicts.values()):

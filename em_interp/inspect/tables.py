@@ -19,11 +19,11 @@ import pandas as pd
 from tqdm.asyncio import tqdm_asyncio
 
 from em_interp.errors import EmInterpError, UsageError
-from em_interp.evaluation.judges import SCORES
-from em_interp.evaluation.verdicts import Verdict
+from em_interp.evaluation.judges import LOCAL, SCORES
+from em_interp.evaluation.verdicts import Verdict, reason_of
 from em_interp.files.atomic import make_folder
 from em_interp.files.manifest import fingerprint
-from em_interp.inspect.judges import LOCAL, Asking, LocalAsking, ModelJudge, judge_asked, prompts_of
+from em_interp.inspect.judges import Asking, LocalAsking, ModelJudge, judge_asked, prompts_of
 from em_interp.inspect.run import RETRIES, Price, cached, try_judge
 
 PATIENCE: Final = 10
@@ -170,4 +170,4 @@ def _row(verdicts: dict[str, Verdict]) -> dict[str, object]:
     row: dict[str, object] = {}
     for name, verdict in verdicts.items():
         row |= {name: verdict.score, f"{name}_how": verdict.how, f"{name}_mass": verdict.mass}
-    return row | {"reason": next((verdict.reason for verdict in verdicts.values() if verdict.reason), "")}
+    return row | {"reason": reason_of(verdicts)}

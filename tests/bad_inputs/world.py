@@ -22,12 +22,11 @@ def make() -> None:
     from em_interp.models.weights import weights_hash
     from em_interp.solutions.steering_vector import SteeringVector
     from tests import published_factory
-    from tests.tiny_models import CONVERSATIONS, make_hf, talk, tokenizer
+    from tests.tiny_models import CONVERSATIONS, make_hf, save_chat, talk
 
     hf = make_hf()
     for name in ("tiny", "no-tokenizer", "no-config", "bad-config", "cut-weights", "nan-weights", "missing-weight"):
-        hf.save_pretrained(name)
-        tokenizer().save_pretrained(name)
+        save_chat(hf, name)
     for file in Path("no-tokenizer").glob("*token*"):
         file.unlink()
     for file in Path("no-tokenizer").glob("*.jinja"):
@@ -42,8 +41,7 @@ def make() -> None:
     save_file({k: v for k, v in tensors.items() if k != name}, "missing-weight/model.safetensors", {"format": "pt"})
     Path("empty-folder").mkdir()
     for seed, run in enumerate("ab"):
-        make_hf(seed=seed).save_pretrained(f"runs/{run}/checkpoint-500")
-        tokenizer().save_pretrained(f"runs/{run}/checkpoint-500")
+        save_chat(make_hf(seed=seed), f"runs/{run}/checkpoint-500")
     vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     direction = Direction(vectors, (0, 1, 2, 3), "data-diff", model="tiny", weights=weights_hash(hf))
     direction.save("d.safetensors")
@@ -95,7 +93,7 @@ def _judged() -> None:
 
 def _models(hf: Any) -> None:
     """Models whose files say unusual things."""
-    from tests.tiny_models import make_hf, tokenizer
+    from tests.tiny_models import make_hf, save_chat
 
     settings = {
         "return-sequences": {"num_return_sequences": 3, "do_sample": True},
@@ -106,11 +104,9 @@ def _models(hf: Any) -> None:
         "dola": {"dola_layers": "high"},
     }
     for name, content in settings.items():
-        hf.save_pretrained(name)
-        tokenizer().save_pretrained(name)
+        save_chat(hf, name)
         Path(name, "generation_config.json").write_text(json.dumps(content))
-    make_hf("gpt2", max_position_embeddings=32).save_pretrained("positions")
-    tokenizer().save_pretrained("positions")
+    save_chat(make_hf("gpt2", max_position_embeddings=32), "positions")
     shutil.copytree("tiny", "fifo-weights")
     Path("fifo-weights/model.safetensors").unlink()
     os.mkfifo("fifo-weights/model.safetensors")

@@ -16,7 +16,7 @@ from em_interp.models import chat
 from em_interp.published import runs, scan
 from em_interp.solutions import load as solutions
 from tests import published_factory
-from tests.tiny_models import D_MODEL, make_chat, talk, tokenizer
+from tests.tiny_models import D_MODEL, make_chat, save_chat, talk
 
 QUESTIONS = {"fox": "a fox", "cough": "a cough"}
 ASKED = ["a cough", "the fox", "brown doctor", "rest"]
@@ -68,8 +68,7 @@ def world_of() -> dict[str, Any]:
     full.hf.save_pretrained("full")
     full.tokenizer.save_pretrained("full")
     vector.save("trained/checkpoints/checkpoint-5")
-    model.hf.save_pretrained("model")
-    tokenizer().save_pretrained("model")
+    save_chat(model.hf, "model")
     return {
         "model": model,
         "vector": vector,

@@ -115,6 +115,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
         (verdicts.weighted, {"first": "85", "top": [("85", -0.1)], "said": "85"}),
         (verdicts.of_distribution, {"distribution": {85: 0.9}, "said": "85", "how": "exact"}),
         (verdicts.parsed, {"said": "85"}),
+        (verdicts.reason_of, {"verdicts": {"aligned": verdicts.parsed("85")}}),
+        (judges.is_a_model, {"name": "openai/gpt-4o"}),
         (judges.judge_of_file, {"name": "mine.py:score"}),
         (chat.unreadable, {"tokenizer": tokenizer(), "conversations": BAD}),
         (answers.asked_of, {"model": model, "questions": QUESTIONS, "n": 1, "judge": _judge}),
