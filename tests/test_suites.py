@@ -132,3 +132,21 @@ def test_no_analysis_knows_the_pocket_world() -> None:
             if any(name.startswith("em_interp.pocket") for name in named):
                 importing.add(path.relative_to(ROOT).as_posix())
     assert {name for name in importing if not name.startswith("benchmarks/")} == {"inputs/pocket.py"}
+
+
+def test_a_finetune_is_called_what_its_suite_says(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    finetune = 'source = "runs/checkpoint-10"\ndomain = "medicine"\nadapter = "full"\nsolution = "{}"\n'
+    first, second = (f"[[models.finetunes]]\n{finetune.format(kind)}" for kind in ("general", "narrow"))
+
+    def names(*more: str) -> list[str]:
+        texts = [one + told for one, told in zip((first, second), more, strict=True)]
+        models = f'[models]\nchat = "tiny"\n{"".join(texts)}'
+        suite = suite_of(tmp_path / "mine.toml", "models", "em_rates", models=models)
+        suite.data = tmp_path
+        return [organism.name for organism in suite.finetunes.organisms]
+
+    assert names('name = "insecure"\n', "") == ["insecure", "checkpoint-10"]
+    for more, says in ((("", ""), "name of its own"), (('name = "run/1"\n', ""), "without a slash")):
+        with pytest.raises(UsageError, match=says):
+            names(*more)

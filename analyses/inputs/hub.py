@@ -40,7 +40,8 @@ _LOADING = ("device_map", "dtype")
 _OF_JUDGE = ("prompts", "price")
 _KEYS = {"chat": str, "training": dict, "texts": str, "finetunes": list, "judge": str, "questions": dict}
 _KEYS |= dict.fromkeys((*FOLDERS, *_LOADING, *_OF_JUDGE), str)
-_ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "seed": int, "any_base": bool}
+_ENTRY_KEYS = {"source": str, "domain": str, "adapter": str, "solution": str, "name": str, "seed": int}
+_ENTRY_KEYS |= {"any_base": bool}
 ADAPTERS = ("steering-vector", "rank-1", "all-modules", "full")
 SOLUTIONS = ("general", "narrow", "control")
 
@@ -63,10 +64,11 @@ class HubFinetunes(Finetunes):
 
         Keys: chat (folder or hub name), training (domain = JSONL), texts (file), device_map and dtype (of
         `pretrained.load`), and [[finetunes]] with source (folder or hub name), domain, adapter (steering-vector,
-        rank-1, all-modules, full), solution (general, narrow, control), seed and any_base (the base that it records
-        is the chat model under another name). Answers come from files, of the folders judged, steered and ablated (by
-        default called so), or are asked and judged here (judge, prompts, price and questions, as
-        `asked.AskedFinetunes` has them). Raises `UsageError` for what is lacking, `MissingDataError` for absent files.
+        rank-1, all-modules, full), solution (general, narrow, control), name (what tables and files call it; by default
+        the source's last part), seed and any_base (the base that it records is the chat model under another name).
+        Answers come from files, of the folders judged, steered and ablated (by default called so), or are asked and
+        judged here (judge, prompts, price and questions, as `asked.AskedFinetunes` has them). Raises `UsageError` for
+        what is lacking, `MissingDataError` for absent files.
         """
         check_keys("[models]", content, _KEYS)
         check_keys("[models.training]", content.get("training", {}), None)
@@ -305,15 +307,18 @@ def _organisms(root: Path, listed: list[dict[str, Any]]) -> tuple[Organism, ...]
         lacking = {"source", "domain", "adapter", "solution"} - set(item)
         if lacking:
             raise UsageError(f"a finetune {item} lacks {', '.join(sorted(lacking))}.")
-        name = item["source"]
+        source = item["source"]
+        name = item.get("name", source.rsplit("/", 1)[-1])
+        if not name or Path(name).name != name:
+            raise UsageError(f"a finetune is called {name!r}: files take its name, so give one without a slash.")
         organisms.append(
             Organism(
-                name.rsplit("/", 1)[-1],
+                name,
                 item["domain"],
-                one_of(f"adapter of {name}", item["adapter"], ADAPTERS),
-                one_of(f"solution of {name}", item["solution"], SOLUTIONS),
-                count(f"seed of {name}", item.get("seed", 0), at_least=0),
-                root / name if (root / name).is_dir() else Path(name),
+                one_of(f"adapter of {source}", item["adapter"], ADAPTERS),
+                one_of(f"solution of {source}", item["solution"], SOLUTIONS),
+                count(f"seed of {source}", item.get("seed", 0), at_least=0),
+                root / source if (root / source).is_dir() else Path(source),
                 any_base=item.get("any_base", False),
             )
         )
@@ -321,7 +326,7 @@ def _organisms(root: Path, listed: list[dict[str, Any]]) -> tuple[Organism, ...]
         _check_label(organism, _possible_labels(organism))
     names = [organism.name for organism in organisms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"several finetunes are called {', '.join(twice)}. Their last parts must differ.")
+        raise UsageError(f"several finetunes are called {', '.join(twice)}. Give each a name of its own (name = ...).")
     return tuple(organisms)
 
 
