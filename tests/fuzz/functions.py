@@ -167,7 +167,7 @@ PARTS = {
 """Of the modules that users call, what is not tried, by reason."""
 
 
-CALLBACKS = {"around", "evaluate", "judge", "label", "on_checkpoint"}
+CALLBACKS = {"around", "evaluate", "judge", "keep", "label", "on_checkpoint"}
 """The user's own code: what it raises is the user's."""
 
 

@@ -45,7 +45,7 @@ def world_of() -> dict[str, Any]:
     encoded = chat.encode_all(model.tokenizer, BAD)
     surface = landscape.Landscape(model, encoded)
     both = {"general": vector, "narrow": other}
-    curves = [stability.stability_curve(surface, x, k, epsilons=(0.0, 0.5), n_seeds=2) for k, x in both.items()]
+    curves = [stability.stability_curve(surface, x, k, epsilons=(0.0, 0.4), n_seeds=2) for k, x in both.items()]
     found = extraction.contrast(model, BAD, GOOD, progress=False)
     kl = influence.document_kl(
         model,

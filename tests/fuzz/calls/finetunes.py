@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
-from em_interp.landscape import curvature, efficiency, influence, landscape, seeds, stability
+from em_interp.landscape import curvature, efficiency, influence, landscape, pairs, seeds, stability
 from em_interp.models import pretrained as models
 from em_interp.solutions import load as solutions
 from em_interp.solutions import space as solution_space
@@ -22,6 +23,8 @@ from tests import published_factory
 from tests.fuzz import Call, then
 from tests.fuzz.world import BAD, FEW, GOOD, judged_rows, world_of
 from tests.tiny_models import make_chat
+
+LINE = np.array([0.0, 1.0]), np.array([1.0, 0.5])
 
 
 def judged_of(model: models.ChatModel) -> pd.DataFrame:
@@ -84,6 +87,23 @@ def calls(w: dict[str, Any]) -> list[Call]:
                 **FEW,
             },
         ),
+        (
+            pairs.measure_pair,
+            {
+                "landscape": w["surface"],
+                "general": vector,
+                "narrow": w["other"],
+                "texts": ["the quick brown fox", "see a doctor"],
+                "kl_removed": vector,
+                "keep": lambda *_: pd.DataFrame(),
+            },
+        ),
+        (pairs.norm_reaching, {"norms": [0.0, 1.0], "losses": [1.0, 0.5], "to": 0.7}),
+        (pairs.mean_lead, {"general": LINE, "narrow": LINE, "up_to": 0.5}),
+        (pairs.efficiency_measures, dict(zip(("general", "narrow"), w["efficiency"], strict=True))),
+        (pairs.stability_measures, dict(zip(("general", "narrow"), w["curves"], strict=True))),
+        (pairs.influence_measures, {"sums": w["kl"]}),
+        (pairs.drift_measures, {"general": vector, "narrow": w["other"], "kl_removed": vector}),
         (efficiency.efficiency_table, {"curves": w["efficiency"]}),
         (efficiency.optimum, {"curve": w["efficiency"][0]}),
         (
