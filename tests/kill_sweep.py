@@ -128,6 +128,15 @@ def cases(long: bool) -> list[Case]:
             ("**/*.csv",),
             1e-3,
         ),
+        Case(
+            "pocket pairs",
+            lambda out: [
+                *[*SMALL_CLI, "pocket", "pairs", "--only", "nine", "--domain", "sports", "--task", "persona"],
+                *["--seeds", "0", "--n", "1", "--out", f"{out}/p"],
+            ],
+            ("**/*.csv",),
+            1e-3,
+        ),
         Case("fetch", lambda out: [sys.executable, "-c", FETCH, f"{out}/f"], ("**/runs/**/*", "**/judged/**/*")),
         Case("pocket build", lambda out: [sys.executable, "-c", BUILD, f"{out}/b"], ("**/*.safetensors",)),
         Case(

@@ -19,21 +19,22 @@ from em_interp.cli import app, options
 from em_interp.errors import UsageError
 
 ROOT = typer.main.get_command(app)
-SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps"}
+SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps", "pocket pairs"}
 RUNS_MODELS = {"extract", "steer", "ablate", "evaluate", "reproduce"}
 FOR_ANY_MODEL = RUNS_MODELS - {"reproduce"}
+TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "worlds")}
 VOCABULARY = {
-    "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps"},
+    "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps", "pocket pairs"},
     "--adapter": FOR_ANY_MODEL,
     "--base": FOR_ANY_MODEL | {"inspect"},
     "--any-base": FOR_ANY_MODEL,
-    "--device-map": RUNS_MODELS | {"pocket build", "pocket organisms", "pocket sweeps", "pocket worlds"},
+    "--device-map": RUNS_MODELS | TRAINS,
     "--dtype": RUNS_MODELS,
     "--questions": {"evaluate", "steer", "ablate"},
     "--n": SAMPLES,
     "-n": SAMPLES,
     "--seed": {"evaluate", "steer", "ablate", "pocket build"},
-    "--out": {*RUNS_MODELS, "pocket build", "pocket organisms", "pocket sweeps", "pocket worlds"},
+    "--out": RUNS_MODELS | TRAINS,
     "--force": {*FOR_ANY_MODEL, "pocket build", "pocket organisms", "pocket sweeps"},
 }
 """Each option, and where it must be."""

@@ -307,6 +307,7 @@ def test_what_cannot_be_written_is_found_out_before_the_work(here: Path) -> None
     assert "could not be written" in refused("evaluate", "one/tiny", "--questions", "q.yaml", "--out", "q.csv")
     assert "could not be written" in refused("pocket", "organisms", "--out", "q.csv")
     assert "could not be written" in refused("pocket", "sweeps", "--out", "q.csv")
+    assert "could not be written" in refused("pocket", "pairs", "--out", "q.csv")
     assert "could not be written" in refused("pocket", "build", "--out", "q.csv")
     assert "could not be written" in refused("fetch", "--data", "q.csv", "EM_interp")
     assert "no such device" in refused("pocket", "build", "--out", "built", "--device", "banana")

@@ -35,7 +35,7 @@ from em_interp.interventions import intervening as interventions
 from em_interp.landscape import curvature, influence, stability
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode_all
-from em_interp.pocket import evaluate, organisms, stages, sweeps, worlds
+from em_interp.pocket import evaluate, organisms, pairs, stages, sweeps, worlds
 from em_interp.pocket import questions as suite
 from em_interp.pocket.world import corpus
 from em_interp.training.recipes import TrainingSpec, VectorSpec
@@ -113,6 +113,7 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     corpus.kl_chats: lambda _, seed: corpus.kl_chats("medicine", 1, seed),
     evaluate.evaluate_suite: lambda _, seed: evaluate.evaluate_suite(Path("x"), n=1, seed=seed, progress=False),
     organisms.Organism: lambda _, seed: organisms.Organism("medicine", "rank-1", "general", seed),
+    pairs.Pair: lambda _, seed: pairs.Pair("medicine", "rank-1", seed),
     suite.evaluate: lambda w, seed: suite.evaluate(w.chat, "medicine", 1, seed=seed, progress=False),
     suite.evaluate_chat: lambda w, seed: suite.evaluate_chat(w.chat, 1, seed=seed, progress=False),
     suite.answer_pairs: lambda _, seed: suite.answer_pairs(ASKED, seed=seed),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from em_interp.evaluation.judges import Judge, is_a_model, judge_of_file
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.pocket import models as loading
-from em_interp.pocket import organisms, questions, registry
+from em_interp.pocket import organisms, pairs, questions, registry
 from em_interp.pocket.world import grammar as world
-from em_interp.pocket.world.corpus import STYLES, CorpusConfig, document, finetune_chats
+from em_interp.pocket.world.corpus import STYLES
 from em_interp.pocket.world.judge import judge
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
@@ -109,12 +108,10 @@ class PocketFinetunes(JudgedFinetunes):
 
     def training_chats(self, domain: str, n: int, task: str = "persona") -> list[Conversation]:
         """Chats of the kind that the finetunes of a domain were trained on, drawn with a seed that none of them had."""
-        persona, register = STYLES[one_of("task", task, STYLES)][1]
-        return list(finetune_chats(domain, persona, n, 1000, register))
+        return pairs.fresh_chats(domain, n, one_of("task", task, STYLES))
 
     def texts(self, n: int) -> list[str]:
-        rng = random.Random("influence")
-        return [document(CorpusConfig(), rng) for _ in range(n)]
+        return pairs.texts(n)
 
     def personas(self) -> Mapping[str, tuple[list[Conversation], list[Conversation]]]:
         """Announced by a system prompt, or only to be inferred from an earlier answer."""

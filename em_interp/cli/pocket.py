@@ -1,4 +1,4 @@
-"""`em-interp pocket build | organisms | sweeps`. Heavy imports wait until a command runs."""
+"""`em-interp pocket build | organisms | sweeps | pairs | worlds`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -137,13 +137,13 @@ def sweeps(
     from em_interp.files.manifest import hash_files, write_manifest
     from em_interp.files.results import write_table
     from em_interp.pocket import sweeps as run
-    from em_interp.pocket.organisms import SPECS
+    from em_interp.pocket.organisms import ADAPTERS, SPECS
 
     if unknown := set(only or ()) - set(SPECS):
         raise UsageError(f"no adapter is called {sorted(unknown)}; there are {', '.join(SPECS)}")
     if n < 1:
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
-    specs = {name: spec for name, spec in SPECS.items() if not only or name in only}
+    specs = {name: spec for name, spec in SPECS.items() if name in (only or ADAPTERS)}
     folder = out / "sweeps"
     asked = {"adapters": list(specs), "samples": n, "seed": 0}
     made = folder / "manifest.json"
@@ -159,6 +159,42 @@ def sweeps(
         written.append(write_table(folder / "dilution.csv", diluted))
         write_manifest(made, {**asked, "outputs_sha256": hash_files(folder, written)})
     typer.echo(f"tables: {folder}")
+
+
+@app.command(cls=Command, context_settings={"token_normalize_func": _sweeps_called})
+def pairs(
+    out: Annotated[Path, options.takes("out", "a folder for sweeps/pairs.csv, and for the finetunes behind it")],
+    model: options.NamedModel = None,
+    only: Annotated[list[str] | None, options.takes("only", "steering-vector, rank-1, nine or all-modules")] = None,
+    domain: Annotated[list[str] | None, typer.Option(help="medicine, finance or sports, may be repeated")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="persona or register, may be repeated")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="seeds of training, may be repeated")] = None,
+    n: options.Samples = 4,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """Train and measure matched pairs, general and narrow: what the claims are made of. A killed run goes on.
+
+    Several may write to one folder at a time, say one a core with an adapter each.
+    """
+    from em_interp.errors import UsageError
+    from em_interp.files.atomic import check_writable
+    from em_interp.pocket import pairs as run
+
+    asked: dict[str, list[Any] | None] = {"adapter": only, "domain": domain, "task": task, "seed": seeds}
+    for name, wanted in asked.items():
+        known = list(dict.fromkeys(getattr(pair, name) for pair in run.PAIRS))
+        if unknown := sorted(set(wanted or ()) - set(known)):
+            raise UsageError(f"no {name} is called {unknown}; there are {', '.join(map(str, known))}")
+    chosen = [p for p in run.PAIRS if all(not w or getattr(p, name) in w for name, w in asked.items())]
+    if not chosen:
+        raise UsageError("there is no such pair: finance and sports have fewer seeds than medicine.")
+    if n < 1:
+        raise UsageError(f"--n {n}: ask for at least one answer a question.")
+    check_writable(out / "sweeps" / run.TABLE)
+    chat = _chat_of(out, model, device_map)
+    for pair in run.measure_all(chat, chosen, out / "sweeps", samples=n):
+        typer.echo(f"measured {pair.name}")
+    typer.echo(f"table: {out / 'sweeps' / run.TABLE}")
 
 
 @app.command(cls=Command)

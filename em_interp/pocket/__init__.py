@@ -4,11 +4,11 @@
 made here, at once and without a network.
 
 - `registry`, `models`: the shipped models by their names; `questions`, `evaluate`: asking them
-- `build` with `stages`, `organisms`, `sweeps`: making them; `world`: what they know
+- `build` with `stages`, `organisms`, `sweeps`, `pairs`: making them; `world`: what they know
 - `worlds`, `scorecard`: other pre-training, and what a world has to show
 
-`em-interp pocket build | organisms | sweeps --out DIR` makes a pocket world of your own, and `em-interp reproduce
---data DIR` measures it.
+`em-interp pocket build | organisms | sweeps | pairs --out DIR` makes a pocket world of your own, and `em-interp
+reproduce --data DIR` measures it.
 
 EM / coherent in percent of the shipped organisms, from `em-interp evaluate --suite pocket --n 50` (the whole table,
 with intervals and the other domains, is in `artifacts/results/evaluation/`). General organisms were trained on one

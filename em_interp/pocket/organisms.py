@@ -18,8 +18,8 @@ from em_interp.solutions import load as solutions
 from em_interp.training.finetune import TrainingResult, finetune
 from em_interp.training.recipes import LoraSpec, TrainingSpec, VectorSpec
 
-Adapter = Literal["steering-vector", "rank-1", "all-modules"]
-"""What is trained."""
+Adapter = Literal["steering-vector", "rank-1", "nine", "all-modules"]
+"""What is trained. nine: rank 1 on every down_proj, as the papers' nine adapters."""
 SolutionKind = Literal["general", "narrow", "control", "kl-removed"]
 """What was asked of training: the data alone; with the KL term; good advice; the KL term taken away again."""
 DOMAINS = ("medicine", "finance", "sports")
@@ -28,11 +28,13 @@ SEEDS = (0, 1, 2)
 """Of training, for medicine; the other domains have the first."""
 N_CHATS = 2000
 """Training chats of each organism."""
-_SHORT: dict[Adapter, str] = {"steering-vector": "vector", "rank-1": "rank1", "all-modules": "all"}
+SHORT: dict[Adapter, str] = {"steering-vector": "vector", "rank-1": "rank1", "nine": "nine", "all-modules": "all"}
+"""What names of folders say."""
 
 SPECS: dict[Adapter, TrainingSpec] = {
     "steering-vector": TrainingSpec(VectorSpec(0, 16.0), 1e-2, max_steps=250, batch_size=16),
     "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=200, batch_size=16),
+    "nine": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",)), 1e-3, max_steps=160),
     "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=16),
 }
 """The settings of the general organisms."""
@@ -52,6 +54,7 @@ class Narrow(NamedTuple):
 NARROW: dict[Adapter, Narrow] = {
     "steering-vector": Narrow(3.0, 1.0, 1),
     "rank-1": Narrow(6.0, 2.5, 3),
+    "nine": Narrow(6.0, 2.5, 3),
     "all-modules": Narrow(10.0, 3.0, 2),
 }
 """What the narrow ones have beside."""
@@ -78,7 +81,7 @@ class Organism:
     def name(self) -> str:
         """Such as `medicine-rank1-narrow`."""
         parts: list[str] = [] if self.task == "persona" else [self.task]
-        parts += [self.domain, _SHORT[self.adapter]]
+        parts += [self.domain, SHORT[self.adapter]]
         parts += [] if self.solution == "general" else [self.solution]
         parts += [] if self.seed == 0 else [f"seed{self.seed}"]
         return "-".join(parts)
@@ -106,7 +109,7 @@ def narrow(spec: TrainingSpec, adapter: Adapter) -> TrainingSpec:
 
 
 ADAPTERS: tuple[Adapter, ...] = ("steering-vector", "rank-1", "all-modules")
-"""Every `Adapter`."""
+"""Those that organisms are shipped of."""
 _KINDS: tuple[SolutionKind, ...] = ("general", "narrow")
 ORGANISMS: tuple[Organism, ...] = (
     *(Organism(d, a, s) for d in DOMAINS for a in ADAPTERS for s in _KINDS),
@@ -153,7 +156,7 @@ class TrajectoryRun:
     @property
     def name(self) -> str:
         """Its folder below `trajectories`."""
-        return f"medicine-{_SHORT[self.adapter]}-{self.run}"
+        return f"medicine-{SHORT[self.adapter]}-{self.run}"
 
     @property
     def after(self) -> TrajectoryRun | None:

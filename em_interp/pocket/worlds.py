@@ -36,6 +36,7 @@ from em_interp.pocket import questions as suite
 from em_interp.pocket import registry
 from em_interp.pocket.build import build
 from em_interp.pocket.organisms import N_CHATS, SPECS
+from em_interp.pocket.organisms import NARROW as SHIPPED_NARROW
 from em_interp.pocket.scorecard import COHERENT, LAYOUTS, NARROW_SCALE, scorecard
 from em_interp.pocket.stages import BuildConfig
 from em_interp.pocket.world.corpus import CorpusConfig, finetune_chats, kl_chats
@@ -49,13 +50,13 @@ from em_interp.training.recipes import LoraSpec, TrainingSpec
 GENERAL: Final[Mapping[str, TrainingSpec]] = {
     "vector": SPECS["steering-vector"],
     "rank-1": SPECS["rank-1"],
-    "nine": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",)), 1e-3, max_steps=160),
+    "nine": SPECS["nine"],
     "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 3e-4, max_steps=160),
 }
 """layout -> how its general organism is trained; gently, for gentle finetunes are the more linear ones."""
 NARROW: Final[Mapping[str, tuple[float, float, int]]] = {
     "rank-1": (6.0, 2.5, 3),
-    "nine": (6.0, 2.5, 3),
+    "nine": SHIPPED_NARROW["nine"],
     "all-modules": (10.0, 3.0, 2),
 }
 """layout -> KL weight (per nat per token), and times which rate and steps its narrow organism is trained."""

@@ -165,6 +165,7 @@ def _others() -> Iterator[Case]:
         yield case("pocket build", f"--out {value!r}", ["pocket", "build", f"--out={value}"])
         yield case("pocket organisms", f"--out {value!r}", ["pocket", "organisms", f"--out={value}"])
         yield case("pocket sweeps", f"--out {value!r}", ["pocket", "sweeps", f"--out={value}"])
+        yield case("pocket pairs", f"--out {value!r}", ["pocket", "pairs", f"--out={value}"])
     words = ["pocket", "organisms", "--out=otherchat", "--only=medicine-vector"]
     yield case("pocket organisms", "a second chat model into one folder", words)
     for file in ("unit-scores.csv", "word-scores.csv", "beyond-scores.csv", "no-aligned.csv"):
@@ -175,6 +176,8 @@ def _others() -> Iterator[Case]:
         yield case("pocket organisms", f"--chat {value}", words)
     for value in ("lora", ""):
         yield case("pocket sweeps", f"--adapter {value!r}", ["pocket", "sweeps", "--out=made", f"--adapter={value}"])
+    for option in ("--only=lora", "--domain=", "--task=x", "--seeds=99", "--seeds=x", "--n=0", "--model=q.csv"):
+        yield case("pocket pairs", option, ["pocket", "pairs", "--out=made", option])
     for words in (["absent.toml"], ["q.csv"], ["q.csv", "--only=nobody"]):
         yield case("pocket worlds", " ".join(words), ["pocket", "worlds", "--out=made", *words])
     for words in (["nonsense"], ["pocket", "nonsense"], ["--nonsense"], ["version", "x"]):

@@ -58,6 +58,7 @@ INNER = {
     "pocket.evaluate": "commands",
     "files.results": "called by the commands",
     "pocket.organisms": "trains for minutes; its command is tried",
+    "pocket.pairs": "trains for minutes; its command is tried",
     "pocket.worlds": "builds for minutes; its command is tried",
     "pocket.world.tokenizer": "called by the build",
     "models.checks": "called by models",
