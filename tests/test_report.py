@@ -193,7 +193,7 @@ def test_what_is_missing_comes_last_with_its_remedy(report: Path) -> None:
 def test_the_page_hands_out_the_files_themselves(report: Path) -> None:
     payload = json.loads(Page(report).unpacked("payload"))
     assert payload["tables"]["claims"] == (report.parent / "tables" / "claims.csv").read_text()
-    assert set(payload["figures"]) == {"claims_efficiency", "claims_stability", "claims_influence"}
+    assert set(payload["figures"]) == {"claims_forest"}
     assert "Plotly" in Page(report).unpacked("plotly")[:20000]
     assert report.stat().st_size < 8e6
 
@@ -248,7 +248,7 @@ def test_a_browser_draws_every_figure_without_a_network(report: Path, tmp_path: 
     done = subprocess.run([chrome, *given, report.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert 'data-drawn="yes"' in done.stdout
     assert (
-        done.stdout.count("plotly-graph-div js-plotly-plot") == done.stdout.count("data-figure=") == 4
+        done.stdout.count("plotly-graph-div js-plotly-plot") == done.stdout.count("data-figure=") == 2
     )  # one tells the story
 
 

@@ -141,6 +141,14 @@ class Finetunes(ABC):
         """What lies outside `files` and decides results: a name in the suite -> a hash of what it stands for now."""
         return {}
 
+    def matched_pairs(self) -> pd.DataFrame | None:
+        """Measures of matched pairs that were made beforehand (`em_interp.landscape.pairs`); none by default.
+
+        Columns task, domain, adapter, seed, measure, value, reason. Raises UnreadableFileError for a table of another
+        chat model.
+        """
+        return None
+
     def answers_file(self, organism: Organism | None) -> str:
         """Where answers are from, for messages."""
         return self.chat.name if organism is None else organism.name

@@ -10,11 +10,13 @@ import pandas as pd
 
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from em_interp.arguments import one_of
-from em_interp.errors import UsageError
+from em_interp.errors import UnreadableFileError, UsageError
 from em_interp.evaluation.groups import GROUPS
 from em_interp.evaluation.judges import Judge, is_a_model, judge_of_file
+from em_interp.files.results import read_table
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
+from em_interp.models.weights import same_weights, weights_hash
 from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, pairs, questions, registry
 from em_interp.pocket.world import grammar as world
@@ -112,6 +114,19 @@ class PocketFinetunes(JudgedFinetunes):
 
     def texts(self, n: int) -> list[str]:
         return pairs.texts(n)
+
+    def matched_pairs(self) -> pd.DataFrame | None:
+        path = self.root / "sweeps" / pairs.TABLE
+        if not path.is_file():
+            return None
+        remedy = f"delete it, or make it with `em-interp pocket pairs --out {self.root}`"
+        table = read_table(path)
+        if lacking := [name for name in pairs.COLUMNS if name not in table]:
+            raise UnreadableFileError(path, f"it lacks the columns {', '.join(lacking)}", remedy)
+        weights = weights_hash(self.chat.hf)
+        if any(same_weights(str(made_on), weights) is False for made_on in table["chat_weights"].unique()):
+            raise UnreadableFileError(path, "its pairs were trained on another chat model than this one", remedy)
+        return table
 
     def personas(self) -> Mapping[str, tuple[list[Conversation], list[Conversation]]]:
         """Announced by a system prompt, or only to be inferred from an earlier answer."""

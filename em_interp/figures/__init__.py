@@ -158,12 +158,15 @@ def extent(
     _note(figure, name, line={"color": NEUTRAL, "width": 1.5, "dash": "dot"})
 
 
-def null_line(figure: go.Figure, value: float, name: str, *, axis: Literal["x", "y"] = "y") -> go.Figure:
-    """A dotted line in every panel at what no effect would give."""
+def null_line(
+    figure: go.Figure, value: float, name: str, *, axis: Literal["x", "y"] = "y", panel: int | None = None
+) -> go.Figure:
+    """A dotted line, in every panel or in one, at what no effect would give."""
     draw = figure.add_hline if axis == "y" else figure.add_vline
     dotted = {"color": NEUTRAL, "width": 1.5, "dash": "dashdot"}
     everywhere = {"row": "all", "col": "all"} if len(axes_of(figure)) > 1 else {}
-    draw(value, line=dotted, opacity=1, layer="below", **everywhere)
+    where = everywhere if panel is None else place(figure, panel)
+    draw(value, line=dotted, opacity=1, layer="below", **where)
     _note(figure, name, line=dotted)
     return figure
 

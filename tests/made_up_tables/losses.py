@@ -253,13 +253,16 @@ def claims(effect: int, seeds: Sequence[int] = SEEDS) -> Tables:
         "efficiency": 0.2 * effect,
         "stability": 5.0 * effect,
         "kl_removal": 0.3 * effect,
+        "returns": 12.0 * effect,
         "influence": 1.2 * effect,
     }
     spread = 0.02 * (np.array(seeds) - np.mean(seeds))
     rows = [
-        claims_module._row(task, measure, adapter, value + spread)
+        claims_module._row(task, key, adapter, value + spread, number, (domain, DOMAIN))
         for task in ("persona", "register")
-        for measure, value in middle.items()
+        for key, value in middle.items()
+        for number, domain in ((0, DOMAIN), (0, "finance"), (1, DOMAIN))
         for adapter in ADAPTERS
+        if number < len(claims_module.CLAIMS[key].statistics)
     ]
     return {"claims": frame(rows)}
