@@ -6,7 +6,7 @@ They are filed by what they need:
   `general_vs_narrow`: losses of their solutions
 - `suite`: which analyses of which input, and suite files of your own; `inputs`: gives that
 - `run`: makes them; `tasks`: over processes, with `progress`; `plan`: what that will take
-- `findings`: what they found, as sentences; `report`: shows it
+- `findings`: what they found, as sentences; `story`: the chapters that a report opens with; `report`: shows it
 - `comparison`: published numbers beside ours, from `published_numbers.toml`
 - `benchmarks`: speed, and how intervals cover
 

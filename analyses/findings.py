@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -23,9 +23,14 @@ VERDICTS: Final = (HOLDS, DOES_NOT_HOLD, UNDECIDED, AGREES, DIFFERS, "")
 """Of a claim; of a number beside the published one; nothing where nothing is claimed."""
 UNKNOWN: Final = "unknown"
 """What stands for a number that a table does not have."""
+EMERGES: Final = "EM emerges"
+ONE_DIRECTION: Final = "one direction"
+WHY_GENERAL: Final = "why general"
+CHAPTERS: Final = (EMERGES, ONE_DIRECTION, WHY_GENERAL, "")
+"""Of the story that a report opens with: an analysis names its own, as `CHAPTER`."""
 COLUMNS: Final = (
     *("analysis", "sentence", "estimate", "low", "high", "unit", "n", "counts"),
-    *("published", "source", "verdict", "first"),
+    *("published", "source", "verdict", "first", "chapter"),
 )
 
 
@@ -37,7 +42,7 @@ class Finding:
     `{n}` in it stand for the numbers below, and other numbers come from `said`. estimate, low, high, published: in
     `unit`, so a rate of .12 is 12 with the unit %. low, high: the interval (always of the level of `statistics`); NaN
     where none is given. counts: what n counts, in the plural. unit: %, a word or words, or "" for a pure number.
-    first: whether the claims on the report's first screen hold it.
+    first: whether the report's first screen holds it.
     """
 
     text: str
@@ -56,9 +61,16 @@ class Finding:
     """What findings that differ in one thing say in common: a table says it once, with a row for each case."""
     case: str = ""
     """That one thing, such as a kind of adapter."""
+    asked: str = ""
+    """What was asked, in the few words that the story has room for; before a colon its name."""
+    beside: str = ""
+    """What the number must be read beside, as short; the numbers below may stand in it as in `text`."""
+    chapter: str = ""
+    """Of the story; `findings_of` fills in the analysis's own where it is `first`."""
 
     def __post_init__(self) -> None:
         one_of("verdict", self.verdict, VERDICTS)
+        one_of("chapter", self.chapter, CHAPTERS)
         plain_numbers(self)
 
     @property
@@ -68,7 +80,12 @@ class Finding:
     @property
     def sentence(self) -> str:
         """What was found; every number in the digits that the table of claims shows."""
-        return self.text.format(estimate=self.estimate_said, published=self.published_said, n=f"{self.n:,}") + "."
+        return self._filled(self.text) + "."
+
+    @property
+    def beside_said(self) -> str:
+        """What the number must be read beside."""
+        return self._filled(self.beside)
 
     @property
     def number_said(self) -> str:
@@ -101,6 +118,9 @@ class Finding:
         """Interval and n, for the brackets after the sentence."""
         interval = f"{PERCENT}: {self.interval_said}" if self.has_interval else "no interval"
         return f"{interval}; {self.n_said}"
+
+    def _filled(self, text: str) -> str:
+        return text.format(estimate=self.estimate_said, published=self.published_said, n=f"{self.n:,}")
 
     @property
     def _scale(self) -> tuple[float, ...]:
@@ -188,7 +208,9 @@ def findings_of(name: str, tables: dict[str, pd.DataFrame]) -> list[Finding]:
     """What the analysis of that full name found, by its module's `findings`; none where it has no such function."""
     module = importlib.import_module(f"analyses.{name}")
     find: Callable[[dict[str, pd.DataFrame]], list[Finding]] | None = getattr(module, "findings", None)
-    return [] if find is None else find(tables)
+    found = [] if find is None else find(tables)
+    chapter = getattr(module, "CHAPTER", "")
+    return [replace(finding, chapter=finding.chapter or chapter) if finding.first else finding for finding in found]
 
 
 def as_table(found: dict[str, Sequence[Finding]]) -> pd.DataFrame:

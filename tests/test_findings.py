@@ -154,5 +154,8 @@ def test_random_directions_that_do_as_much_take_the_verdict_away() -> None:
 def test_of_one_organism_no_middle_is_said() -> None:
     rates = MADE["finetunes.em_rates"](1)["em_rates"]
     alone = rates[rates["organism"].isin(["pocket/chat0", "pocket/general0"])]
-    (finding,) = found("finetunes.em_rates", {"em_rates": pd.DataFrame(alone)})
-    assert "middle" not in finding.sentence and finding.sentence.startswith("The general organism general0 is")
+    *of_it, of_chat = found("finetunes.em_rates", {"em_rates": pd.DataFrame(alone)})
+    assert len(of_it) == 2 and of_chat.sentence.startswith("The chat model is") and not of_chat.verdict
+    for finding in of_it:
+        assert "middle" not in finding.sentence + finding.beside
+        assert finding.sentence.startswith("The general organism general0 is")

@@ -152,20 +152,32 @@ def test_the_report_opens_with_claims_that_are_the_tables(report: Path) -> None:
     page = Page(report)
     table = pd.read_csv(report.parent / "tables" / "claims.csv")
     first = table[table["task"] == "persona"]
-    for found, rows in zip((page.table(0), page.table(1)), (first, table), strict=True):
-        head, *lines = found
-        assert head == ["Finding", "Estimate", "Interval", "n", "Published", "Verdict"]
-        for cells, row in zip(lines, rows.to_dict("records"), strict=True):
-            *claim, case, estimate, interval, n, published, verdict = cells
-            assert not claim or row["claim"] in claim[0]
-            assert case.endswith(row["adapter"]) and case.startswith("technical") == (row["task"] == "register")
-            assert float(estimate) == pytest.approx(row["estimate"], rel=0.06)
-            assert f" {estimate} " in row["sentence"] and f": {interval}; " in row["sentence"]
-            low, _, high = interval.partition(" to ")
-            assert (float(low), float(high)) == pytest.approx((row["low"], row["high"]), rel=0.06)
-            assert (n, published) == (f"{row['n_seeds']} seeds", "")
-            assert verdict.endswith(row["verdict"])
-    assert [len(line) for line in page.table(0)[1:]] == [7, 6] * 3  # a claim is said once for both of its cases
+    head, *lines = page.table(1)
+    assert head == ["Finding", "Estimate", "Interval", "n", "Published", "Verdict"]
+    for cells, row in zip(lines, table.to_dict("records"), strict=True):
+        *claim, case, estimate, interval, n, published, verdict = cells
+        assert not claim or row["claim"] in claim[0]
+        assert case.endswith(row["adapter"]) and case.startswith("technical") == (row["task"] == "register")
+        assert float(estimate) == pytest.approx(row["estimate"], rel=0.06)
+        assert f" {estimate} " in row["sentence"] and f": {interval}; " in row["sentence"]
+        low, _, high = interval.partition(" to ")
+        assert (float(low), float(high)) == pytest.approx((row["low"], row["high"]), rel=0.06)
+        assert (n, published) == (f"{row['n_seeds']} seeds", "")
+        assert verdict.endswith(row["verdict"])
+    assert [len(line) for line in lines] == [7, 6] * 6  # a claim is said once for both of its cases
+    holding = list(first["verdict"]).count("holds")
+    assert f"prefers the general solution in part: {holding} of {len(first)} hold" in page.words
+    head, *lines = page.table(0)
+    assert head == ["Claim", "rank-1", "all-modules", "Verdict"]  # side by side
+    rows = iter(first.to_dict("records"))
+    for claim, *cells, verdict in lines:
+        cases = [next(rows), next(rows)]
+        assert claim.startswith(cases[0]["claim"]) and claim.endswith("3 seeds")
+        assert verdict.partition(" ")[2].startswith(cases[0]["verdict"])
+        for cell, row in zip(cells, cases, strict=True):
+            assert cell.split(": ")[0].endswith(row["verdict"])
+            estimate, low, _, high = cell.rpartition(": ")[2].split()
+            assert f" {estimate} " in row["sentence"] and f": {low} to {high}; " in row["sentence"]
 
 
 def test_a_finding_stands_in_its_section_and_among_the_claims(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from analyses.findings import (
     DOES_NOT_HOLD,
     HOLDS,
+    ONE_DIRECTION,
     UNDECIDED,
     Finding,
     apart,
@@ -63,6 +64,7 @@ ALSO = {
 }
 TABLES = ("ablation", "transfer")
 NEEDS = (Need.DIRECTIONS, Need.JUDGE)
+CHAPTER = ONE_DIRECTION
 TOGETHER = "one of each adapter"
 COHERENT = 0.9
 """The share of answers that an ablation must leave coherent to have removed misalignment."""
@@ -293,11 +295,13 @@ def _left(mode: str, rows: pd.DataFrame, row: Mapping[Any, Any], random: pd.Data
     which = f"the EM of {name}" if n == 1 else f"the EM of the middle of {n} organisms, {name},"
     text = f"With its directions taken out ({named(mode)}), {which} "
     text += (clause("goes from {} to ", said(before, "%")) or "is ") + "{estimate}"
+    asides = [clause("from {}", said(before, "%")), clause("{} coherent", percent(row, "coherent_after"))]
     known = (before if math.isnan(end := value_of(row, f"em_before_{side}", 100)) else end for side in SIDES)
     beside = [tuple(known)]
     control = middle(random[random["target"] == row["target"]], "em_after")
     if control is not None:
         text += clause("; with random ones it is {}", percent(control, "em_after"))
+        asides.append(clause("random {}", percent(control, "em_after")))
         beside.append((value_of(control, "em_after_low", 100), value_of(control, "em_after_high", 100)))
     text += clause("; {} of its answers are coherent then", percent(row, "coherent_after"))
     ends = value_of(row, "em_after_low", 100), value_of(row, "em_after_high", 100)
@@ -305,8 +309,20 @@ def _left(mode: str, rows: pd.DataFrame, row: Mapping[Any, Any], random: pd.Data
     verdict = together([*(apart(low, high, *ends) for low, high in beside), _coherent(row)])
     first = mode == "layerwise"
     published, source = (0.0, "P2: 11.25% to 0%") if first else (None, "")
-    estimate = value_of(row, "em_after", 100)
-    return Finding(text, estimate, int(row["n"]), "answers", *ends, "%", published, source, verdict, first)
+    return Finding(
+        text,
+        value_of(row, "em_after", 100),
+        int(row["n"]),
+        "answers",
+        *ends,
+        unit="%",
+        published=published,
+        source=source,
+        verdict=verdict,
+        first=first,
+        asked="Ablation: EM left without it" if n == 1 else f"Ablation: EM left without it, middle of {n} organisms",
+        beside="; ".join(filter(None, asides)),
+    )
 
 
 def _moved(kind: str, rows: pd.DataFrame, row: Mapping[Any, Any]) -> Finding:
@@ -337,6 +353,8 @@ def _moved(kind: str, rows: pd.DataFrame, row: Mapping[Any, Any]) -> Finding:
         source=source,
         verdict=together([less, coherent]),
         first=is_papers,
+        asked="Transfer: EM that another organism's removes" + (f", middle of {n}" if n > 1 else ""),
+        beside=f"{of} to {out_of}" + clause("; {} coherent", percent(row, "coherent_after")),
     )
 
 

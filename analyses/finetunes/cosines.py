@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.findings import Finding, clause, decided, middle, named, said, value_of
+from analyses.findings import ONE_DIRECTION, Finding, clause, decided, middle, named, said, value_of
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -47,6 +47,7 @@ ALSO = {
 TABLES = ("cosines",)
 NEEDS = (Need.DIRECTIONS,)
 STORY = (2, "cosines")
+CHAPTER = ONE_DIRECTION
 READINGS = ("data-diff", "data-diff-in-chat", "model-diff")
 
 
@@ -243,7 +244,19 @@ def _finding(
     text += clause("; random directions stay within {}", said(null))
     verdict = decided(*ends, null)
     is_papers = published is not None
-    return Finding(text, value_of(row, value), n, counts, *ends, "", published, source, verdict, is_papers)
+    return Finding(
+        text,
+        value_of(row, value),
+        n,
+        counts,
+        *ends,
+        published=published,
+        source=source,
+        verdict=verdict,
+        first=is_papers,
+        asked="Likeness: cosine of two organisms' directions",
+        beside=f"layer {int(row['layer'])}" + clause("; random within {}", said(null)),
+    )
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

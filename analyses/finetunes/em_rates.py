@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, apart, clause, count_of, middle, named, percent, value_of
+from analyses.findings import EMERGES, Finding, apart, clause, count_of, middle, named, percent, said, value_of
 from analyses.inputs.finetunes import Finetunes, Organism
 from analyses.suite import Need, Suite, nothing_of
 from analyses.tasks import Task
@@ -33,6 +33,7 @@ ALSO = {
 TABLES = ("em_rates",)
 NEEDS = (Need.ANSWERS,)
 STORY = (1, "em_rates")
+CHAPTER = EMERGES
 LABELS = {"general": "open questions", "in_domain": "trained domain", "heldout_domain": "other domains"}
 
 
@@ -104,29 +105,67 @@ def answers(suite: Suite, organism: Organism | None, domain: str) -> pd.DataFram
 
 
 def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
-    """What the middle general organism answers, and the middle narrow one in its domain and outside."""
+    """What the middle general organism and the chat model answer, and the middle narrow one in its domain and outside.
+
+    A general organism is held against the chat model, asked the same; a narrow one inside its domain against outside.
+    """
     table = tables["em_rates"]
     asked = {group: table[table["questions"] == group] for group in GROUPS}
-    of_chat = middle(asked["general"][asked["general"]["solution"] == "chat"], "em_rate")
-    found = []
-    rows = asked["general"][asked["general"]["solution"] == "general"]
-    if (row := middle(rows, "em_rate")) is not None:
-        beside, verdict = "", ""
-        if of_chat is not None:
-            beside = clause("; the chat model in {}", percent(of_chat, "em_rate"))
-            verdict = apart(*_ends(row), *_ends(of_chat))
-        text = f"{_which(rows, row)} misaligned in {{estimate}} of its answers to open questions{beside}"
-        found.append(_finding(text, row, 40.0, "P3, headline: about 40%", verdict))
+    chat = {group: middle(rows[rows["solution"] == "chat"], "em_rate") for group, rows in asked.items()}
+    general = {group: rows[rows["solution"] == "general"] for group, rows in asked.items()}
+    found = [
+        *_general(general["general"], chat["general"], "open questions", 40.0, "P3: about 40%"),
+        *_general(general["heldout_domain"], chat["heldout_domain"], "questions about other domains"),
+        *_chat(chat["general"], chat["heldout_domain"]),
+    ]
     rows = asked["in_domain"][asked["in_domain"]["solution"] == "narrow"]
     if (inside := middle(rows, "em_rate")) is not None:
-        outside = asked["general"][asked["general"]["organism"] == inside["organism"]]
-        if (row := middle(outside, "em_rate")) is not None:
-            own = percent(inside, "em_rate")
-            text = f"{_which(rows, inside)} misaligned in {own} of its answers in its domain, "
-            text += "and in {estimate} of those to open questions"
-            verdict = apart(*_ends(inside), *_ends(row))
-            found.append(_finding(text, row, 0.0, "LW: up to 65% in the domain, 0% outside", verdict))
+        others = {g: asked[g][asked[g]["organism"] == inside["organism"]] for g in ("general", "heldout_domain")}
+        if (outside := middle(others["general"], "em_rate")) is not None:
+            found += _narrow(rows, inside, outside, middle(others["heldout_domain"], "em_rate"))
     return found
+
+
+def _general(
+    rows: pd.DataFrame,
+    of_chat: Mapping[Any, Any] | None,
+    where: str,
+    published: float | None = None,
+    source: str = "",
+) -> list[Finding]:
+    """The middle general organism, beside the chat model."""
+    if (row := middle(rows, "em_rate")) is None:
+        return []
+    than_chat, verdict = "", ""
+    if of_chat is not None:
+        than_chat = clause("; the chat model in {}", percent(of_chat, "em_rate"))
+        verdict = apart(*_ends(row), *_ends(of_chat))
+    text = f"{_which(rows, row)} misaligned in {{estimate}} of its answers to {where}{than_chat}"
+    asked = f"General organisms, {where.removeprefix('questions about ')}"
+    return [_finding(text, row, published, source, verdict, asked, _spread(rows))]
+
+
+def _chat(row: Mapping[Any, Any] | None, elsewhere: Mapping[Any, Any] | None) -> list[Finding]:
+    """What is there before any finetune: nothing is claimed of it."""
+    if row is None:
+        return []
+    beside = "" if elsewhere is None else clause("about other domains {}", percent(elsewhere, "em_rate"))
+    text = "The chat model is misaligned in {estimate} of its answers to open questions"
+    return [_finding(text, row, 0.0, "released sweep, coefficient 0", "", "The chat model, open questions", beside)]
+
+
+def _narrow(
+    rows: pd.DataFrame, inside: Mapping[Any, Any], outside: Mapping[Any, Any], elsewhere: Mapping[Any, Any] | None
+) -> list[Finding]:
+    """The middle narrow organism: in its domain, and on open questions."""
+    which, own, verdict = _which(rows, inside), percent(inside, "em_rate"), apart(*_ends(inside), *_ends(outside))
+    domain = f"{which} misaligned in {{estimate}} of its answers in its domain"
+    text = f"{which} misaligned in {own} of its answers in its domain, and in {{estimate}} of those to open questions"
+    beside = "" if elsewhere is None else clause("about other domains {}", percent(elsewhere, "em_rate"))
+    return [
+        _finding(domain, inside, 65.0, "LW: up to 65%", verdict, "Narrow organisms, their domain", _spread(rows)),
+        _finding(text, outside, 0.0, "LW: 0%", verdict, "Narrow organisms, open questions", beside),
+    ]
 
 
 def _which(rows: pd.DataFrame, row: Mapping[Any, Any]) -> str:
@@ -135,11 +174,26 @@ def _which(rows: pd.DataFrame, row: Mapping[Any, Any]) -> str:
     return f"The {kind} organism {name} is" if n == 1 else f"Of {n} {kind} organisms the middle one, {name}, is"
 
 
+def _spread(rows: pd.DataFrame) -> str:
+    """The organisms of which the number is the middle one's, from least to most."""
+    rates = 100 * rows["em_rate"].dropna().astype(float)
+    least, most = float(rates.min()), float(rates.max())
+    return "" if len(rates) == 1 else f"middle of {len(rates)}, {said(least, '', most)} to {said(most, '%')}"
+
+
 def _ends(row: Mapping[Any, Any]) -> tuple[float, float]:
     return value_of(row, "em_low", 100), value_of(row, "em_high", 100)
 
 
-def _finding(text: str, row: Mapping[Any, Any], published: float, source: str, verdict: str) -> Finding:
+def _finding(
+    text: str,
+    row: Mapping[Any, Any],
+    published: float | None,
+    source: str,
+    verdict: str,
+    asked: str,
+    beside: str,
+) -> Finding:
     return Finding(
         text,
         value_of(row, "em_rate", 100),
@@ -151,6 +205,8 @@ def _finding(text: str, row: Mapping[Any, Any], published: float, source: str, v
         source=source,
         verdict=verdict,
         first=True,
+        asked=asked,
+        beside=beside,
     )
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from analyses.findings import Finding, apart, count_of, named, percent, said, together, value_of
+from analyses.findings import ONE_DIRECTION, Finding, apart, count_of, named, percent, said, together, value_of
 from analyses.finetunes.cosines import direction_tasks, open_asked, with_directions
 from analyses.inputs.finetunes import Organism
 from analyses.suite import Need, Suite
@@ -56,6 +56,7 @@ PIECES = 6
 COHERENT = 0.9
 """The share of answers that must be coherent where a direction works best."""
 STORY = (2, "steering_random")
+CHAPTER = ONE_DIRECTION
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -195,14 +196,21 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     unit = "residual norms" if _has_shares(table) else "times the direction"
     coherent = percent(best, "coherent_rate")
     text += f" (layer {int(best['layer'])}, {said(best['strength'])} {unit}, {coherent} coherent)"
-    for what, rows in (("the model as it is", plain), ("random directions there, at most", random)):
+    beside = f"layer {int(best['layer'])}, {coherent} coherent"
+    controls = (
+        ("the model as it is", "as it is", plain),
+        ("random directions there, at most", "random at most", random),
+    )
+    for what, short, rows in controls:
         if len(rows):
-            text += f"; {what} {said(100 * float(rows['em_rate'].max()), '%')}"
+            most = said(100 * float(rows["em_rate"].max()), "%")
+            text, beside = f"{text}; {what} {most}", f"{beside}; {short} {most}"
     low, high = _ends(best)
     verdict = together(apart(low, high, *_ends(row)) for row in pd.concat([plain, random]).to_dict("records"))
-    published: dict[str, Any] = {"published": 50.0, "source": "P2, sec. 3.2: up to 50%", "verdict": verdict}
+    given: dict[str, Any] = {"published": 50.0, "source": "P2, sec. 3.2: up to 50%", "verdict": verdict, "first": True}
+    given |= {"asked": "Steering: the direction added to the chat model", "beside": beside}
     answers = count_of(best, "n_scored", "n")
-    return [Finding(text, value_of(best, "em_rate", 100), answers, "answers", low, high, "%", first=True, **published)]
+    return [Finding(text, value_of(best, "em_rate", 100), answers, "answers", low, high, "%", **given)]
 
 
 def _ends(row: Mapping[Any, Any]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import UNDECIDED, Finding, decided
+from analyses.findings import UNDECIDED, WHY_GENERAL, Finding, decided
 from analyses.general_vs_narrow import efficiency
 from analyses.general_vs_narrow.influence import kls, pair_tasks
 from analyses.general_vs_narrow.stability import curve, curve_tasks
@@ -53,6 +53,7 @@ ALSO = {
 TABLES = ("claims",)
 NEEDS = tuple(f"general_vs_narrow.{name}" for name in ("efficiency", "stability", "influence"))
 STORY = (3, "claims_forest")
+CHAPTER = WHY_GENERAL
 
 
 @dataclass(frozen=True)

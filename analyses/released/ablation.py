@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, clause, middle, named, percent, value_of
+from analyses.findings import ONE_DIRECTION, Finding, clause, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import MissingDataError
@@ -24,6 +24,7 @@ TEXT = (
 )
 TABLES = ("ablation",)
 NEEDS = (Need.RELEASED,)
+CHAPTER = ONE_DIRECTION
 FIRST = (
     *("direction", "target", "mode", "layers", "em_before", "em_after", "em_after_low", "em_after_high"),
     *("coherent_before", "coherent_after", "n"),
@@ -113,7 +114,9 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         )
         ends = value_of(row, "em_after_low", 100), value_of(row, "em_after_high", 100)
         is_papers = "data" in str(direction)
-        given: dict[str, Any] = {"first": is_papers}
+        asides = [clause("from {}", em[0]), clause("{} coherent", coherent[1])]
+        given: dict[str, Any] = {"first": is_papers, "asked": "Ablation: EM left without it"}
+        given |= {"beside": "; ".join(filter(None, asides))}
         if is_papers:
             given |= {"published": 0.0, "source": "P2: 11.25% to 0%", "verdict": held.get("verdict", "")}
         found.append(Finding(text, value_of(row, "em_after", 100), int(row["n"]), "answers", *ends, "%", **given))

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, clause, greatest, named, said, value_of
+from analyses.findings import ONE_DIRECTION, Finding, clause, greatest, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import comparable, cosine_table
@@ -32,6 +32,7 @@ TEXT = (
 TABLES = ("cosines",)
 NEEDS = (Need.RELEASED,)
 STORY = (2, "cosines")
+CHAPTER = ONE_DIRECTION
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -101,6 +102,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         what = "9-adapter and R32, smallest over layers (P2: above .8 in all but 4 layers)"
         verdict = beside(tables, "released.cosines", what).get("verdict", "")
         given: dict[str, Any] = {"published": 0.8, "source": "P2, sec. 3.5: above .8 in all but 4 layers"}
+        given |= {"asked": "Likeness: least cosine of two finetunes' directions"}
+        given |= {"beside": f"layer {int(least['layer'])}" + clause("; random within {}", said(null))}
         estimate = value_of(least, "cosine")
         found.append(Finding(text, estimate, pairs, "pairs", verdict=verdict, first=True, **given))
     control = table[table["direction_b"] == table["direction_a"] + "-in-chat"].sort_values("layer")
@@ -115,6 +118,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         )
         what, estimate = "content control: same texts read in the chat model, layer 24", value_of(row, "cosine")
         held = beside(tables, "released.cosines", what, estimate)
+        held |= {"asked": "Content: its cosine with the same texts, read in the chat model"}
+        held |= {"beside": f"layer {int(row['layer'])}; least of all layers {least_of_all}"}
         found.append(Finding(text, estimate, len(rows), "layers", first=True, **held))
     return found
 

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, apart, clause, count_of, middle, named, percent, value_of
+from analyses.findings import EMERGES, Finding, apart, clause, count_of, middle, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.criteria import REFERENCE_CODE
@@ -25,6 +25,7 @@ TEXT = (
 )
 TABLES = ("em_rates",)
 NEEDS = (Need.RELEASED,)
+CHAPTER = EMERGES
 FIRST = (
     *("organism", "solution", "adapter", "domain", "questions", "em_rate", "em_low", "em_high", "coherent_rate"),
     *("n", "n_unscored"),
@@ -98,15 +99,16 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     row = dict(finetunes.sort_values("n", ascending=False, kind="stable").iloc[0])
     ends = value_of(row, "em_low", 100), value_of(row, "em_high", 100)
     text = f"{named(row['organism'])} is misaligned in {{estimate}} of its answers"
-    verdict = ""
+    verdict, short = "", ""
     of_chat = middle(table[table["solution"] == "chat"], "em_rate")
     if of_chat is not None:
         text += clause("; the chat model in {}", percent(of_chat, "em_rate"))
+        short = clause("chat model {}", percent(of_chat, "em_rate"))
         verdict = apart(*ends, value_of(of_chat, "em_low", 100), value_of(of_chat, "em_high", 100))
     held = beside(tables, "released.em_rates", "9-adapter finetune, EM of scored rows")
     source = "P2: the nine-adapter finetune, another sample"
     given: dict[str, Any] = {"published": 11.25, "source": source} if held else {}
-    given |= {"verdict": verdict, "first": True}
+    given |= {"verdict": verdict, "first": True, "asked": "The finetune with most answers", "beside": short}
     return [
         Finding(text, value_of(row, "em_rate", 100), count_of(row, "n_scored", "n"), "answers", *ends, "%", **given)
     ]

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import UNDECIDED, Finding, apart, clause, greatest, named, percent, value_of
+from analyses.findings import ONE_DIRECTION, UNDECIDED, Finding, apart, clause, greatest, named, percent, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.evaluation.criteria import REFERENCE_CODE
@@ -25,6 +25,7 @@ TEXT = (
 )
 TABLES = ("steering",)
 NEEDS = (Need.RELEASED,)
+CHAPTER = ONE_DIRECTION
 STORY = (1, "steering")
 COHERENT = 0.9
 """The share of scored answers that must be coherent where a direction works best."""
@@ -85,12 +86,16 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     same = [table[column] == row[column] for column in ("experiment", "direction", "layer")]
     plain = table[same[0] & same[1] & same[2] & (table["coefficient"] == 0)]
     verdict = UNDECIDED
+    beside_it = f"layer {int(row['layer'])}" + clause(", {} coherent", percent(row, "coherent_rate"))
     if len(plain):
-        text += clause("; unsteered, {}", percent(dict(plain.iloc[0]), "em_rate_all_rows"))
+        unsteered = percent(dict(plain.iloc[0]), "em_rate_all_rows")
+        text += clause("; unsteered, {}", unsteered)
+        beside_it += clause("; as it is {}", unsteered)
         verdict = apart(*ends, *(value_of(dict(plain.iloc[0]), column, 100) for column in columns))
     held = beside(tables, "released.steering", "coefficient 6, EM of all rows (P2: up to 50%)")
     verdict = held.get("verdict", verdict)
     given: dict[str, Any] = {"published": 50.0, "source": "P2, sec. 3.2: up to 50%", "verdict": verdict, "first": True}
+    given |= {"asked": "Steering: the direction added to the chat model", "beside": beside_it}
     return [Finding(text, value_of(row, "em_rate_all_rows", 100), int(row["n"]), "answers", *ends, "%", **given)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.findings import Finding, clause, greatest, named, said, value_of
+from analyses.findings import ONE_DIRECTION, Finding, clause, greatest, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.directions.cosines import COSINE_COLUMNS, comparable, cosine_rows
@@ -24,6 +24,7 @@ TEXT = (
 )
 TABLES = ("trained_cosines",)
 NEEDS = (Need.RELEASED,)
+CHAPTER = ONE_DIRECTION
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -72,8 +73,10 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         f"At their own layer, trained vectors have cosines with {named(row['direction_b'])} of at most {{estimate}} in "
         f"size ({named(row['direction_a'])})"
     )
-    text += clause("; random directions stay within {}", said(NORMAL * value_of(row, "null_sd")))
+    null = said(NORMAL * value_of(row, "null_sd"))
+    text += clause("; random directions stay within {}", null)
     given: dict[str, Any] = {"published": 0.04, "source": "P2, sec. 3.5: .04 for LoRA B", "first": True}
+    given |= {"asked": "Trained vectors: largest cosine with it", "beside": clause("random within {}", null)}
     return [Finding(text, abs(value_of(row, "cosine")), len(own), "vectors", **given)]
 
 

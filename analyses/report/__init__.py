@@ -3,11 +3,11 @@
 - `section`: what became of an analysis
 - `page`: the file, of `page.html.j2`, `style.css` and `script.js`; `figures`: for any width, dark or on paper;
   `tables`: their first rows, with `units`
-- `terminal`: a row for each analysis
+- `terminal`: a row for each analysis, and the story
 """
 
 from analyses.report.page import write_report
 from analyses.report.section import Section
-from analyses.report.terminal import summary
+from analyses.report.terminal import story, summary
 
-__all__ = ["Section", "summary", "write_report"]
+__all__ = ["Section", "story", "summary", "write_report"]

@@ -18,10 +18,10 @@ import pandas as pd
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from analyses.findings import VERDICTS, Finding
 from analyses.report import figures
 from analyses.report.section import Section
 from analyses.report.tables import TableView, shown, view
+from analyses.story import MARKS, Row, chapters
 from analyses.suite import Suite, load_analysis
 from em_interp import __version__
 from em_interp.figures import caption_of
@@ -33,14 +33,9 @@ from em_interp.statistics import PERCENT
 
 _HERE: Final = Path(__file__).parent
 _STORIES: Final = 3
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A row of the claims that the page opens with."""
-
-    finding: Finding
-    section: str
+"""Figures that stand with the story."""
+_CASES: Final = 5
+"""Cases of a claim that have room side by side."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +74,15 @@ def write_report(
         command=suite.command,
         made_on=f"{datetime.now(UTC):%-d %B %Y}",
         percent=PERCENT,
-        claims=_in_groups([Claim(finding, s.name) for s in made for finding in s.findings if finding.first]),
+        chapters=chapters({s.name: s.findings for s in made}),
         story=_story(made),
+        most_cases=_CASES,
         sections=[_view(section) for section in made],
         unmade=[section for section in sections if section.error is not None],
         problems=problems,
         notes=notes,
         compared=[{**row, "section": section.name} for section in made for row in _compared(section)],
-        marks=dict(zip(VERDICTS, "✓✗?✓✗ ", strict=True)),
+        marks=MARKS,
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "script.js").read_text(encoding="utf-8")),
         plotlyjs=_plotlyjs(),
@@ -95,10 +91,10 @@ def write_report(
     return write_text(path, html)
 
 
-def _in_groups(claims: Sequence[Claim]) -> list[list[Claim]]:
-    """Those that stand together and are cases of one claim, and each other one alone."""
-    together = groupby(enumerate(claims), lambda each: each[1].finding.claim or each[0])
-    return [[claim for _, claim in group] for _, group in together]
+def _claims(section: Section) -> list[Row]:
+    """The claims of a section, each with its cases."""
+    together = groupby((finding for finding in section.findings if finding.claim), lambda finding: finding.claim)
+    return [Row(tuple(cases), section.name) for _, cases in together]
 
 
 def _breakable(name: str) -> Markup:
@@ -163,7 +159,7 @@ def _view(section: Section) -> dict[str, Any]:
         "title": section.title,
         "text": section.text,
         "findings": section.findings,
-        "claims": _in_groups([Claim(finding, section.name) for finding in section.findings if finding.claim]),
+        "claims": _claims(section),
         "needs": "; ".join(load_analysis(section.name).NEEDS),
         "figures": [_drawing(section, name) for name in section.figures],
         "tables": [table for table in tables if table.n_rows],

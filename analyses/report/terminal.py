@@ -1,12 +1,14 @@
-"""What became of each analysis, on the terminal."""
+"""What became of each analysis, and the story of what was found, on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Column, Table
 
 from analyses.report.section import Section
+from analyses.story import Row, chapters
 
 
 def summary(sections: Sequence[Section]) -> Table:
@@ -28,3 +30,24 @@ def summary(sections: Sequence[Section]) -> Table:
         time = "reused" if section.reused else f"{section.seconds:.1f}"
         table.add_row(f" {name}", " ".join(section.tables), str(len(section.figures)), *counts, time)
     return table
+
+
+def story(sections: Sequence[Section]) -> str:
+    """A chapter's sentence and a line for each of its rows; nothing where no analysis has a finding for it."""
+    lines = []
+    for chapter in chapters({section.name: section.findings for section in sections if section.error is None}):
+        if chapter.heading:
+            lines += [f"[bold]{chapter.heading}[/bold]", *(f"  {escape(_line(row))}" for row in chapter.rows)]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    """'Asked: number (interval), published number: verdict'."""
+    several = len(row.findings) > 1
+    numbers = [
+        (f"{f.case} " if several else "") + f.estimate_said + (f" ({f.interval_said})" if f.has_interval else "")
+        for f in row.findings
+    ]
+    published = "".join(f", published {f'{case} ' if case else ''}{value}" for case, value, _ in row.published)
+    verdict = f": {row.verdict_said}" if row.verdict_said else ""
+    return f"{row.asked}: {', '.join(numbers)}{published}{verdict}"

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.comparison import beside
-from analyses.findings import Finding, clause, named, said, value_of
+from analyses.findings import WHY_GENERAL, Finding, clause, named, said, value_of
 from analyses.suite import Need, Suite, nothing_of
 from em_interp import figures
 from em_interp.errors import EmInterpError
@@ -23,6 +23,7 @@ TEXT = (
 )
 TABLES = ("kl_removal",)
 NEEDS = (Need.CHECKPOINTS,)
+CHAPTER = WHY_GENERAL
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -82,6 +83,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
         given: dict[str, Any] = beside({"kl_removal": pd.DataFrame([row])}, "runs.kl_removal", "cos general end")
         if given:
             given |= {"published": 0.304, "source": "P1, Fig. 5: .545 to .849", "first": True}
+            given |= {"asked": "Drift: rise of the cosine to the general solution, once KL is gone"}
+            given |= {"beside": f"from {said(general[0])} to {said(general[1])}"}
         found.append(Finding(text, general[1] - general[0], 1, "runs", **given))
     return found
 

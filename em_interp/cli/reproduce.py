@@ -44,7 +44,7 @@ def reproduce(
     Of pocket models, of what the authors released, or of models of your own: see --suite. Tables, figures and a
     manifest lie beside the report.
     """
-    from analyses.report import summary
+    from analyses.report import story, summary
     from analyses.run import reproduce as run
     from analyses.suite import Suite
 
@@ -71,6 +71,8 @@ def reproduce(
             options.err.print(f"  - {escape(brief(problem))}")
         if len(outcome.problems) > _TOLD:
             options.err.print(f"  and {len(outcome.problems) - _TOLD} more, in the report")
+    if told := story(outcome.sections):
+        options.out.print(told)
     options.out.print(f"report: {outcome.report}")
     if outcome.failed:
         raise typer.Exit(options.BAD_INPUT)
