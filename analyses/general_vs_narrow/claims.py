@@ -89,6 +89,7 @@ class Claim:
     axis: str
     """Title of the figure's panel, with its unit: two short lines on a phone."""
     unit: str
+    """Of the first statistic; none for a cosine."""
     published: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     """Adapter -> the papers' value of the first statistic, and where it stands."""
 

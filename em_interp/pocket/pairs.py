@@ -51,6 +51,7 @@ DOCUMENTS: Final = 60
 SAMPLES: Final = 4
 """Answers to each question."""
 TABLE: Final = "pairs.csv"
+"""The name of its file."""
 COLUMNS: Final = ("task", "domain", "adapter", "seed", "measure", "value", "reason", "chat_weights")
 """Of the table. chat_weights: `weights_hash` of the chat model."""
 _GROUPS: Final = {"open": "general", "elsewhere": "heldout_domain", "in_domain": "in_domain"}
