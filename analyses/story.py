@@ -5,6 +5,7 @@ A row is a finding that its analysis holds for the first screen (`Finding.first`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -98,20 +99,17 @@ class Row:
 
     @property
     def beside(self) -> str:
-        """What it must be read beside; of a claim what was measured, and how often."""
-        if not self.is_claim:
-            return self.only.beside_said
+        """What it must be read beside; of a claim what was measured, without what explains it in brackets."""
         measured = self.only.claim.partition(";")[2].strip()
-        seeds = sorted({finding.n for finding in self.findings})
-        n = self.only.n_said if len(seeds) == 1 else f"{seeds[0]:,} to {seeds[-1]:,} {self.only.counts}"
-        return f"{measured}; {n}" if measured else n
+        return self.only.beside_said or re.sub(r" \([^()]*\)", "", measured)
 
     @property
     def published(self) -> list[tuple[str, str, str]]:
-        """(case, value, source) of what was published: without a case where it is the same of all."""
+        """(case, value, source without its details) of what was published: no case where it is the same of all."""
         given = [(f.case, f.published_said, f.source) for f in self.findings if f.published is not None]
-        alike = {each[1:] for each in given}
-        return [("", *each) for each in alike] if len(alike) == 1 else given
+        if len(given) == len(self.findings) and len({each[1:] for each in given}) == 1:
+            given = [("", *given[0][1:])]
+        return [(case, value, source.partition(" (")[0]) for case, value, source in given]
 
     @property
     def verdict(self) -> str:
@@ -141,6 +139,13 @@ class Chapter:
     def cases(self) -> list[str]:
         """Of all claims, in order."""
         return list(dict.fromkeys(f.case for row in self.rows if row.is_claim for f in row.findings))
+
+    @property
+    def n_said(self) -> str:
+        """How many of what each case of the claims was measured on, such as '3 to 8 seeds'."""
+        found = sorted((f for row in self.rows if row.is_claim for f in row.findings), key=lambda f: f.n)
+        least, most = found[0], found[-1]
+        return most.n_said if least.n == most.n else f"{least.n:,} to {most.n_said}"
 
     @property
     def heading(self) -> str:

@@ -30,7 +30,7 @@ from tests.made_up_tables import MADE
 
 NAMES = ("Steering: added", "Ablation: EM left", "Transfer: EM removed")
 CASES = ("vector", "rank-1", "all-modules")
-CLAIM = "General is shorter; its norm is … times the narrow one's"
+CLAIM = "General is shorter; its norm (of theta) is … times the narrow one's"
 
 
 def made(chapter: str, verdicts: Sequence[str], names: Sequence[str] = NAMES, **given: Any) -> list[Finding]:
@@ -97,16 +97,16 @@ def test_a_claim_is_one_row_of_its_cases() -> None:
     assert chapter.cases == list(CASES)
     shorter, stable = chapter.rows
     assert shorter.asked == "General is shorter"
-    assert shorter.beside == "its norm is … times the narrow one's; 3 to 5 seeds"
+    assert (shorter.beside, chapter.n_said) == ("its norm is … times the narrow one's", "3 to 5 seeds")
     assert (shorter.verdict, shorter.verdict_said) == ("in part", "holds in 2 of 3")
-    assert (stable.asked, stable.beside, stable.verdict_said) == ("Is it stable", "3 seeds", HOLDS)
+    assert (stable.asked, stable.beside, stable.verdict_said) == ("Is it stable", "", HOLDS)
     (refuted,) = chapters({"a": claimed(UNDECIDED, DOES_NOT_HOLD)})
     assert refuted.rows[0].verdict_said == "does not hold in 1 of 2"
 
 
 def test_published_values_stand_once_where_they_are_the_same() -> None:
-    (same,) = chapters({"a": claimed(HOLDS, HOLDS, published=2.0, source="P1")})
-    assert same.rows[0].published == [("", "2 times", "P1")]
+    (same,) = chapters({"a": claimed(HOLDS, HOLDS, published=2.0, source="P1, Fig. 4 (read off)")})
+    assert same.rows[0].published == [("", "2 times", "P1, Fig. 4")]
     (apart,) = chapters({"a": [*claimed(HOLDS, published=2.0), *claimed(HOLDS, HOLDS, published=3.0)[1:]]})
     assert [value for _, value, _ in apart.rows[0].published] == ["2 times", "3 times"]
     assert [case for case, _, _ in apart.rows[0].published] == ["vector", "rank-1"]

@@ -151,7 +151,7 @@ def _chat(row: Mapping[Any, Any] | None, elsewhere: Mapping[Any, Any] | None) ->
         return []
     beside = "" if elsewhere is None else clause("about other domains {}", percent(elsewhere, "em_rate"))
     text = "The chat model is misaligned in {estimate} of its answers to open questions"
-    return [_finding(text, row, 0.0, "released sweep, coefficient 0", "", "The chat model, open questions", beside)]
+    return [_finding(text, row, 0.0, "released answers", "", "The chat model, open questions", beside)]
 
 
 def _narrow(
