@@ -124,6 +124,7 @@ class Analysis(Protocol):
 
     It may have besides: `findings(tables) -> list[Finding]`; `tasks(suite) -> list[Task]`; `asks(suite) -> dict[str,
     int]`, how many answers it has sampled, each kind by a name that is the same where another analysis shares them;
+    `CHAPTER`, one of `findings.CHAPTERS`, in which the report's opening tells those of its findings that are `first`;
     `STORY`, the place and the name of its figure among those that the report opens with; `ALSO`, source -> what TEXT
     says further of that source's data, where `asked` stands for models that are asked and judged here.
     """
