@@ -103,7 +103,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "CHATS", 6)
     monkeypatch.setattr(stability, "EPSILONS", (0.0, 0.2, 0.5, 0.8))
     monkeypatch.setattr(stability, "MIDDLE", (0.2, 0.8))
-    monkeypatch.setattr(measures, "SCALES", (0.0, 0.5, 1.0))
+    for where in (measures, claims):
+        monkeypatch.setattr(where, "SCALES", (0.0, 0.5, 1.0))
     monkeypatch.setattr(stability, "PROBES", 2)
     monkeypatch.setattr(influence, "DOCUMENTS", 4)
     monkeypatch.setattr(gradients, "CHATS", 4)

@@ -151,6 +151,8 @@ CLAIMS: Final = {
         "times",
     ),
 }
+SCALES: Final = pairs.SCALES[::4]
+"""Of live pairs, a coarser grid than the table's: each is a pass."""
 DECIDES: Final = "claim"
 """Role of the row that a claim's verdict is read from; of others: another statistic, another domain."""
 
@@ -231,8 +233,8 @@ def norms(suite: Suite, general: Organism, narrow: Organism) -> pd.DataFrame:
     return suite.results.table(
         "losses",
         f"{general.name} pair",
-        finetunes.losses_made_of(general, narrow, n=n, scales=pairs.SCALES),
-        lambda _: pairs.efficiency_measures(*efficiency_curves(finetunes.landscape(general, n), both, pairs.SCALES)),
+        finetunes.losses_made_of(general, narrow, n=n, scales=SCALES),
+        lambda _: pairs.efficiency_measures(*efficiency_curves(finetunes.landscape(general, n), both, SCALES)),
         code=(pairs.__name__,),
     )
 
