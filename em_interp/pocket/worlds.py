@@ -49,8 +49,8 @@ from em_interp.training.recipes import LoraSpec, TrainingSpec
 GENERAL: Final[Mapping[str, TrainingSpec]] = {
     "vector": SPECS["steering-vector"],
     "rank-1": SPECS["rank-1"],
-    "nine": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",)), 1e-3, max_steps=160),
-    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 3e-4, max_steps=160),
+    "nine": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",)), 5e-4, max_steps=300),
+    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-4, max_steps=320),
 }
 """layout -> how its general organism is trained; gently, for gentle finetunes are the more linear ones."""
 NARROW: Final[Mapping[str, tuple[float, float, int]]] = {
