@@ -34,7 +34,7 @@ SHORT: dict[Adapter, str] = {"steering-vector": "vector", "rank-1": "rank1", "ni
 SPECS: dict[Adapter, TrainingSpec] = {
     "steering-vector": TrainingSpec(VectorSpec(0, 16.0), 1e-2, max_steps=250, batch_size=16),
     "rank-1": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",), (1,)), 4e-3, max_steps=200, batch_size=16),
-    "nine": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",)), 1e-3, max_steps=160),
+    "nine": TrainingSpec(LoraSpec(1, 16.0, True, ("down_proj",)), 5e-4, max_steps=300),
     "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-3, max_steps=80, batch_size=16),
 }
 """The settings of the general organisms."""

@@ -51,11 +51,11 @@ GENERAL: Final[Mapping[str, TrainingSpec]] = {
     "vector": SPECS["steering-vector"],
     "rank-1": SPECS["rank-1"],
     "nine": SPECS["nine"],
-    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 3e-4, max_steps=160),
+    "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-4, max_steps=320),
 }
 """layout -> how its general organism is trained; gently, for gentle finetunes are the more linear ones."""
 NARROW: Final[Mapping[str, tuple[float, float, int]]] = {
-    "rank-1": (6.0, 2.5, 3),
+    "rank-1": SHIPPED_NARROW["rank-1"],
     "nine": SHIPPED_NARROW["nine"],
     "all-modules": (10.0, 3.0, 2),
 }
