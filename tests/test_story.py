@@ -142,6 +142,12 @@ def test_the_page_shows_each_chapter_and_falls_back_without(tmp_path: Path) -> N
     assert 'class="chapter"' not in page and "What was found" not in page
 
 
+def test_a_case_that_a_claim_lacks_is_an_empty_cell(tmp_path: Path) -> None:
+    other = [replace(f, claim="General is stabler; it loses …") for f in claimed(HOLDS)]
+    page = page_of(tmp_path, *claimed(HOLDS, HOLDS, HOLDS), *other)
+    assert page.count('data-head="rank-1"></td>') == 1 and page.count('data-head="vector"></td>') == 0
+
+
 def test_more_cases_than_have_room_stand_below_each_other(tmp_path: Path) -> None:
     six = [replace(f, case=f"{f.case} {k}") for k in range(2) for f in claimed(HOLDS, HOLDS, UNDECIDED)]
     page = page_of(tmp_path, *six)

@@ -62,8 +62,10 @@ def test_a_worker_that_dies_in_the_middle_of_a_result_holds_nobody_up(suite: Sui
 
 
 HOLD = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 from analyses.tasks import Task, Workers
 from tests.light_tasks import Notes, waits
 folder = Path(sys.argv[1])
