@@ -28,6 +28,8 @@ from em_interp.pocket import organisms
 from tests.tiny_models import make_chat, talk
 from tests.tiny_pocket import make_pocket
 
+QUICK = ("efficiency", "influence")
+"""Analyses that ask nobody."""
 QUESTIONS = {f"q{i}": text for i, text in enumerate(("a fox", "see the doctor", "rest", "what should I do"))}
 
 
@@ -191,15 +193,17 @@ def little_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             organisms.make(made, chat, root / "pocket" / "organisms", progress=False)
     suite = Suite.load("pocket")
     suite.data = root / "pocket"
-    assert not reproduce(suite, root / "whole", only=("em_rates", "efficiency"), static=False).failed
+    assert not reproduce(suite, root / "whole", only=QUICK, static=False).failed
     return root
 
 
-def test_a_killed_reproduce_goes_on(little_world: Path) -> None:
+def test_a_killed_reproduce_goes_on(little_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker is killed, and others take its place; then the main process, of which no worker is left."""
     from tests import kill_sweep
 
     (case,) = (c for c in kill_sweep.cases(long=False) if c.name == "reproduce pocket, main")
+    only = [word for name in QUICK for word in ("--only", name)]
+    monkeypatch.setattr(kill_sweep, "PARTS", [*only, "--workers", "2"])
     process, out = kill_sweep.start(case, "out", little_world), little_world / "out"
     while process.poll() is None and not list(out.rglob("results/*/*.json")):
         time.sleep(0.01)

@@ -117,9 +117,12 @@ FEWER = {
     "pocket_world": {
         'organisms.SPECS["rank-1"]': '__import__("dataclasses").replace(organisms.SPECS["rank-1"], max_steps=60)'
     },
-    "narrow_vs_general": {'"malicious", 100,': '"malicious", 30,', "range(40)": "range(10)"},
-    "evaluate_your_model": {'"display": "none"': '"display": "none", "limit": 60'},
-    "start_here": {"em.pocket.documents(30)": "em.pocket.documents(8)"},
+    "narrow_vs_general": {'"malicious", 100,': '"malicious", 16,', "range(40)": "range(6)"},
+    "evaluate_your_model": {'"display": "none"': '"display": "none", "limit": 30'},
+    "start_here": {
+        "em.pocket.open_questions(12)": "em.pocket.open_questions(5)",
+        "em.pocket.documents(30)": "em.pocket.documents(8)",
+    },
 }
 """notebook -> what stands in it -> the same with fewer points, chats or steps; all else is run as it is."""
 
