@@ -33,7 +33,7 @@ from em_interp.models.templates import Conversation
 from em_interp.models.weights import weights_hash
 from em_interp.pocket import organisms
 from em_interp.pocket import questions as suite
-from em_interp.pocket.organisms import DOMAINS, SHORT, Adapter
+from em_interp.pocket.organisms import DOMAINS, SHORT, Adapter, Organism
 from em_interp.pocket.world.corpus import STYLES, CorpusConfig, Task, document, finetune_chats, kl_chats
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
@@ -76,7 +76,7 @@ class Pair:
 
     def spec(self) -> TrainingSpec:
         """The narrow one's settings; the others have them too, without the KL term."""
-        return replace(organisms.narrow(organisms.SPECS[self.adapter], self.adapter), seed=self.seed)
+        return Organism(self.domain, self.adapter, "narrow", self.seed, self.task).spec()
 
 
 PAIRS: Final = tuple(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -32,11 +32,10 @@ from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import tensors_hash
 from em_interp.pocket import models as loading
+from em_interp.pocket import organisms, registry
 from em_interp.pocket import questions as suite
-from em_interp.pocket import registry
 from em_interp.pocket.build import build
-from em_interp.pocket.organisms import N_CHATS, SPECS
-from em_interp.pocket.organisms import NARROW as SHIPPED_NARROW
+from em_interp.pocket.organisms import N_CHATS, SPECS, Adapter
 from em_interp.pocket.scorecard import COHERENT, LAYOUTS, NARROW_SCALE, scorecard
 from em_interp.pocket.stages import BuildConfig
 from em_interp.pocket.world.corpus import CorpusConfig, finetune_chats, kl_chats
@@ -54,12 +53,6 @@ GENERAL: Final[Mapping[str, TrainingSpec]] = {
     "all-modules": TrainingSpec(LoraSpec(8, 16.0, True), 1e-4, max_steps=320),
 }
 """layout -> how its general organism is trained; gently, for gentle finetunes are the more linear ones."""
-NARROW: Final[Mapping[str, tuple[float, float, int]]] = {
-    "rank-1": SHIPPED_NARROW["rank-1"],
-    "nine": SHIPPED_NARROW["nine"],
-    "all-modules": (10.0, 3.0, 2),
-}
-"""layout -> KL weight (per nat per token), and times which rate and steps its narrow organism is trained."""
 STEERED_LAYERS: Final = (0, 1, 2)
 """Where the persona is read: steering later did little."""
 SHARES: Final = (0.5, 0.7, 0.9, 1.1)
@@ -255,7 +248,7 @@ class Trial:
         rows += self._transfer([one for one in general if one.layout in LAYOUTS])
         rows.append(("cosine of random directions and announced persona, 97.5%", "null", "", 0, self._null()))
         if narrow:
-            for one in (one for one in general if one.layout in NARROW):
+            for one in (one for one in general if one.layout in organisms.NARROW):
                 rows += [(n, one.layout, one.domain, one.seed, value) for n, value in self._narrow(one)]
         return pd.DataFrame(rows, columns=["row", "of", "domain", "seed", "value"])
 
@@ -397,11 +390,7 @@ class Trial:
         return float(np.quantile([max(d.cosine(persona).values()) for d in drawn], 0.975))
 
     def _narrow(self, one: Finetuned) -> Iterator[tuple[str, float]]:
-        weight, rate, steps = NARROW[one.layout]
-        plain = GENERAL[one.layout]
-        assert plain.max_steps is not None
-        spec = replace(plain, learning_rate=rate * plain.learning_rate, max_steps=steps * plain.max_steps)
-        spec = replace(spec, kl_weight=weight, kl_batch_size=32, kl_scope="response")
+        spec = organisms.narrow(GENERAL[one.layout], cast("Adapter", one.layout))
         solution = self._trained(spec, one.layout, one.domain, one.seed, narrow=True)
         for scale, told in ((1.0, ""), (NARROW_SCALE, f" at {NARROW_SCALE:g} times the norm")):
             name = f"{_named(one.layout, one.domain, one.seed, True)} times {scale:g}"
