@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook looks it up by name)
@@ -25,6 +27,9 @@ import pytest  # noqa: E402
 
 from tests import published_factory  # noqa: E402
 
+if TYPE_CHECKING:
+    from em_interp.models.chat_model import ChatModel
+
 PUBLISHED = Path(os.environ.get("EM_INTERP_PUBLISHED", Path(__file__).parents[1].parent / "shared" / "published"))
 
 
@@ -40,3 +45,19 @@ def released() -> Path:
     if not PUBLISHED.is_dir():
         pytest.skip(f"the released files are not at {PUBLISHED.name}/ beside the checkout (set EM_INTERP_PUBLISHED)")
     return PUBLISHED
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pocket chat model of a few steps: `tests.tiny_pocket`."""
+    from tests.tiny_pocket import make_pocket
+
+    return make_pocket(tmp_path_factory.mktemp("pocket"))
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tiny_chat_folder: Path) -> ChatModel:
+    """The same, loaded. Tests leave it as it was."""
+    from em_interp.pocket.models import load_chat
+
+    return load_chat(tiny_chat_folder)

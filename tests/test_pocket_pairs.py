@@ -16,26 +16,15 @@ from em_interp.files.results import read_table
 from em_interp.landscape import pairs as measures
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat_model import ChatModel
-from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, pairs
 from em_interp.pocket.pairs import Pair, measure_all
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
 from tests.test_kills import Killed, stop_at
-from tests.tiny_pocket import ask_little, make_pocket
+from tests.tiny_pocket import ask_little
 
 RANK1, VECTOR = Pair("sports", "rank-1"), Pair("sports", "steering-vector")
 RATES = [f"rate_{group}_returned" for group in ("open", "elsewhere", "in_domain")]
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pocket(tmp_path_factory.mktemp("pocket"))
-
-
-@pytest.fixture(scope="module")
-def chat(chat_folder: Path) -> ChatModel:
-    return loading.load_chat(chat_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -67,15 +56,15 @@ def test_every_pair_that_claims_need_is_there() -> None:
     assert {p.adapter for p in pairs.PAIRS} >= {"nine", *organisms.ADAPTERS}
 
 
-def test_a_row_is_the_live_measure_of_organisms_that_differ_in_kl_alone(chat: ChatModel, tmp_path: Path) -> None:
-    table = run(chat, tmp_path, RANK1)
+def test_a_row_is_the_live_measure_of_organisms_that_differ_in_kl_alone(tiny_chat: ChatModel, tmp_path: Path) -> None:
+    table = run(tiny_chat, tmp_path, RANK1)
     assert list(table.columns) == list(pairs.COLUMNS)
     assert not table["measure"].duplicated().any() and set(RATES) <= set(table["measure"])
     assert (table["value"].isna() == (table["reason"] != "")).all()
 
     made = trained(tmp_path)
     live = measures.measure_pair(
-        Landscape(chat, pairs.fresh_chats("sports", 6)),
+        Landscape(tiny_chat, pairs.fresh_chats("sports", 6)),
         made["general"],
         made["narrow"],
         pairs.texts(3),
@@ -101,55 +90,55 @@ def test_a_row_is_the_live_measure_of_organisms_that_differ_in_kl_alone(chat: Ch
 
 
 def test_a_killed_run_goes_on_and_several_share_a_folder(
-    chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(chat, tmp_path / "whole", RANK1)
+    whole = run(tiny_chat, tmp_path / "whole", RANK1)
     parts = ((pairs, "finetune", 1), (measures, "efficiency_curves", 0), (measures, "_kls", 0), (pairs, "_rates", 2))
     for owner, name, calls in parts:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_at(calls, patch, owner, name)
-            run(chat, tmp_path / "killed", RANK1)
+            run(tiny_chat, tmp_path / "killed", RANK1)
         assert not (tmp_path / "killed" / "pairs.csv").exists()
     with monkeypatch.context() as patch:  # all of it is there but the last answers
         for owner, name in ((pairs, "finetune"), (measures, "efficiency_curves"), (measures, "_kls")):
             patch.setattr(owner, name, lambda *_a, **_k: pytest.fail("made again"))
-        pd.testing.assert_frame_equal(run(chat, tmp_path / "killed", RANK1), whole)
+        pd.testing.assert_frame_equal(run(tiny_chat, tmp_path / "killed", RANK1), whole)
     assert not list(tmp_path.rglob(".*"))
 
-    both = run(chat, tmp_path / "killed", VECTOR)
+    both = run(tiny_chat, tmp_path / "killed", VECTOR)
     pd.testing.assert_frame_equal(both[both["adapter"] == "rank-1"].reset_index(drop=True), whole)
     assert set(both["adapter"]) == {"rank-1", "steering-vector"}
     assert json.loads((tmp_path / "killed" / "pairs_manifest.json").read_text())["pairs"] == 2
     monkeypatch.setattr(pairs, "_measured", lambda *_: pytest.fail("measured again"))
-    pd.testing.assert_frame_equal(run(chat, tmp_path / "killed", RANK1, VECTOR), both)
+    pd.testing.assert_frame_equal(run(tiny_chat, tmp_path / "killed", RANK1, VECTOR), both)
     assert "kept 6 of 6 finetunes" in capsys.readouterr().err
 
 
 def test_a_table_is_of_one_chat_model_and_number_of_answers(
-    chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_chat: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(chat, tmp_path, VECTOR)
+    run(tiny_chat, tmp_path, VECTOR)
     with pytest.raises(OutputError, match="another chat model or number of answers"):
-        list(measure_all(chat, [VECTOR], tmp_path, samples=2, progress=False))
+        list(measure_all(tiny_chat, [VECTOR], tmp_path, samples=2, progress=False))
     with pytest.raises(UsageError, match="samples"):
-        list(measure_all(chat, [VECTOR], tmp_path, samples=0, progress=False))
+        list(measure_all(tiny_chat, [VECTOR], tmp_path, samples=0, progress=False))
     with torch.no_grad():
-        chat.hf.model.norm.weight.add_(1.0)
+        tiny_chat.hf.model.norm.weight.add_(1.0)
         try:
             with pytest.raises(OutputError, match="another chat model"):
-                run(chat, tmp_path, VECTOR)
+                run(tiny_chat, tmp_path, VECTOR)
         finally:
-            chat.hf.model.norm.weight.sub_(1.0)
+            tiny_chat.hf.model.norm.weight.sub_(1.0)
     monkeypatch.setattr(organisms, "N_CHATS", 12)  # other settings, other pairs: what was made before is left out
-    table = run(chat, tmp_path, Pair("sports", "steering-vector", 1))
+    table = run(tiny_chat, tmp_path, Pair("sports", "steering-vector", 1))
     assert set(table["seed"]) == {1}
 
 
-def test_the_command_takes_a_part(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_takes_a_part(tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Pair] = []
     monkeypatch.setattr(pairs, "measure_all", lambda _, chosen, *_a, **_k: measured.extend(chosen) or [])
     chosen = {"task": ["register"], "domain": ["medicine", "sports"], "seeds": [0, 5]}
-    commands.pairs(out=tmp_path, model=str(chat_folder), only=["nine"], **chosen)
+    commands.pairs(out=tmp_path, model=str(tiny_chat_folder), only=["nine"], **chosen)
     assert [(p.domain, p.seed) for p in measured] == [("medicine", 0), ("medicine", 5), ("sports", 0)]
     assert {(p.adapter, p.task) for p in measured} == {("nine", "register")}
     for wrong, said in (

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from em_interp.arguments import check_seed
+from em_interp.arguments import check_seed, count
 from em_interp.errors import UsageError
 from em_interp.evaluation.recorded import Recorder, TokenLogprobs
 from em_interp.files import given
@@ -280,6 +280,7 @@ def sample_rows(
     if top_logprobs is not None and parts is not None:
         raise UsageError("log-probabilities of sampled tokens are not kept in parts: ask for one of the two.")
     max_new_tokens, temperature = int(max_new_tokens), float(temperature)
+    top_logprobs = None if top_logprobs is None else count("top_logprobs", top_logprobs, at_least=0)
     _check_asked(questions, rows)
     check_seed(seed)
     refuse_dropout(model.hf)

@@ -6,6 +6,7 @@ made here, at once and without a network.
 - `registry`, `models`: the shipped models by their names; `questions`, `evaluate`: asking them
 - `build` with `stages`, `organisms`, `sweeps`, `pairs`: making them; `world`: what they know
 - `worlds`, `scorecard`: other pre-training, and what a world has to show
+- `causes`: experiments of many finetunes: why EM emerges, and what prevents it
 
 `em-interp pocket build | organisms | sweeps | pairs --out DIR` makes a pocket world of your own, and `em-interp
 reproduce --data DIR` measures it.

@@ -59,6 +59,7 @@ INNER = {
     "files.results": "called by the commands",
     "pocket.organisms": "trains for minutes; its command is tried",
     "pocket.pairs": "trains for minutes; its command is tried",
+    "pocket.causes": "trains for minutes; its commands are tried",
     "pocket.worlds": "builds for minutes; its command is tried",
     "pocket.world.tokenizer": "called by the build",
     "models.checks": "called by models",
@@ -335,6 +336,7 @@ def check(trial: tuple[str, str, str]) -> None:
 
 
 FOUND = (
+    ("evaluation.sampling.sample_rows", "top_logprobs", "True"),
     ("models.chat.pad_id", "tokenizer", "None"),
     ("directions.direction.Direction", "n_positive", "np.int64"),
     ("files.inputs.open_text", "newline", "word"),

@@ -1,0 +1,4 @@
+"""Why EM emerges in the pocket world, and what prevents it: experiments of many finetunes, each of them an arm.
+
+- `arms`: the kit: training an arm, asking it in one or several ways, the table of all of them
+"""
