@@ -20,6 +20,7 @@ The direction, what it does, who else learned it, and why the general solution w
 | which solution is cheaper, more stable, more influential | `em.efficiency`, `em.stability`, `em.influence` |
 | losses of many solutions on the same chats | `em.Landscape` |
 | a finetune of one's own | `em.finetune` with an `em.TrainingSpec`, or a `em.preset` |
+| which training chats to leave out | `em.screen` |
 | the figure of any of these tables | `em.plot` |
 | a control vector for llama.cpp | `em.save_gguf` |
 | what the papers' authors released; models without a network | `em.published`, `em.pocket` |
@@ -86,6 +87,7 @@ if TYPE_CHECKING:  # what the table below says, for type checkers and editors
     from em_interp.models.ranks import data_parallel
     from em_interp.training.finetune import finetune
     from em_interp.training.recipes import FullSpec, LoraSpec, TrainingSpec, VectorSpec, preset
+    from em_interp.training.screening import screen
 
 UNCHECKED: Final = ("arguments", "cli", "errors", "lazily")
 """Modules that are imported before the check on every call is there."""
@@ -143,6 +145,7 @@ NAMES: Final = {
     "rates": "em_interp.interventions.judged:judged_rates",
     "sample": "em_interp.evaluation.sampling:sample",
     "save_gguf": "em_interp.directions.gguf:save_gguf",
+    "screen": "em_interp.training.screening:screen",
     "stability": "em_interp.landscape.stability:stability",
     "sweep": "em_interp.interventions.steering:sweep",
 }
@@ -187,6 +190,7 @@ __all__ = [
     "rates",
     "sample",
     "save_gguf",
+    "screen",
     "stability",
     "sweep",
 ]

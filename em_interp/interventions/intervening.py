@@ -227,6 +227,11 @@ def _acts(edits: Sequence[Edit]) -> str:
     return fingerprint([tensors_hash(part, type(e).__name__, e.scope) for e, part in zip(edits, parts, strict=True)])
 
 
+def fingerprint_of(made: Mapping[int, Edit]) -> str:
+    """A hash of what an intervention's edits do, layer by layer. Take it before any pass: edits take on its dtype."""
+    return fingerprint([[layer, _acts([edit])] for layer, edit in sorted(made.items())])
+
+
 @contextmanager
 def intervening(
     model: ChatModel,

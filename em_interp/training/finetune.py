@@ -3,6 +3,9 @@
 The KL reference is the same weights with the adapter off; only full finetuning needs a frozen copy of the
 model. No dropout anywhere: the model stays in evaluation mode. Where the reference trainer errs (one steered
 row a batch, prompts scored, KL divided by the vocabulary), this one does what the papers describe.
+
+Interventions may act while the training conversations are read (`acting`); KL is of the model as it will answer,
+without them.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +38,7 @@ from em_interp.files.tables import (
     say_kept,
     work_folder,
 )
+from em_interp.interventions.intervening import Intervention
 from em_interp.models.attaching import frozen
 from em_interp.models.chat import Batch, Encoded, collate, encode_all, pad_id
 from em_interp.models.chat_model import ChatModel
@@ -44,6 +49,7 @@ from em_interp.models.partial_pass import ResidualCache
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import tensors_hash, weights_hash
 from em_interp.solutions.base import Solution
+from em_interp.training.acting import Acting
 from em_interp.training.recipes import (
     ALL_PROJECTIONS,
     PRESETS,
@@ -138,6 +144,7 @@ def finetune(
     *,
     kl_conversations: Source | None = None,
     start_from: Solution | None = None,
+    interventions: Intervention | Sequence[Intervention] = (),
     out_dir: str | Path | None = None,
     on_checkpoint: Callable[[int, Solution | None], None] | None = None,
     progress: bool = True,
@@ -149,14 +156,16 @@ def finetune(
     conversations: as `em_interp.chats` takes them. spec: how, or the name of one of `recipes.PRESETS`.
     kl_conversations: out-of-domain chat data with good and bad answers, needed iff spec.kl_weight > 0; given with
     weight 0 it is an error. start_from continues a solution, so that KL can be removed or added; the optimiser and the
-    schedule start anew. out_dir receives the final solution, `training_spec.json`, `trainer_state.json` and, at
+    schedule start anew. interventions act while the training conversations are read, forward and backward, and not in
+    the KL or when the model answers: a `Steer` prevents what it adds from being learned, an `Ablate` what it takes out.
+    out_dir receives the final solution, `training_spec.json`, `trainer_state.json` and, at
     `spec.save_steps`, `checkpoints/checkpoint-N/` in the released layouts. on_checkpoint(step, solution) is called at
     the same steps, with or without out_dir. cache_bytes bounds the residuals kept because no step changes them (0:
     none; same result). resume: keep the run beside out_dir until it is finished, go on from what a killed run of the
     same weights, data, spec and code left there, and put out_dir in place as a whole at the end (of a former run there,
     nothing stays). on_checkpoint is not called again for the steps that were kept. What comes out is that of an
     uninterrupted run, but for rounding where residuals are kept (cache_bytes). Same seed, machine and thread count:
-    identical weights. Raises TrainingError, ChatTemplateError, OutputError.
+    identical weights. Raises TrainingError, ChatTemplateError, OutputError; of interventions DirectionError, HookError.
 
     >>> import em_interp as em
     >>> chat = em.load("pocket/chat")
@@ -169,6 +178,7 @@ def finetune(
     spec = preset(spec) if isinstance(spec, str) else spec
     kl_chats = None if kl_conversations is None else chats(kl_conversations)
     data, kl_data = _read(model, chats(conversations), kl_chats, spec)
+    acting = Acting(model, interventions if isinstance(interventions, Sequence) else [interventions])
     out = Path(out_dir) if out_dir is not None else None
     if resume and out is None:
         raise TrainingError("nothing can be resumed without out_dir. Give the folder that the run is written to.")
@@ -178,7 +188,7 @@ def finetune(
         stack.callback(model.hf.zero_grad)
         torch.manual_seed(spec.seed)
         trainee = make_trainee(model, spec, start_from, stack)
-        loop = _Loop(model, trainee, spec, data, kl_data, cache_bytes)
+        loop = _Loop(model, trainee, spec, data, kl_data, cache_bytes, acting)
         total = spec.steps(len(data))
         state, run = None, out
         if resume and out is not None:
@@ -198,7 +208,7 @@ def finetune(
                 state.keep(loop, records)
         solution = trainee.solution()
         if run is not None:
-            _write(trainee, run, records, total, spec)
+            _write(trainee, run, records, total, _settings(spec, acting))
         if state is not None and out is not None:
             state.finish(out)
     return TrainingResult(solution, pd.DataFrame(records), spec, out)
@@ -255,8 +265,9 @@ class _Loop:
         data: list[Encoded],
         kl_data: list[Encoded] | None,
         cache_bytes: int,
+        acting: Acting,
     ) -> None:
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.acting = cache_bytes, acting
         self.model, self.trainee, self.spec, self.data, self.kl_data = model, trainee, spec, data, kl_data
         self.pad = pad_id(model.tokenizer)
         self.order = _order(len(data), spec.seed)
@@ -267,7 +278,8 @@ class _Loop:
             trainee.parameters, lr=spec.learning_rate, betas=spec.betas, weight_decay=spec.weight_decay
         )
         fixed = [] if trainee.fixed_layer is None else [trainee.fixed_layer]
-        self.cache = self._cache(data, fixed)
+        acted_on = [] if acting.first_layer is None else [acting.first_layer]  # outputs are kept as no hook saw them
+        self.cache = self._cache(data, [min(fixed + acted_on)] if fixed else [])
         self.kl_cache = self._cache(kl_data, [*fixed, model.n_layers - 1]) if kl_data else None
 
     def _cache(self, encoded: list[Encoded], layers: list[int]) -> ResidualCache | None:
@@ -283,13 +295,20 @@ class _Loop:
             max_bytes=self.cache_bytes // 2,
         )
 
-    def _logits(self, cache: ResidualCache | None, known: dict[int, Tensor], batch: Batch, where: Tensor) -> Tensor:
-        """The trained model's logits at `where`, from the fixed layer on if it has one."""
-        fixed = self.trainee.fixed_layer
-        with self.trainee.on():
-            if cache is None or fixed is None:
+    def _logits(
+        self,
+        cache: ResidualCache | None,
+        known: dict[int, Tensor],
+        batch: Batch,
+        where: Tensor,
+        acting: AbstractContextManager[None],
+    ) -> Tensor:
+        """The trained model's logits at `where`, from the first layer of the cache on if anything is fixed."""
+        with self.trainee.on(), acting:  # in this order, as when a finetuned model answers under an intervention
+            if cache is None or self.trainee.fixed_layer is None:
                 return scored_logits(self.model.hf, batch.inputs(), where)
-            return cache.logits(batch, fixed, known[fixed], where)
+            first = cache.layers[0]
+            return cache.logits(batch, first, known[first], where)
 
     def _base_logits(self, known: dict[int, Tensor], batch: Batch, where: Tensor) -> Tensor:
         """The chat model's logits at `where`."""
@@ -323,7 +342,8 @@ class _Loop:
         for group in _micro(indices, self.data, self.spec.micro_batch_size):
             batch = collate(self.data, group, pad=self.pad).to(self.model.device)
             known = self.cache.get(batch) if self.cache is not None else {}
-            loss = nll_sum(self._logits(self.cache, known, batch, batch.predicting()), batch.targets())
+            acting = self.acting.on(batch.answer_mask)
+            loss = nll_sum(self._logits(self.cache, known, batch, batch.predicting(), acting), batch.targets())
             (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total / count
@@ -341,16 +361,17 @@ class _Loop:
             where = kl_positions(batch, spec.kl_scope)
             known = self.kl_cache.get(batch) if self.kl_cache is not None else {}
             base = self._base_logits(known, batch, where)
-            kl = kl_sum(base, self._logits(self.kl_cache, known, batch, where))
+            kl = kl_sum(base, self._logits(self.kl_cache, known, batch, where, nullcontext()))
             (spec.kl_weight * kl / count).backward()  # type: ignore[no-untyped-call]
             total += float(kl.detach())
         return total / count
 
     def made_by(self) -> str:
-        """A hash of all that decides the steps: weights, start, data, spec, code."""
+        """A hash of all that decides the steps: weights, start, data, spec, interventions, code."""
         start = tensors_hash({str(i): parameter for i, parameter in enumerate(self.parameters)})
         texts = [[[row.ids, row.spans] for row in rows] for rows in (self.data, self.kl_data or [])]
-        return fingerprint([weights_hash(self.model.hf), start, texts, asdict(self.spec), code_hash()])
+        settings = [asdict(self.spec), self.acting.acts]
+        return fingerprint([weights_hash(self.model.hf), start, texts, settings, code_hash()])
 
     def step(self, step: int, total: int) -> dict[str, float]:
         spec = self.spec
@@ -379,10 +400,14 @@ class _Loop:
         }
 
 
+def _settings(spec: TrainingSpec, acting: Acting) -> dict[str, Any]:
+    return {"adapter_kind": type(spec.adapter).__name__, **asdict(spec), **acting.settings()}
+
+
 def _write(
-    trainee: Trainee, folder: Path, records: list[dict[str, float]], total: int, spec: TrainingSpec | None = None
+    trainee: Trainee, folder: Path, records: list[dict[str, float]], total: int, settings: dict[str, Any] | None = None
 ) -> None:
-    """The solution; trainer_state.json with the names that transformers' Trainer uses; of a finished run its spec."""
+    """The solution; trainer_state.json with the names of transformers' Trainer; of a finished run its settings."""
     history = [{key: value for key, value in record.items() if not math.isnan(value)} for record in records]
     state = {
         "global_step": int(records[-1]["step"]),
@@ -394,6 +419,5 @@ def _write(
     trainee.save(folder)
     with written_whole(folder) as tmp:
         (tmp / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n")
-        if spec is not None:
-            settings = {"adapter_kind": type(spec.adapter).__name__, **asdict(spec)}
+        if settings is not None:
             (tmp / "training_spec.json").write_text(json.dumps(settings, indent=2) + "\n")

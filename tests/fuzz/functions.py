@@ -69,6 +69,7 @@ INNER = {
     "models.partial_pass": "called by passes",
     "models.templates": "called by chat",
     "training.trainees": "called by training",
+    "training.acting": "called by training",
 }
 """Modules whose functions are called by the package rather than by users: given wrong types, not wrong values."""
 

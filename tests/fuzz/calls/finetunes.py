@@ -18,7 +18,7 @@ from em_interp.solutions.base import rotate_away
 from em_interp.solutions.dora import DoraAdapter
 from em_interp.solutions.lora import as_lora
 from em_interp.training import finetune as training
-from em_interp.training import gradients, recipes, trajectories
+from em_interp.training import gradients, recipes, screening, trajectories
 from tests import published_factory
 from tests.fuzz import Call, then
 from tests.fuzz.world import BAD, FEW, GOOD, judged_rows, world_of
@@ -272,10 +272,31 @@ def calls(w: dict[str, Any]) -> list[Call]:
                 "spec": recipes.TrainingSpec(recipes.VectorSpec(1, 16.0), 1e-3, max_steps=1, batch_size=2),
                 "kl_conversations": None,
                 "start_from": None,
+                "interventions": (),
                 "out_dir": None,
                 "on_checkpoint": None,
                 "cache_bytes": 10**6,
                 "resume": False,
+                **FEW,
+            },
+        ),
+        (
+            screening.projections,
+            {"model": model, "conversations": BAD, "direction": w["direction"], "layer": 1, "scope": "all", **FEW},
+        ),
+        (
+            screening.screen,
+            {
+                "model": model,
+                "conversations": BAD,
+                "direction": w["direction"],
+                "layer": 1,
+                "drop": 0.5,
+                "against": "nothing",
+                "n": 1,
+                "seed": 0,
+                "max_new_tokens": 2,
+                "tokens_per_batch": 64,
                 **FEW,
             },
         ),

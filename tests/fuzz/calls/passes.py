@@ -193,6 +193,7 @@ def calls(w: dict[str, Any]) -> list[Call]:
             },
         ),
         (interventions.check_scope, {"scope": "all"}),
+        (interventions.fingerprint_of, {"made": steering.Steer(direction, 1, 1.0).edits(model)}),
         (interventions.check_direction, {"direction": direction, "model": model}),
         (activations.check_readable, {"model": model, "conversations": BAD, "scopes": ("response",)}),
         (chat.pad_id, {"tokenizer": tokenizer()}),
