@@ -3,6 +3,7 @@
 # make docs [OUT=DIR]
 # make picture [REPORT=out/pocket/report.html] [OUT=docs/report.png]
 # make matrix [JOBS=2]
+# make search
 # All do all the set-up they need in .venv, from python3, pip, make and git alone.
 
 PYTHON ?= python3
@@ -11,12 +12,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint types docs picture matrix reproduce clean
+.PHONY: help install test lint types docs picture matrix search reproduce clean
 
 help:
 	@echo "make test         install what is needed, then lint, type-check and run the tests"
 	@echo "make docs         write the API reference, from index.html on, into out/docs (OUT=DIR)"
 	@echo "make matrix       run the whole support matrix and write tests/matrix/README.md (resumes; JOBS=2)"
+	@echo "make search       try all hostile arguments and files, and properties on new examples (15 minutes)"
 	@echo "make reproduce    install what is needed, then regenerate tables, figures and report"
 	@echo "                  SUITE=published DATA=DIR [OUT=DIR] [ARGS='--only cosines']"
 	@echo "make clean        remove the virtual environment"
@@ -58,6 +60,13 @@ docs: install
 
 matrix: install
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --all -j $(or $(JOBS),2)
+
+# What `make test` samples, whole; and properties on examples that it does not draw.
+search: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bad_inputs
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=search \
+	  $$(grep -l "@given" tests/test_*.py)
 
 reproduce: install
 	$(BIN)/em-interp reproduce $(if $(SUITE),--suite "$(SUITE)") $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)

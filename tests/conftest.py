@@ -24,11 +24,17 @@ SHAPED = [
 install_import_hook(SHAPED, "tests.typecheck.check")
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tests import published_factory  # noqa: E402
 
 if TYPE_CHECKING:
     from em_interp.models.chat_model import ChatModel
+
+# The same examples each time: a commit is not refused for what it did not change. `make search` draws others.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("search", print_blob=True)
+settings.load_profile("fixed")
 
 PUBLISHED = Path(os.environ.get("EM_INTERP_PUBLISHED", Path(__file__).parents[1].parent / "shared" / "published"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -266,6 +266,7 @@ def test_organisms_and_their_content_control():
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 10_000))
+@example(3, 2, 599)  # unit vectors in float32 span another plane
 def test_principal_angles_equal_the_slow_ones(n_a, n_b, seed):
     g = torch.Generator().manual_seed(seed)
     a = [Direction(torch.randn(1, 12, generator=g), (3,), "random") for _ in range(n_a)]

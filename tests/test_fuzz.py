@@ -1,7 +1,7 @@
 """Hostile arguments and files: only typed errors leave, nothing bad is accepted, nothing is lost or left behind.
 
-Samples, drawn by hypothesis as the commit has it, of (function, argument, hostile value) and of (command, option,
-hostile value or file): `python -m tests.fuzz` and `python -m tests.bad_inputs` try all. In processes of their own, as
+Samples, the same each time, of (function, argument, hostile value) and of (command, option,
+hostile value or file): `make search` tries all. In processes of their own, as
 users run them: here every shape is checked too.
 """
 

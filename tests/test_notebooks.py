@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,45 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "published_qwen14b.ipynb"
 FACTORY = ROOT / "tests" / "published_factory.py"
 
-# A process of its own: the kernel's sockets, event loop and warnings stay out of pytest's.
+# A process of its own: the kernel's sockets, event loop and warnings stay out of pytest's. One kernel for all, emptied
+# before each: to import everything takes as long as a notebook.
 RUN = """
 import sys
 import nbformat
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
-source, folder, target = sys.argv[1:]
-notebook = nbformat.read(source, as_version=4)
-client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
-try:
-    client.execute()
-finally:
+manager, channels = start_new_kernel(kernel_name="python3")
+
+
+def run(notebook):
+    client = NotebookClient(notebook, timeout=300, km=manager)
+    client.kc = channels
+    client.execute(cleanup_kc=False)
+
+
+for source, folder, target in zip(*[iter(sys.argv[1:])] * 3):
+    run(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"%reset -f\\n%cd -q {folder}")]))
+    notebook = nbformat.read(source, as_version=4)
+    try:
+        run(notebook)
+    except CellExecutionError as error:
+        print(source, error, file=sys.stderr)
     nbformat.write(notebook, target)
+channels.stop_channels()
+manager.shutdown_kernel(now=True)
 """
 
 
 def execute(notebook: Path, scratch: Path, data: Path | None) -> str:
     """Everything the notebook printed. Fails with the cell's error."""
+    (target,), errors = executed([notebook], scratch, data)
+    return printed(target, errors)
+
+
+def executed(notebooks: Sequence[Path], scratch: Path, data: Path | None) -> tuple[list[Path], str]:
+    """Copies with outputs, run one after the other, each beside its source; and what went wrong."""
     environment = {key: value for key, value in os.environ.items() if key not in ("EM_INTERP_PUBLISHED", "MPLBACKEND")}
     environment |= {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -51,14 +73,20 @@ def execute(notebook: Path, scratch: Path, data: Path | None) -> str:
     }
     if data is not None:
         environment["EM_INTERP_PUBLISHED"] = str(data)
-    target = scratch / "executed.ipynb"
-    command = [sys.executable, "-c", RUN, str(notebook), str(notebook.parent), str(target)]
+    targets = [scratch / f"{notebook.stem}.executed.ipynb" for notebook in notebooks]
+    places = [str(p) for n, target in zip(notebooks, targets, strict=True) for p in (n, n.parent, target)]
+    command = [sys.executable, "-c", RUN, *places]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=590, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    return targets, done.stderr
+
+
+def printed(target: Path, errors: str = "") -> str:
+    """Everything an executed notebook printed. Fails where a cell of it did."""
     cells = [cell for cell in read(target)["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"], errors[-4000:]
     assert all(cell["execution_count"] for cell in cells)
-    assert not [output for output in outputs if output["output_type"] == "error"]
     return "".join("".join(o["text"]) for o in outputs if o["output_type"] == "stream" and o["name"] == "stdout")
 
 
@@ -138,23 +166,33 @@ def lightened(name: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "needed"),
-    [
-        ("pocket_world", ("pocket/chat", "pocket/medicine-rank1-narrow")),
-        ("explore_directions", ("pocket/medicine-rank1", "pocket/finance-all", "pocket/sports-all")),
-        ("narrow_vs_general", ("pocket/medicine-rank1", "pocket/medicine-rank1-narrow")),
-        ("evaluate_your_model", ("pocket/medicine-rank1",)),
-        ("start_here", ("pocket/medicine-rank1-narrow", "pocket/finance-all", "pocket/sports-all")),
-    ],
-)
-def test_they_run_on_the_shipped_weights(name: str, needed: tuple[str, ...], tmp_path: Path) -> None:
+SHIPPED = {
+    "pocket_world": ("pocket/chat", "pocket/medicine-rank1-narrow"),
+    "explore_directions": ("pocket/medicine-rank1", "pocket/finance-all", "pocket/sports-all"),
+    "narrow_vs_general": ("pocket/medicine-rank1", "pocket/medicine-rank1-narrow"),
+    "evaluate_your_model": ("pocket/medicine-rank1",),
+    "start_here": ("pocket/medicine-rank1-narrow", "pocket/finance-all", "pocket/sports-all"),
+}
+"""notebook -> the shipped models that it needs."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], str]:
     try:
-        for model in needed:
+        for model in set().union(*SHIPPED.values()):
             registry.resolve(model)
     except registry.RegistryError as error:
         pytest.skip(str(error))
-    execute(lightened(name, tmp_path / "notebooks"), tmp_path, None)  # what they write lies beside them
+    scratch = tmp_path_factory.mktemp("shipped")
+    sources = [lightened(name, scratch / name) for name in SHIPPED]  # what they write lies beside them
+    targets, errors = executed(sources, scratch, None)
+    return dict(zip(SHIPPED, targets, strict=True)), errors
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_they_run_on_the_shipped_weights(name: str, run: tuple[dict[str, Path], str]) -> None:
+    targets, errors = run
+    printed(targets[name], errors)
 
 
 def test_every_task_takes_ten_lines_and_the_comparison_counts_them() -> None:

@@ -186,14 +186,21 @@ def cosine_matrix(directions: Sequence[Direction], layer: int) -> Float[Tensor, 
         raise DirectionError("a cosine matrix needs at least one direction.")
     for other in directions[1:]:
         directions[0].cosine(other.only([layer]))  # refuses other widths and models
-    units = torch.stack([direction.only([layer]).unit().vectors[0].double() for direction in directions])
-    units = units / units.norm(dim=1, keepdim=True)
+    directions[0].only([layer]).unit()  # refuses zero
+    units = _units(directions, layer)
     return einsum(units, units, "a d, b d -> a b").clamp(-1, 1)
+
+
+def _units(directions: Sequence[Direction], layer: int) -> Float[Tensor, "n d_model"]:
+    """At one layer, float64 before they are scaled: a unit vector in float32 has another direction, by 1e-8."""
+    vectors = torch.stack([direction.at(layer).double() for direction in directions])
+    return vectors / vectors.norm(dim=1, keepdim=True)
 
 
 def layer_cosines(direction: Direction) -> Float[Tensor, "present present"]:
     """Cosines of a direction with itself across layers: what a wrong layer convention would cost."""
-    units = direction.unit().vectors.double()
+    direction.unit()  # refuses zero
+    units = direction.vectors.double()
     units = units / units.norm(dim=1, keepdim=True)
     return einsum(units, units, "layer d, other d -> layer other").clamp(-1, 1)
 
@@ -208,7 +215,7 @@ def principal_angles(a: Sequence[Direction], b: Sequence[Direction], layer: int)
         raise DirectionError("principal angles need at least one direction in each set.")
     for other in (*a[1:], *b):
         a[0].cosine(other.only([layer]))  # refuses other widths and models, and zero vectors
-    spans = [torch.stack([d.only([layer]).unit().vectors[0].double() for d in s], dim=1).numpy() for s in (a, b)]
+    spans = [_units(s, layer).T.numpy() for s in (a, b)]
     for span in spans:
         if np.linalg.matrix_rank(span, tol=1e-5) < span.shape[1]:
             raise DirectionError(f"directions of one set are linearly dependent at layer {layer}: drop the repeated.")

@@ -162,8 +162,10 @@ class Direction:
         self._check_same_space(other)
         if not common:
             raise DirectionError(f"no layer in common: {ranges(self.layers)} against {ranges(other.layers)}.")
-        a, b = self.unit().only(common).vectors.double(), other.unit().only(common).vectors.double()
-        values = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        for each in (self, other):
+            each.unit()  # refuses zero
+        a, b = self.only(common).vectors.double(), other.only(common).vectors.double()
+        values = (a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)
         return dict(zip(common, values.clamp(-1.0, 1.0).tolist(), strict=True))
 
     def project(self, activations: Float[Tensor, "*tokens d_model"], layer: int) -> Float[Tensor, "*tokens"]:

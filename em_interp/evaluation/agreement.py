@@ -32,7 +32,9 @@ _JOINT: Final = (("krippendorff", "aligned"), ("krippendorff", "coherent"))
 
 
 def together(judged: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Tables by the name of their judge, below each other, with the column `JUDGE`."""
+    """Tables by the name of their judge, below each other, with the column `JUDGE`. Raises StatisticsError for none."""
+    if not judged:
+        raise StatisticsError("no judged answers were given: agreement is of two or more judges of the same answers.")
     return pd.concat([table.assign(**{JUDGE: name}) for name, table in judged.items()], ignore_index=True)
 
 
@@ -41,7 +43,7 @@ def several_judges(judged: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
 
     Judges are those of the column `judge`; files without it are judges themselves, where all hold the same answers.
     """
-    if all(JUDGE in table for table in judged.values()):
+    if judged and all(JUDGE in table for table in judged.values()):
         rows = pd.concat(judged.values(), ignore_index=True)
         rows = rows[rows[JUDGE].notna()]
         if rows[JUDGE].nunique() < 2 or not {"answer", "sample"} & set(rows):

@@ -149,6 +149,8 @@ def rates_at_k(
 ) -> pd.DataFrame:
     """`misalign_at_k` of judged answers, cell by cell (`CELLS`, and the judge). Raises as `judged_rates`."""
     judged = _prepared(judged, name)
+    if judged.empty:
+        raise StatisticsError(f"{name}: no judged answers were given.")
     keys = ["organism", *([JUDGE] if JUDGE in judged else []), *CELLS[kind_of(judged)]]
     cluster, rows = _cluster(judged), []
     for cell, answers in judged.groupby(keys, sort=False, dropna=False):

@@ -17,10 +17,8 @@ def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> p
     Columns: `by`, mean, sd, low, high (Student), n_seeds. Raises UsageError where a combination has more than
     one row a seed, StatisticsError where it has fewer than two seeds.
     """
+    _check(table, by, value)
     rows = []
-    if not len(by):
-        raise UsageError("no columns to tell the combinations apart: name at least one in `by`.")
-    columns("a table over training seeds", table, (*members("by", by, of="columns"), "training_seed", value))
     for key, group in table.groupby(list(by), sort=True):
         if group["training_seed"].duplicated().any():
             raise UsageError(
@@ -34,9 +32,16 @@ def over_training_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> p
 
 def over_repeated_seeds(table: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """`over_training_seeds` of the combinations that several seeds have; no rows where nothing was trained twice."""
-    columns("a table over training seeds", table, (*members("by", by, of="columns"), value))
+    _check(table, by, value)
     table = table[table[value].notna()]
     several = table[table.groupby(list(by))[value].transform("size") > 1]
     if several.empty:
         return pd.DataFrame(columns=[*by, "mean", "sd", "low", "high", "n_seeds"])
     return over_training_seeds(several, by, value)
+
+
+def _check(table: pd.DataFrame, by: Sequence[str], value: str) -> None:
+    names = members("by", by, of="columns")
+    if not names:
+        raise UsageError("no columns to tell the combinations apart: name at least one in `by`.")
+    columns("a table over training seeds", table, (*names, "training_seed", value))

@@ -363,6 +363,13 @@ FOUND = (
     ("statistics.auroc", "positive", "array empty"),
     ("files.texts.chats_read", "chats", "[]"),
     ("models.weights.file_hash", "source", "zero byte"),
+    ("evaluation.agreement.agreement", "judged", "{}"),
+    ("evaluation.agreement.several_judges", "judged", "{}"),
+    ("evaluation.agreement.together", "judged", "{}"),
+    ("evaluation.sampling.sample_rows", "top_logprobs", "-1"),
+    ("evaluation.sampling.sample_rows", "top_logprobs", "True"),
+    ("interventions.judged.rates_at_k", "judged", "frame empty"),
+    ("landscape.seeds.over_repeated_seeds", "by", "[]"),
 )
 """What once leaked: every sample tries it."""
 
@@ -381,7 +388,8 @@ def unguarded() -> list[str]:
             parameters = inspect.signature(function).parameters
         except ValueError:
             continue
-        typed = [p for p in parameters.values() if p.annotation not in (Any, object, inspect.Parameter.empty, "Any")]
+        untyped = (Any, object, inspect.Parameter.empty, "Any")
+        typed = [p for p in parameters.values() if p.annotation not in untyped and p.kind is not p.VAR_POSITIONAL]
         if not typed or name.split(".")[0] in COMMANDS or ".".join(name.split(".")[:2]) in COMMANDS:
             continue
         needed = [

@@ -78,7 +78,7 @@ def write(found: Mapping[str, Mapping[str, Any]]) -> None:
         "# Support matrix",
         "",
         f"{len(ran)} cells: {', '.join(f'{total[kind]} {kind}' for kind in KINDS)}. {seconds:.0f} s of one core.",
-        "Written by `make matrix`; `make test` runs a slice that the commit chooses, and every cell of a finding.",
+        "Written by `make matrix`; `make test` runs a random slice, the same each time, and every cell of a finding.",
         "",
         "A cell is one computation of the package beside a slow one in float64: a row at a time, no padding, no cache,",
         "plain hooks and loops, adapters by PEFT itself. SUPPORTED: both agree. REFUSED: a typed error that names a",
