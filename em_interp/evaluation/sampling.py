@@ -277,12 +277,11 @@ def sample_rows(
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise UsageError(f"nothing to sample: max_new_tokens={max_new_tokens}, temperature={temperature}.")
-    if top_logprobs is not None:
-        count("top_logprobs", top_logprobs, at_least=0, at_most=model.hf.config.get_text_config().vocab_size)
     if top_logprobs is not None and parts is not None:
         raise UsageError("log-probabilities of sampled tokens are not kept in parts: ask for one of the two.")
     max_new_tokens, temperature = int(max_new_tokens), float(temperature)
-    top_logprobs = None if top_logprobs is None else count("top_logprobs", top_logprobs, at_least=0)
+    if top_logprobs is not None:
+        count("top_logprobs", top_logprobs, at_least=0, at_most=model.hf.config.get_text_config().vocab_size)
     _check_asked(questions, rows)
     check_seed(seed)
     refuse_dropout(model.hf)

@@ -54,7 +54,7 @@ class Narrow(NamedTuple):
 NARROW: dict[Adapter, Narrow] = {
     "steering-vector": Narrow(3.0, 1.0, 1),
     "rank-1": Narrow(6.0, 2.5, 3),
-    "nine": Narrow(6.0, 2.5, 3),
+    "nine": Narrow(6.0, 2.5, 2),
     "all-modules": Narrow(10.0, 3.0, 2),
 }
 """What the narrow ones have beside."""

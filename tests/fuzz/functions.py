@@ -337,7 +337,6 @@ def check(trial: tuple[str, str, str]) -> None:
 
 
 FOUND = (
-    ("evaluation.sampling.sample_rows", "top_logprobs", "True"),
     ("models.chat.pad_id", "tokenizer", "None"),
     ("directions.direction.Direction", "n_positive", "np.int64"),
     ("files.inputs.open_text", "newline", "word"),
