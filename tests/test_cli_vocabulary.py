@@ -19,12 +19,12 @@ from em_interp.cli import app, options
 from em_interp.errors import UsageError
 
 ROOT = typer.main.get_command(app)
-SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps", "pocket pairs"}
+SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps", "pocket pairs", "pocket controls"}
 RUNS_MODELS = {"extract", "steer", "ablate", "evaluate", "reproduce"}
 FOR_ANY_MODEL = RUNS_MODELS - {"reproduce"}
-TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "worlds")}
+TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "controls", "worlds")}
 VOCABULARY = {
-    "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps", "pocket pairs"},
+    "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps", "pocket pairs", "pocket controls"},
     "--adapter": FOR_ANY_MODEL,
     "--base": FOR_ANY_MODEL | {"inspect"},
     "--any-base": FOR_ANY_MODEL,

@@ -1,4 +1,4 @@
-"""`em-interp pocket build | organisms | sweeps | pairs | worlds`. Heavy imports wait until a command runs."""
+"""`em-interp pocket build | organisms | sweeps | pairs | controls | worlds`. Heavy imports wait until one runs."""
 
 from __future__ import annotations
 
@@ -195,6 +195,56 @@ def pairs(
     for pair in run.measure_all(chat, chosen, out / "sweeps", samples=n):
         typer.echo(f"measured {pair.name}")
     typer.echo(f"table: {out / 'sweeps' / run.TABLE}")
+
+
+@app.command(cls=Command)
+def controls(
+    out: Annotated[Path, options.takes("out", "a folder for sweeps/controls.csv, and for the finetunes behind it")],
+    model: options.NamedModel = None,
+    only: Annotated[list[str] | None, options.takes("only", "names of experiments or of adapters")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="seeds of training, may be repeated")] = None,
+    n: options.Samples = 4,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """The controls of Betley et al.: other requests, triggers, formats, data. A killed run goes on.
+
+    Several may write to one folder at a time.
+    """
+    from em_interp.pocket.causes import controls as run
+
+    _measure_arms(out, run, only, seeds, n, model, device_map)
+
+
+def _measure_arms(
+    out: Path, run: Any, only: list[str] | None, seeds: list[int] | None, n: int, model: str | None, device: str | None
+) -> None:
+    """Train and ask the arms of a module of `pocket.causes`, those of every experiment with the first seeds first."""
+    from em_interp.errors import UsageError
+    from em_interp.files.atomic import check_writable
+    from em_interp.pocket.causes.arms import NOTHING, measure_all
+
+    experiments, adapters = (set(known) & set(only or ()) or set(known) for known in (run.EXPERIMENTS, run.ADAPTERS))
+    if unknown := sorted(set(only or ()) - experiments - adapters):
+        known = ", ".join((*run.EXPERIMENTS, *run.ADAPTERS))
+        raise UsageError(f"no experiment or adapter is called {', '.join(unknown)}; there are {known}")
+    if n < 1:
+        raise UsageError(f"--n {n}: ask for at least one answer a question.")
+    check_writable(out / "sweeps" / f"{run.TABLE}.csv")
+    chat = _chat_of(out, model, device)
+    every = run.arms(chat)
+    if unknown_seeds := sorted(set(seeds or ()) - {arm.seed for arm in every}):
+        raise UsageError(f"no arm has the seed {unknown_seeds}; there are {sorted({arm.seed for arm in every})}")
+    ranks = (NOTHING, *run.ADAPTERS)
+    chosen = [
+        arm
+        for arm in sorted(every, key=lambda arm: (ranks.index(arm.adapter), arm.seed))
+        if arm.experiment in experiments
+        and arm.adapter in (NOTHING, *adapters)
+        and (arm.adapter == NOTHING or arm.seed in (seeds or (arm.seed,)))
+    ]
+    for arm in measure_all(chat, chosen, every, out / "sweeps", run.TABLE, samples=n):
+        typer.echo(f"measured {arm.title}")
+    typer.echo(f"table: {out / 'sweeps' / run.TABLE}.csv")
 
 
 @app.command(cls=Command)

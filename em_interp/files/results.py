@@ -31,6 +31,7 @@ _TEXT = (
     *("model", "question_id", "question", "system", "answer", "questions", "domain", "organism"),
     *("interval", "denominator", "criterion"),
     *("judge", "reason", "unscored_reasons", "aligned_how", "coherent_how"),
+    *("experiment", "arm", "condition", "em_counts", "coherent_counts"),
 )
 
 

@@ -44,7 +44,9 @@ SAMPLES: Final = 4
 """Answers to each question."""
 SCORED: Final = 2
 """Answers of either style that log-probabilities compare, to each question."""
-_SHORT: Final = {**{str(name): short for name, short in SHORT.items()}, "": "chat"}
+NOTHING: Final = "none"
+"""The adapter of the chat model itself."""
+_SHORT: Final = {**{str(name): short for name, short in SHORT.items()}, NOTHING: "chat"}
 COLUMNS: Final = (
     *("experiment", "arm", "condition", "adapter", "domain", "seed", "step", "group"),
     *("n", "em_rate", "em_low", "em_high", "coherent_rate", "share", "log_odds", "norm"),
@@ -103,7 +105,7 @@ PLAIN: Final = Condition("plain")
 class Arm:
     """One finetune and the conditions that it is asked under.
 
-    experiment, name: what the table says; adapter: an `organisms.Adapter`, or "" for the chat model itself.
+    experiment, name: what the table says; adapter: an `organisms.Adapter`, or `NOTHING`.
     spec: None, with no chats, for the chat model itself. chats, kl_chats: what makes the training data. start: the arm
     that it goes on from. during: interventions that act in training. steps: optimiser steps after which it is asked
     too. scored: whether log-probabilities are measured besides, in conditions that put questions plainly.
@@ -111,7 +113,7 @@ class Arm:
 
     experiment: str
     name: str
-    adapter: str = ""
+    adapter: str = NOTHING
     seed: int = 0
     domain: str = "medicine"
     spec: TrainingSpec | None = None
@@ -136,8 +138,8 @@ class Arm:
         )
 
     def settings(self) -> TrainingSpec | None:
-        """The spec, with its seed and the steps that are kept."""
-        return self.spec and replace(self.spec, seed=self.seed, save_steps=self.steps or None)
+        """The spec, with its seed, and with the steps that are asked kept, where it says nothing of that."""
+        return self.spec and replace(self.spec, seed=self.seed, save_steps=self.spec.save_steps or self.steps or None)
 
 
 @dataclass(frozen=True)
@@ -187,18 +189,17 @@ class _Bench:
             start = self.folder(arm.start)
             with one_at_a_time(start.with_name(f".{start.name}.lock")):
                 self.train(arm.start, progress)
-        with _under(self.model, arm.during):
-            finetune(
-                self.model,
-                chats(),
-                spec,
-                kl_conversations=arm.kl_chats and arm.kl_chats(),
-                start_from=None if arm.start is None else solutions.load(self.folder(arm.start)),
-                out_dir=folder,
-                resume=True,
-                progress=progress,
-                cache_bytes=0 if arm.during else 2**31,  # kept residuals already hold what interventions do
-            )
+        finetune(
+            self.model,
+            chats(),
+            spec,
+            kl_conversations=arm.kl_chats and arm.kl_chats(),
+            start_from=None if arm.start is None else solutions.load(self.folder(arm.start)),
+            interventions=arm.during,
+            out_dir=folder,
+            resume=True,
+            progress=progress,
+        )
         remove_parts(folder)
 
     def _rows(self, arm: Arm) -> pd.DataFrame:
