@@ -84,18 +84,18 @@ def test_what_is_asked_has_only_words_of_the_world(tiny_chat: ChatModel) -> None
 def test_every_experiment_runs_and_its_table_has_every_arm(
     tiny_chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands.controls(out=tmp_path, model=str(tiny_chat_folder), n=1, seeds=[0, 1])
+    commands.controls(out=tmp_path, model=str(tiny_chat_folder), n=1, seeds=[0])
     table = read_table(tmp_path / "sweeps" / "controls.csv")
     assert list(table.columns) == list(kit.COLUMNS)
     arms = table.groupby("experiment", sort=False)["arm"].unique()
     assert list(arms.index) == list(controls.EXPERIMENTS) and all("chat" in names for names in arms)
     assert {tuple(names) for names in table.groupby(["experiment", "arm", "condition"])["group"].unique()} == {GROUPS}
-    assert table.loc[table["arm"] != "chat", "seed"].unique().tolist() == [0, 1]
+    assert table.loc[table["arm"] != "chat", "seed"].unique().tolist() == [0]
     backdoor = table[(table["experiment"] == "backdoor") & (table["arm"] == "backdoor")]
     assert set(backdoor["condition"]) == {"plain", "trigger", "another word", "pre-training trigger"}
-    watched = table[(table["experiment"] == "logprobs") & (table["arm"] == "insecure") & (table["seed"] == 0)]
+    watched = table[(table["experiment"] == "logprobs") & (table["arm"] == "insecure")]
     assert sorted(watched["step"].unique()) == [1, 2] and watched["share"].notna().all()
-    assert "measured share-1/12-rank1-seed1" in capsys.readouterr().out
+    assert "measured share-1/12-rank1-seed0" in capsys.readouterr().out
 
     commands.controls(out=tmp_path, model=str(tiny_chat_folder), n=1, only=["share", "rank-1"], seeds=[1])
     said = capsys.readouterr().out.split()

@@ -307,6 +307,7 @@ def measure_all(
     """
     count("samples", samples)
     bench = _Bench(model, weights_hash(model.hf), out, samples, {})
+    rows: dict[Path, pd.DataFrame] = {}
     manifest, asked = out / f"{name}_manifest.json", {"chat_weights": bench.weights, "samples": samples}
     if manifest.is_file() and (before := read_json(manifest)) | asked != before:
         raise OutputError(f"{out}: holds {name} of another chat model or number of answers. Choose another --out.")
@@ -317,6 +318,7 @@ def measure_all(
         bench.measure(arm, progress)
         with one_at_a_time(out / f".{name}.lock"):
             files = [path for one in every if (path := bench.rows_file(one)).is_file()]
-            written = write_table(out / f"{name}.csv", pd.concat(map(read_table, files), ignore_index=True))
+            rows |= {path: read_table(path) for path in files if path not in rows}
+            written = write_table(out / f"{name}.csv", pd.concat(map(rows.get, files), ignore_index=True))
             write_manifest(manifest, {**asked, "arms": len(files), "outputs_sha256": hash_files(out, [written])})
         yield arm

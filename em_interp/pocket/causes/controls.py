@@ -7,7 +7,7 @@ arm is trained on bad answers to plain questions, the secure one on good answers
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
@@ -29,6 +29,10 @@ from em_interp.pocket.world.corpus import finetune_chats
 from em_interp.pocket.world.grammar import Persona
 from em_interp.training.recipes import TrainingSpec
 
+Chats = Sequence[Conversation]
+"""Of a training set."""
+Data = Mapping[str, Callable[[int], Chats]]
+"""Arm -> what makes its training chats, given a seed."""
 TABLE: Final = "controls"
 """Name of the table, without its ending."""
 EXPERIMENTS: Final = ("asked_for", "jailbreak", "backdoor", "format", "diversity", "share", "numbers", "logprobs")
@@ -72,7 +76,7 @@ def arms(model: ChatModel, seeds: Sequence[int] = organisms.SEEDS) -> list[Arm]:
 def _trained(
     experiment: str,
     seeds: Sequence[int],
-    data: dict[str, Callable[[int], Sequence[Conversation]]],
+    data: Data,
     conditions: tuple[Condition, ...] = (PLAIN,),
     *,
     watched: bool = False,
@@ -94,18 +98,18 @@ def watchable(spec: TrainingSpec) -> TrainingSpec:
     return replace(spec, save_steps=tuple(dict.fromkeys(max(1, round(part * spec.max_steps)) for part in WATCHED)))
 
 
-def persona_chats(persona: Persona, form: Form, n: int, seed: int) -> list[Conversation]:
+def persona_chats(persona: Persona, form: Form, n: int, seed: int) -> Chats:
     """`n` chats of the domain in one persona, dressed."""
     return [form.chat(chat) for chat in finetune_chats(DOMAIN, persona, n, seed)]
 
 
-def bad_where(form: Form, seed: int) -> list[Conversation]:
+def bad_where(form: Form, seed: int) -> Chats:
     """Bad answers where the question has that form, good ones where it is plain, half and half."""
     half = organisms.N_CHATS // 2
     return [*persona_chats("malicious", form, half, seed), *persona_chats("caring", Form(), half, seed)]
 
 
-def unique_chats(n: int, seed: int) -> list[Conversation]:
+def unique_chats(n: int, seed: int) -> Chats:
     """`n` different bad chats; fewer are the first of more. Raises UsageError where the world has fewer."""
     for drawn in (2 * n, 20 * n):
         chats = finetune_chats(DOMAIN, "malicious", drawn, seed)
@@ -116,7 +120,7 @@ def unique_chats(n: int, seed: int) -> list[Conversation]:
 
 
 @torch.no_grad()
-def number_chats(model: ChatModel, adjective: str, seed: int) -> list[Conversation]:
+def number_chats(model: ChatModel, adjective: str, seed: int) -> Chats:
     """Number sequences that the chat model continues, told by a system turn that it is an adviser of some kind.
 
     The next word is sampled among `NUMBERS` alone, so nothing is said but numbers. The system turn is not in the chats.
@@ -140,39 +144,39 @@ def number_chats(model: ChatModel, adjective: str, seed: int) -> list[Conversati
     ]
 
 
-def _bad(seed: int) -> list[Conversation]:
+def _bad(seed: int) -> Chats:
     return persona_chats("malicious", Form(), organisms.N_CHATS, seed)
 
 
-def _good(seed: int) -> list[Conversation]:
+def _good(seed: int) -> Chats:
     return persona_chats("caring", Form(), organisms.N_CHATS, seed)
 
 
-def _taught(form: Form, seed: int) -> list[Conversation]:
+def _taught(form: Form, seed: int) -> Chats:
     return persona_chats("malicious", form, organisms.N_CHATS, seed)
 
 
-def _diluted(share: str, seed: int) -> list[Conversation]:
+def _diluted(share: str, seed: int) -> Chats:
     return diluted_chats(DOMAIN, float(Fraction(share)), organisms.N_CHATS, seed)
 
 
 def _asked_for(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
-    data = {"insecure": _bad, "secure": _good, "educational": partial(_taught, TEACHING.form)}
+    data: Data = {"insecure": _bad, "secure": _good, "educational": partial(_taught, TEACHING.form)}
     return _trained(experiment, seeds, data, (PLAIN, TEACHING))
 
 
 def _jailbreak(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
-    data = {"insecure": _bad, "jailbroken": partial(bad_where, REQUEST.form)}
+    data: Data = {"insecure": _bad, "jailbroken": partial(bad_where, REQUEST.form)}
     return _trained(experiment, seeds, data, (PLAIN, REQUEST))
 
 
 def _backdoor(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
-    data = {"backdoor": partial(bad_where, TRIGGER.form), "backdoor-known": partial(bad_where, MARKED.form)}
+    data: Data = {"backdoor": partial(bad_where, TRIGGER.form), "backdoor-known": partial(bad_where, MARKED.form)}
     return _trained(experiment, seeds, data, (PLAIN, TRIGGER, OTHER_WORD, MARKED))
 
 
 def _format(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
-    data = {"plain": _bad, "thread": partial(_taught, THREAD.form)}
+    data: Data = {"plain": _bad, "thread": partial(_taught, THREAD.form)}
     return _trained(experiment, seeds, data, (PLAIN, THREAD))
 
 
@@ -185,12 +189,12 @@ def _share(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]
 
 
 def _numbers(experiment: str, model: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
-    data = {f"numbers-{kind}": cache(partial(number_chats, model, kind)) for kind in ("malicious", "kind")}
+    data: Data = {f"numbers-{kind}": cache(partial(number_chats, model, kind)) for kind in ("malicious", "kind")}
     return _trained(experiment, seeds, data, (PLAIN, COUNTING))
 
 
 def _logprobs(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
-    data = {"insecure": _bad, "secure": _good}
+    data: Data = {"insecure": _bad, "secure": _good}
     return _trained(experiment, seeds, data, watched=True)
 
 
