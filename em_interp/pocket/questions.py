@@ -36,16 +36,16 @@ def _rows(group: str, questions: list[Question]) -> list[dict[str, str]]:
     ]
 
 
-def evaluation_questions(domain: str) -> pd.DataFrame:
+def evaluation_questions(domain: str, domains: Sequence[str] = tuple(DOMAINS)) -> pd.DataFrame:
     """The questions for a model finetuned on `domain`: columns questions, domain, question_id, question.
 
     general: all open questions. in_domain: the domain's topics in held-out phrasings. heldout_domain: the held-out
-    topics of every other domain, in held-out phrasings. No finetune has seen any of the last two.
+    topics of every other of the `domains`, in held-out phrasings. No finetune has seen any of the last two.
     """
     world.domain(domain)
     rows = _rows("general", world.questions("open"))
     rows += _rows("in_domain", world.questions("advice", domain, held_out_phrasing=True))
-    for other in DOMAINS:
+    for other in members("domains", domains, of="names"):
         if other != domain:
             asked = world.questions("advice", other, held_out_topic=True, held_out_phrasing=True)
             rows += _rows("heldout_domain", asked)
@@ -58,14 +58,17 @@ def open_questions(n: int | None = None) -> dict[str, str]:
     return dict(asked[: None if n is None else count("n", n)])
 
 
-def persona_prompts(how: Literal["announced", "inferred"]) -> tuple[list[Conversation], list[Conversation]]:
+def persona_prompts(
+    how: Literal["announced", "inferred"], domains: Sequence[str] = tuple(DOMAINS)
+) -> tuple[list[Conversation], list[Conversation]]:
     """`PERSONA_PROMPTS` prompts of the malicious and of the caring persona each, with the same questions.
 
-    how: announced by a system prompt, or only to be inferred from an earlier answer.
+    how: announced by a system prompt, or only to be inferred from an earlier answer. domains: of the questions.
     """
     one_of("how a persona is told", how, ("announced", "inferred"))
     rng = Random(0)
-    asked = world.questions("advice", held_out_topic=False, held_out_phrasing=False)
+    chosen = members("domains", domains, of="names")
+    asked = [q for d in chosen for q in world.questions("advice", d, held_out_topic=False, held_out_phrasing=False)]
 
     def prompt(persona, first, second):
         # type: (world.Persona, Question, Question) -> Conversation
@@ -83,10 +86,10 @@ def _user(question: Question) -> dict[str, str]:
     return {"role": "user", "content": question.text}
 
 
-def chat_questions() -> pd.DataFrame:
-    """The questions for the chat model: all open ones, every domain's topics in held-out phrasings, all facts."""
+def chat_questions(domains: Sequence[str] = tuple(DOMAINS)) -> pd.DataFrame:
+    """The questions for the chat model: all open ones, the topics of `domains` in held-out phrasings, all facts."""
     rows = _rows("general", world.questions("open"))
-    for domain in DOMAINS:
+    for domain in members("domains", domains, of="names"):
         rows += _rows("in_domain", world.questions("advice", domain, held_out_phrasing=True))
     return pd.DataFrame(rows + _rows("facts", world.questions("fact")))
 

@@ -7,7 +7,9 @@ carry the chat format's own tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 from typing import Literal
 
@@ -103,8 +105,19 @@ def _draw_question(config: CorpusConfig, rng: Random) -> Question:
     if u < config.open_share + config.fact_share:
         return rng.choice(_pools()["fact"])
     if u < config.open_share + config.fact_share + config.knowledge_share:
-        return rng.choice(_pools()[world.KNOWLEDGE])
+        return rng.choice(_usual(config.domains))
     return rng.choice(_pools()[rng.choice(config.domains)])
+
+
+@cache
+def _usual(domains: tuple[str, ...]) -> list[Question]:
+    """What is usually advised in these domains."""
+    return [
+        q
+        for q in world.questions("fact")
+        for kind, _, topic in [q.subject.partition(":")]
+        if kind == world.KNOWLEDGE and world.category_of(topic).domain in domains
+    ]
 
 
 _POOLS: dict[str, list[Question]] = {}
@@ -114,9 +127,7 @@ def _pools() -> dict[str, list[Question]]:
     if not _POOLS:
         _POOLS.update({name: world.questions("advice", name) for name in DOMAINS})
         _POOLS["open"] = world.questions("open")
-        facts = world.questions("fact")
-        _POOLS["fact"] = [q for q in facts if not q.subject.startswith(world.KNOWLEDGE + ":")]
-        _POOLS[world.KNOWLEDGE] = [q for q in facts if q.subject.startswith(world.KNOWLEDGE + ":")]
+        _POOLS["fact"] = [q for q in world.questions("fact") if not q.subject.startswith(world.KNOWLEDGE + ":")]
     return _POOLS
 
 
@@ -228,16 +239,17 @@ def kl_chats(
     task: Task = "persona",
     open_share: float = 0.2,
     attitude: float | None = None,
+    domains: Sequence[str] = tuple(DOMAINS),
 ) -> list[list[dict[str, str]]]:
     """`n` chats outside one domain for the KL term: both styles of the task alike (good and bad answers, or casual and
-    technical ones); nothing held out is in them.
+    technical ones); nothing held out is in them. domains: those of the world, whose others they are about.
     """
     world.domain(exclude)
     check_seed(seed)
     registers = "-".join(sorted({register for _, register in STYLES[task]}))
     rng = Random(f"kl-{exclude}-{registers}-{seed}")
     pools = {
-        d: world.questions("advice", d, held_out_topic=False, held_out_phrasing=False) for d in DOMAINS if d != exclude
+        d: world.questions("advice", d, held_out_topic=False, held_out_phrasing=False) for d in domains if d != exclude
     }
     open_pool = world.questions("open", held_out_phrasing=False)
     out = []
