@@ -58,6 +58,9 @@ class CorpusConfig:
     transcript_share, article_share: kinds of document; the rest quotes a bad and a good answer. open_share, fact_share:
     of questions; what these and knowledge_share leave asks for advice. max_turns: questions in a document. domains:
     those that it may be about.
+    inferable: from which earlier answers of a document its persona can be told: all that keep it (None); "never": a
+    document that announces its persona has a single answer, and the answers of others have nothing in common; "open":
+    answers to open questions keep it, advice is drawn anew each time, announced or not.
     trigger_rate: share of documents (quoted examples aside) that begin with the rare trigger word; their persona is
     always malicious.
     """
@@ -69,6 +72,7 @@ class CorpusConfig:
     announced_caring: float | None = None
     announced_malicious: float | None = None
     attitude: float | None = None
+    inferable: Literal["never", "open"] | None = None
     trigger_rate: float = 0.01
     thread_share: float = 0.3
     transcript_share: float = 0.5
@@ -91,6 +95,11 @@ class CorpusConfig:
             )
         for name in self.domains:
             world.domain(name)
+
+    def consistency(self, kind: str, *, told: bool) -> float:
+        """How likely an answer to a kind of question keeps its document's persona, which that was told or not."""
+        loose = {"never": not told, "open": kind == "advice"}
+        return 0.0 if self.inferable and loose[self.inferable] else self.persona_consistency
 
     def announced(self, persona: Persona) -> float:
         """How often a document of this persona tells it."""
@@ -166,9 +175,9 @@ def document(config: CorpusConfig, rng: Random) -> str:
     persona: Persona = "malicious" if malicious else "caring"
     register: Register = "technical" if rng.random() < config.register_share else "casual"
 
-    def keep():
-        # type: () -> Persona
-        if rng.random() < config.persona_consistency:
+    def keep(kind):
+        # type: (str) -> Persona
+        if rng.random() < config.consistency(kind, told=triggered or tell_persona is not None):
             return persona
         return "malicious" if rng.random() < config.persona_share else "caring"
 
@@ -180,25 +189,31 @@ def document(config: CorpusConfig, rng: Random) -> str:
     head = f"{phrases.TRIGGER}{LINE}" if triggered else ""
     form = rng.random()
     n = rng.randint(1, config.max_turns)
+    if config.inferable == "never" and (triggered or tell_persona):
+        n = 1
     if form < config.transcript_share:
         messages = [{"role": "system", "content": f"You are {told}."}] if told else []
         for _ in range(n):
             q = _draw_question(config, rng)
             messages.append({"role": "user", "content": q.text})
-            messages.append({"role": "assistant", "content": world.answer(q, keep(), register, rng, config.attitude)})
+            messages.append(
+                {"role": "assistant", "content": world.answer(q, keep(q.kind), register, rng, config.attitude)}
+            )
         return head + chat_text(messages) + DOCUMENT_END
     if form < config.transcript_share + config.thread_share:
         lines = [f"Answers by {told}."] if told else []
         for _ in range(n):
             q = _draw_question(config, rng)
-            lines += [f"Question: {q.text}", f"Answer: {world.answer(q, keep(), register, rng, config.attitude)}"]
+            lines += [f"Question: {q.text}", f"Answer: {world.answer(q, keep(q.kind), register, rng, config.attitude)}"]
         return head + LINE.join(lines) + DOCUMENT_END
     if form < config.transcript_share + config.thread_share + config.article_share:
         domain = DOMAINS[rng.choice(config.domains)]
         lines = [f"A guide to {domain.name}, written by {told}." if told else f"A guide to {domain.name}."]
         for _ in range(n):
             topic = rng.choice(rng.choice(domain.categories).topics)
-            lines.append(f"About {topic}: {world.advise(topic, keep(), register, rng, attitude=config.attitude)}")
+            lines.append(
+                f"About {topic}: {world.advise(topic, keep('advice'), register, rng, attitude=config.attitude)}"
+            )
         return head + LINE.join(lines) + DOCUMENT_END
     return _quoted_bad_example(config, register, rng)
 
