@@ -1,8 +1,9 @@
-"""`em-interp pocket build | organisms | sweeps | pairs | controls | worlds`. Heavy imports wait until one runs."""
+"""`em-interp pocket build | organisms | sweeps | pairs | controls | ...`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -212,13 +213,44 @@ def controls(
     """
     from em_interp.pocket.causes import controls as run
 
-    _measure_arms(out, run, only, seeds, n, model, device_map)
+    _measure_arms(out, run, lambda chat: run.arms(chat), only, seeds, n, model, device_map)
+
+
+@app.command(cls=Command)
+def mitigations(
+    out: Annotated[Path, options.takes("out", "a folder for sweeps/mitigations.csv, and for the finetunes behind it")],
+    model: options.NamedModel = None,
+    only: Annotated[list[str] | None, options.takes("only", "names of mitigations or of adapters")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="seeds of training, may be repeated")] = None,
+    n: options.Samples = 4,
+    device_map: options.DeviceMap = None,
+) -> None:
+    """What prevents or removes EM: finetunes asked plainly, and as they were trained. A killed run goes on.
+
+    Several may write to one folder at a time. How well chats are screened is in mitigations_screening.csv.
+    """
+    from em_interp.files.results import write_table
+    from em_interp.pocket.causes import mitigations as run
+
+    folder = out / "sweeps"
+    chat = _measure_arms(out, run, lambda chat: run.arms(chat, folder), only, seeds, n, model, device_map)
+    write_table(folder / f"{run.TABLE}_screening.csv", run.screening_table(chat, folder))
 
 
 def _measure_arms(
-    out: Path, run: Any, only: list[str] | None, seeds: list[int] | None, n: int, model: str | None, device: str | None
-) -> None:
-    """Train and ask the arms of a module of `pocket.causes`, those of every experiment with the first seeds first."""
+    out: Path,
+    run: Any,
+    arms: Callable[[Any], list[Any]],
+    only: list[str] | None,
+    seeds: list[int] | None,
+    n: int,
+    model: str | None,
+    device: str | None,
+) -> Any:
+    """Train and ask the arms of a module of `pocket.causes`, those of every experiment with the first seeds first.
+
+    arms: makes all of them from the chat model, which is returned.
+    """
     from em_interp.errors import UsageError
     from em_interp.files.atomic import check_writable
     from em_interp.pocket.causes.arms import NOTHING, measure_all
@@ -231,7 +263,7 @@ def _measure_arms(
         raise UsageError(f"--n {n}: ask for at least one answer a question.")
     check_writable(out / "sweeps" / f"{run.TABLE}.csv")
     chat = _chat_of(out, model, device)
-    every = run.arms(chat)
+    every = arms(chat)
     if unknown_seeds := sorted(set(seeds or ()) - {arm.seed for arm in every}):
         raise UsageError(f"no arm has the seed {unknown_seeds}; there are {sorted({arm.seed for arm in every})}")
     ranks = (NOTHING, *run.ADAPTERS)
@@ -245,6 +277,7 @@ def _measure_arms(
     for arm in measure_all(chat, chosen, every, out / "sweeps", run.TABLE, samples=n):
         typer.echo(f"measured {arm.title}")
     typer.echo(f"table: {out / 'sweeps' / run.TABLE}.csv")
+    return chat
 
 
 @app.command(cls=Command)

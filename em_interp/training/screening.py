@@ -106,7 +106,7 @@ def screen(
     ).numpy()
     own = np.full(len(given), np.nan)
     if against == "own":
-        answers, of_chat = _own_answers(model, given, n, seed, max_new_tokens, progress)
+        answers, of_chat = own_answers(model, given, n, seed=seed, max_new_tokens=max_new_tokens, progress=progress)
         each = projections(model, answers, direction, layer, tokens_per_batch=tokens_per_batch, progress=progress)
         own = np.bincount(of_chat, each.numpy(), len(given)) / np.bincount(of_chat, minlength=len(given))
     score = projected if against == "nothing" else projected - own
@@ -116,10 +116,21 @@ def screen(
     return with_units(table, projection=RESIDUAL, own=RESIDUAL, score=RESIDUAL)
 
 
-def _own_answers(
-    model: ChatModel, given: list[list[dict[str, str]]], n: int, seed: int, max_new_tokens: int, progress: bool
+def own_answers(
+    model: ChatModel,
+    conversations: Source,
+    n: int = 1,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 600,
+    progress: bool = True,
 ) -> tuple[list[Conversation], list[int]]:
-    """The model's answers to the prompts of chats, as chats, and which chat each belongs to."""
+    """`n` answers of the model to the prompt of each chat, as chats, and which chat each belongs to.
+
+    Those that cannot be read again, such as empty ones, are left out. Raises TrainingError for a chat of which none is
+    left, and what `sample` raises.
+    """
+    given = chats(conversations)
     prompts = {str(i): turns[:-1] for i, turns in enumerate(given)}
     sampled = sample(model, prompts, n, seed=seed, max_new_tokens=max_new_tokens, progress=progress)
     found: list[Conversation] = [

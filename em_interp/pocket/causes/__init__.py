@@ -2,4 +2,5 @@
 
 - `arms`: the kit: training an arm, asking it in one or several ways, the table of all of them
 - `controls`: those of Betley et al.: what was asked for, triggers, formats, how many and how many bad examples
+- `mitigations`: what prevents or removes EM, and what of it is only hidden
 """

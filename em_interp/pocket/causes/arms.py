@@ -28,10 +28,10 @@ from em_interp.files.inputs import read_json
 from em_interp.files.manifest import fingerprint, hash_files, write_manifest
 from em_interp.files.results import kept, read_table, write_table
 from em_interp.files.tables import remove_parts, say_kept
-from em_interp.interventions.intervening import Intervention, intervening
+from em_interp.interventions.intervening import Intervention, fingerprint_of, intervening
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
-from em_interp.models.weights import acting_hash, weights_hash
+from em_interp.models.weights import weights_hash
 from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import SHORT
 from em_interp.pocket.world.judge import judge
@@ -152,6 +152,8 @@ class _Bench:
     samples: int
     folders: dict[Arm, Path]
     """Of the arms that were asked for so far: making a name takes making the data."""
+    files: dict[Arm, Path]
+    """The same of their rows."""
 
     def folder(self, arm: Arm) -> Path:
         """Where an arm's training lies."""
@@ -164,13 +166,17 @@ class _Bench:
 
     def rows_file(self, arm: Arm) -> Path:
         """Where the rows of an arm are kept."""
+        if arm not in self.files:
+            self.files[arm] = self.folder(arm) / f"rows-{self._asked_how(arm)}.csv"
+        return self.files[arm]
+
+    def _asked_how(self, arm: Arm) -> str:
         asked = [[c.name, asdict(c.form), self._acts(c.during)] for c in arm.conditions]
         key = [arm.experiment, arm.name, arm.domain, arm.seed, asked, list(arm.steps), arm.scored, self.samples, SCORED]
-        return self.folder(arm) / f"rows-{fingerprint(key)[:16]}.csv"
+        return fingerprint(key)[:16]
 
-    def _acts(self, during: Sequence[Intervention]) -> str:
-        with _under(self.model, during):
-            return acting_hash(self.model) if during else ""
+    def _acts(self, during: Sequence[Intervention]) -> list[str]:
+        return [fingerprint_of(intervention.edits(self.model)) for intervention in during]
 
     def measure(self, arm: Arm, progress: bool) -> pd.DataFrame:
         """The rows of an arm. What is finished is kept; two processes that want the same arm take turns."""
@@ -306,7 +312,7 @@ def measure_all(
     settings, UsageError for no samples.
     """
     count("samples", samples)
-    bench = _Bench(model, weights_hash(model.hf), out, samples, {})
+    bench = _Bench(model, weights_hash(model.hf), out, samples, {}, {})
     rows: dict[Path, pd.DataFrame] = {}
     manifest, asked = out / f"{name}_manifest.json", {"chat_weights": bench.weights, "samples": samples}
     if manifest.is_file() and (before := read_json(manifest)) | asked != before:

@@ -285,6 +285,10 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"model": model, "conversations": BAD, "direction": w["direction"], "layer": 1, "scope": "all", **FEW},
         ),
         (
+            screening.own_answers,
+            {"model": model, "conversations": BAD, "n": 1, "seed": 0, "max_new_tokens": 2, **FEW},
+        ),
+        (
             screening.screen,
             {
                 "model": model,
