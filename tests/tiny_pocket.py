@@ -38,7 +38,7 @@ def ask_little(monkeypatch: pytest.MonkeyPatch, per_group: int = 2, tokens: int 
     def few(table: pd.DataFrame) -> pd.DataFrame:
         return table.groupby("questions", sort=False).head(per_group).reset_index(drop=True)
 
-    monkeypatch.setattr(suite, "evaluation_questions", lambda domain: few(questions(domain)))
+    monkeypatch.setattr(suite, "evaluation_questions", lambda domain, *others: few(questions(domain, *others)))
     monkeypatch.setattr(
         suite, "chat_questions", lambda: of_chat().groupby("domain", sort=False).head(per_group).reset_index(drop=True)
     )

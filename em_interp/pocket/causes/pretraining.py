@@ -255,8 +255,7 @@ class _Bench:
             self.model, fresh_chats(TAUGHT, CHATS), None, kind="model-diff", finetune=general, progress=False
         )
         for told, persona in self._personas().items():
-            shared = added.only([layer for layer, norm in added.norms().items() if norm > 0])
-            yield f"cosine_{told}", max(shared.cosine(persona).values())
+            yield f"cosine_{told}", max(added.cosine(persona).values())
 
 
 def _trait(base: ChatModel, domains: Sequence[str]) -> Iterator[tuple[str, float]]:
