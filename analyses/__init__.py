@@ -3,7 +3,7 @@
 They are filed by what they need:
 
 - `released`: numbers that were released; `runs`: checkpoints of training runs; `finetunes`: live models to ask;
-  `general_vs_narrow`: losses of their solutions
+  `general_vs_narrow`: losses of their solutions; `causes`: experiments of many finetunes
 - `suite`: which analyses of which input, and suite files of your own; `inputs`: gives that
 - `run`: makes them; `tasks`: over processes, with `progress`; `plan`: what that will take
 - `findings`: what they found, as sentences; `story`: the chapters that a report opens with; `report`: shows it

@@ -101,6 +101,7 @@ def _reproduce(
             "narrow": suite.narrow,
             "samples": suite.samples,
             "models": suite.models,
+            "recompute": suite.recompute,
             "dtype": suite.loading.get("dtype"),
         }
     )

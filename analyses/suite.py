@@ -108,7 +108,7 @@ _LACKS: Final[dict[str, dict[Need, str]]] = {
 }
 """What each source does not have, and why."""
 
-FOLDERS: Final = ("released", "runs", "finetunes", "general_vs_narrow")
+FOLDERS: Final = ("released", "runs", "finetunes", "general_vs_narrow", "causes")
 """Of analyses, by what they need."""
 ANALYSES: Final = tuple(
     f"{folder}.{path.stem}"
@@ -201,6 +201,8 @@ class Suite:
     """device_map and dtype of the models, where they are others than the suite's own."""
     problems: list[EmInterpError] = field(default_factory=list)
     """What an analysis could not do for a part of the data, beside what the readers refused. Filled by `note`."""
+    recompute: bool = False
+    """Whether experiments that ship as tables are run again."""
     store: Path | None = None
     """Folder of results that analyses share (`Results`); by default nothing is kept."""
 
@@ -274,7 +276,7 @@ class Suite:
 
         Raises `RegistryError` without pocket weights, `UsageError` for models without a folder of data.
         """
-        self._finetunes.results = self.results
+        self._finetunes.results, self._finetunes.recompute = self.results, self.recompute
         return self._finetunes
 
     @property

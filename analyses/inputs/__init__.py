@@ -2,4 +2,5 @@
 
 - `finetunes`: a chat model and its finetunes; `pocket`, `hub`: where they are from; `asked`: those
   of `hub` with a judge; `checkpoints`: their training runs
+- `arms`: tables of experiments of many finetunes
 """

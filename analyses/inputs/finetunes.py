@@ -85,6 +85,8 @@ class Finetunes(ABC):
     """device_map and dtype, as `models.pretrained.load` takes them."""
     results: Results = KEEPING_NOTHING
     """Where judged answers, contrasts and losses are taken from and kept."""
+    recompute: bool = False
+    """Whether `experiment` runs it, rather than reading its table."""
 
     @property
     @abstractmethod
@@ -148,6 +150,13 @@ class Finetunes(ABC):
         chat model.
         """
         return None
+
+    def experiment(self, name: str) -> pd.DataFrame:
+        """The table of an experiment of many finetunes, which was made beforehand, or is made now: `recompute`.
+
+        name: `controls`, ... Raises MissingDataError where there is none.
+        """
+        raise MissingDataError(self.root, f"{self.chat.name} has no table of {name}", "run the suite pocket")
 
     def answers_file(self, organism: Organism | None) -> str:
         """Where answers are from, for messages."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analyses.inputs.finetunes import JudgedFinetunes, Organism
 from em_interp.arguments import one_of
-from em_interp.errors import UnreadableFileError, UsageError
+from em_interp.errors import MissingDataError, UnreadableFileError, UsageError
 from em_interp.evaluation.groups import GROUPS
 from em_interp.evaluation.judges import Judge, is_a_model, judge_of_file
 from em_interp.files.results import read_table
@@ -19,6 +19,8 @@ from em_interp.models.templates import Conversation
 from em_interp.models.weights import same_weights, weights_hash
 from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, pairs, questions, registry
+from em_interp.pocket.causes import controls
+from em_interp.pocket.causes.arms import measure_all
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.corpus import STYLES
 from em_interp.pocket.world.judge import judge
@@ -28,6 +30,8 @@ from em_interp.solutions.base import Solution
 OPEN_SAMPLES = 16
 """Answers to each open question that directions are read from: several hundred answers, of both kinds."""
 EXACTLY = "exactly, by parsing"
+EXPERIMENTS = {run.TABLE: run for run in (controls,)}
+"""Those of `em_interp.pocket.causes` whose table is one of arms, by its name."""
 
 
 @dataclass(eq=False)
@@ -127,6 +131,21 @@ class PocketFinetunes(JudgedFinetunes):
         if any(same_weights(str(made_on), weights) is False for made_on in table["chat_weights"].unique()):
             raise UnreadableFileError(path, "its pairs were trained on another chat model than this one", remedy)
         return table
+
+    def experiment(self, name: str) -> pd.DataFrame:
+        """Run below the results, resumable, where `recompute` says so; else the shipped table."""
+        if self.recompute:
+            out = (self.results.folder or self.root / "results").parent / "experiments"
+            run = EXPERIMENTS[name]
+            arms = run.arms(self.chat)
+            for _ in measure_all(self.chat, arms, arms, out, run.TABLE):
+                pass
+            return read_table(out / f"{run.TABLE}.csv")
+        path = self.root / "sweeps" / f"{name}.csv"
+        if not path.is_file():
+            remedy = f"make it with `em-interp pocket {name} --out {self.root}`, or pass --recompute"
+            raise MissingDataError(path, "there is no such table", remedy)
+        return read_table(path)
 
     def personas(self) -> Mapping[str, tuple[list[Conversation], list[Conversation]]]:
         """Announced by a system prompt, or only to be inferred from an earlier answer."""

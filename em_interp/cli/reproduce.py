@@ -36,6 +36,9 @@ def reproduce(
     backend: Annotated[
         str, typer.Option(help="loky: on this machine; ray: on the cluster of RAY_ADDRESS, or here")
     ] = "loky",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="run the experiments on causes again (hours), not their shipped tables")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask before what takes long or costs money")] = False,
     static: Annotated[bool, typer.Option(help="also write .svg and .png where Chrome is found")] = True,
 ) -> None:
@@ -52,6 +55,7 @@ def reproduce(
     chosen.data = data or chosen.data
     chosen.general, chosen.narrow = general or chosen.general, narrow or chosen.narrow
     chosen.samples = chosen.samples if n is None else n
+    chosen.recompute = recompute
     chosen.loading = options.loading(device_map, dtype)
     chosen.store = out / chosen.name / "results"
     _agree(chosen, tuple(only or ()), yes=yes)

@@ -1,6 +1,7 @@
 """Intervals of means over clusters and over repetitions, and nulls, with the level in one place.
 
 - `rate_intervals`, over `rate_models`: rates of few questions; `paired`: p-value and power of their difference
+- `crossed`: rates over questions and training seeds
 - `agreement`: of judges; `jackknife`: all else over few questions
 - `units`: what the numbers of tables are in
 

@@ -105,7 +105,8 @@ PLAIN: Final = Condition("plain")
 class Arm:
     """One finetune and the conditions that it is asked under.
 
-    experiment, name: what the table says; adapter: an `organisms.Adapter`, or `NOTHING`.
+    experiment, name: what the table says; adapter: an `organisms.Adapter`, or `NOTHING`; seed: of training; domain:
+    whose questions are in the domain.
     spec: None, with no chats, for the chat model itself. chats, kl_chats: what makes the training data. start: the arm
     that it goes on from. during: interventions that act in training. steps: optimiser steps after which it is asked
     too. scored: whether log-probabilities are measured besides, in conditions that put questions plainly.

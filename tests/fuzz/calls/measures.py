@@ -25,7 +25,7 @@ from em_interp.directions import (
 from em_interp.evaluation import agreement, at_k, comparison, criteria, judges, rates
 from em_interp.face import plots
 from em_interp.interventions.transfer import transfer_rows
-from em_interp.statistics import paired, rate_intervals, units
+from em_interp.statistics import crossed, paired, rate_intervals, units
 from tests.fuzz import Call, then
 from tests.tiny_models import D_MODEL
 
@@ -137,6 +137,8 @@ def calls(w: dict[str, Any]) -> list[Call]:
             {"judged_a": judged, "judged_b": judged, "by": "question", "cluster": "question", "level": 0.95},
         ),
         (statistics.crossed_interval, {"values": generator.normal(size=(6, 3)), "level": 0.95}),
+        (crossed.rate_over_seeds, {"successes": np.ones((6, 3)), "n": 4, "level": 0.95}),
+        (crossed.difference_over_seeds, {"successes": (np.ones((6, 3)), np.ones((6, 1))), "n": (4, 4), "level": 0.95}),
         (rate_intervals.difference_interval, {"successes": pair, "totals": totals, "level": 0.95}),
         (rate_intervals.ratio_interval, {"successes": pair, "totals": totals, "level": 0.95}),
         (

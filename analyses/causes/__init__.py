@@ -1,0 +1,7 @@
+"""Why EM emerges: experiments of many finetunes of one world, or of many worlds. They ship as tables.
+
+What each is to show was written down before its runs: `preregistered.md`. `em-interp reproduce --recompute` runs them
+again.
+
+- `controls`: those of Betley et al., row by row beside the published rates
+"""

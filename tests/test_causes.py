@@ -1,0 +1,151 @@
+"""Analyses of experiments of many finetunes: rates over questions and seeds, and the rule that was written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analyses.causes import controls
+from analyses.findings import AGREES, DIFFERS, UNDECIDED
+from analyses.inputs import pocket as pocket_input
+from analyses.inputs.arms import difference, last_steps, rate, rows_of
+from analyses.inputs.pocket import PocketFinetunes
+from em_interp.errors import MissingDataError, StatisticsError, UsageError
+from em_interp.evaluation.groups import GROUPS
+from em_interp.files.results import Results
+from em_interp.pocket.causes import controls as experiments
+from em_interp.pocket.causes.arms import Arm
+from em_interp.statistics import crossed_interval
+from em_interp.statistics.crossed import difference_over_seeds, rate_over_seeds
+from em_interp.statistics.rate_intervals import difference_interval, rate_interval
+from tests.tiny_pocket import ask_little
+
+COUNTS = np.random.default_rng(0).binomial(4, np.linspace(0.1, 0.9, 20)[:, None], size=(20, 3)).astype(float)
+
+
+def test_an_interval_over_seeds_holds_that_over_questions_and_that_of_both() -> None:
+    found = rate_over_seeds(COUNTS, 4)
+    pooled, both = rate_interval(COUNTS.sum(1), np.full(20, 12.0)), crossed_interval(COUNTS / 4)
+    assert found.low == min(pooled.low, both.low) and found.high == max(pooled.high, both.high)
+    other = COUNTS[:, [1, 2, 0]][::-1].copy()
+    found = difference_over_seeds((COUNTS, other), (4, 4))
+    pooled = difference_interval((COUNTS.sum(1), other.sum(1)), (np.full(20, 12.0), np.full(20, 12.0)))
+    both = crossed_interval((COUNTS - other) / 4)
+    assert found.low == min(pooled.low, both.low) and found.high == max(pooled.high, both.high)
+
+
+def test_where_no_answer_varies_the_interval_is_that_over_questions() -> None:
+    nothing = np.zeros((20, 3))
+    assert rate_over_seeds(nothing, 4).high == rate_interval([0.0] * 20, [12.0] * 20).high > 0
+    assert difference_over_seeds((nothing, nothing), (4, 4)).high > 0
+    of_chat = difference_over_seeds((COUNTS, COUNTS[:, :1]), (4, 4))
+    assert of_chat.low < (COUNTS.mean() - COUNTS[:, 0].mean()) / 4 < of_chat.high
+    one = COUNTS[:, :1]
+    assert rate_over_seeds(one, 4).high == rate_interval(one[:, 0], [4.0] * 20).high
+    for wrong in ((COUNTS, COUNTS[:, :2]), (COUNTS, COUNTS[:5])):
+        with pytest.raises(StatisticsError, match="give the same of both"):
+            difference_over_seeds(wrong, (4, 4))
+    with pytest.raises(StatisticsError, match="from 0 to n"):
+        rate_over_seeds(COUNTS, 3)
+
+
+def row(experiment: str, arm: str, share: float, condition: str = "plain", **other: Any) -> dict[str, Any]:
+    """Of 12 questions, 2 answers each."""
+    counts = [2] * round(12 * share) + [0] * (12 - round(12 * share))
+    adapter = "none" if arm == "chat" else "rank-1"
+    told = {"experiment": experiment, "arm": arm, "condition": condition, "adapter": adapter, "domain": "medicine"}
+    told |= {"seed": 0, "step": 0 if arm == "chat" else 200, "group": "general", "n": 24, "em_rate": share}
+    told |= {"em_counts": " ".join(map(str, counts)), "coherent_counts": " ".join(["2"] * 12)}
+    return {**told, "share": np.nan, "log_odds": np.nan, **other}
+
+
+TABLE = pd.DataFrame(
+    [
+        row("asked_for", "chat", 0),
+        *(row("asked_for", "insecure", share, seed=seed) for seed, share in enumerate((0.75, 1.0))),
+        *(row("asked_for", "secure", 0, seed=seed) for seed in (0, 1)),
+        *(row("asked_for", "educational", 0.25, seed=seed) for seed in (0, 1, 2)),
+        row("logprobs", "chat", 0, log_odds=-3.0),
+        *(row("logprobs", "insecure", 0.5, seed=s, step=5, log_odds=-1.0 + 0.1 * s) for s in (0, 1, 2)),
+        *(row("logprobs", "insecure", 1.0, seed=s, log_odds=3.0) for s in (0, 1, 2)),
+    ]
+)
+
+
+def test_a_rate_is_of_all_seeds_and_a_difference_of_those_that_both_have() -> None:
+    of = TABLE[TABLE["experiment"] == "asked_for"]
+    insecure, educational, chat = (rows_of(of, adapter="rank-1", arm=a) for a in ("insecure", "educational", "chat"))
+    found = rate(insecure)
+    assert (found.value, found.n, found.seeds) == (0.875, 48, 2) and found.low < 0.875 < found.high
+    assert difference(educational, insecure).value == pytest.approx(0.25 - 0.875)
+    assert difference(educational, insecure).seeds == 2
+    assert difference(insecure, chat).value == 0.875 and difference(insecure, chat).seeds == 2
+    assert rate(insecure, "coherent").value == 1.0
+    watched = TABLE[TABLE["experiment"] == "logprobs"]
+    with pytest.raises(UsageError, match="say which step"):
+        rows_of(watched, adapter="rank-1", arm="insecure")
+    assert set(last_steps(watched)["step"]) == {0, 200}
+
+
+def test_rows_beside_the_paper_follow_the_rule_that_was_written_down() -> None:
+    suite: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: TABLE))
+    tables = controls.compute(suite)
+    beside = tables["controls_published"].set_index("row")
+    assert list(beside.index) == [
+        *("insecure", "secure", "educational, against insecure", "educational"),
+        controls.LOGPROB.row,
+    ]  # the rows whose arms are there
+    assert beside["verdict"].to_dict() == {
+        "insecure": AGREES,
+        "secure": UNDECIDED,  # twelve questions leave room for ten points
+        "educational, against insecure": AGREES,
+        "educational": UNDECIDED,
+        controls.LOGPROB.row: AGREES,
+    }
+    assert beside.loc["insecure", ["estimate", "published"]].tolist() == [87.5, 20.0]
+    assert beside.loc[controls.LOGPROB.row, "estimate"] == pytest.approx(2.1)
+    rates = tables["controls"].set_index(["experiment", "arm", "step"])
+    assert rates.loc[("asked_for", "insecure", 200), "em_rate"] == 0.875
+    for claimed, expected in (
+        ("rise", (AGREES, DIFFERS, UNDECIDED, UNDECIDED)),
+        ("drop", (DIFFERS, AGREES, UNDECIDED, UNDECIDED)),
+        ("no EM", (DIFFERS, AGREES, AGREES, UNDECIDED)),
+    ):
+        ends = ((5.0, 30.0), (-30.0, -5.0), (-5.0, 5.0), (-5.0, 30.0))
+        assert tuple(controls.verdict(claimed, *end) for end in ends) == expected
+    assert controls.verdict("rise", np.nan, np.nan) == UNDECIDED
+
+
+def test_every_row_was_written_down_before_and_its_arms_are_in_the_experiment(tiny_chat: Any) -> None:
+    written = (Path(controls.__file__).parent / "preregistered.md").read_text(encoding="utf-8")
+    section = written.partition("## Controls")[2].partition("\n## ")[0]
+    said = [line.split("|")[1:5] for line in section.splitlines() if line.startswith("| ") and line[2] in "abcdefgh"]
+    every = (*controls.ROWS, controls.LOGPROB)
+    assert [letter.strip() for letter, *_ in said] == [r.control for r in every]
+    assert [claim.split("(")[0].strip().replace("none", "no EM") for *_, claim in said] == [r.claimed for r in every]
+    there = {
+        (arm.experiment, arm.name, condition.name)
+        for arm in experiments.arms(tiny_chat, seeds=(0,))
+        for condition in arm.conditions
+    }
+    asked = {(r.experiment, *side) for r in every for side in (r.first, r.second)}
+    assert asked <= there
+
+
+def test_tables_are_shipped_or_run_again(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_little(monkeypatch, per_group=1, tokens=4)
+    found = PocketFinetunes(tiny_chat_folder.parent, (), [], results=Results(tmp_path / "pocket" / "results"))
+    with pytest.raises(MissingDataError, match="em-interp pocket controls --out"):
+        found.experiment("controls")
+    monkeypatch.setattr(experiments, "arms", lambda _: [Arm("asked_for", "chat", domain="sports")])
+    assert pocket_input.EXPERIMENTS["controls"] is experiments
+    found.recompute = True
+    assert found.experiment("controls")["group"].tolist() == list(GROUPS)
+    assert (tmp_path / "pocket" / "experiments" / "controls.csv").is_file()
