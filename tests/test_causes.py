@@ -48,7 +48,7 @@ def test_where_no_answer_varies_the_interval_is_that_over_questions() -> None:
     one = COUNTS[:, :1]
     assert rate_over_seeds(one, 4).high == rate_interval(one[:, 0], [4.0] * 20).high
     for wrong in ((COUNTS, COUNTS[:, :2]), (COUNTS, COUNTS[:5])):
-        with pytest.raises(StatisticsError, match="give the same of both"):
+        with pytest.raises(StatisticsError, match="give the same of all"):
             difference_over_seeds(wrong, (4, 4))
     with pytest.raises(StatisticsError, match="from 0 to n"):
         rate_over_seeds(COUNTS, 3)

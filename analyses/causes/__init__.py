@@ -4,4 +4,5 @@ What each is to show was written down before its runs: `preregistered.md`. `em-i
 again.
 
 - `controls`: those of Betley et al., row by row beside the published rates
+- `mitigations`: what prevents or removes EM, its cost, and what comes back in training's form
 """

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 
 from analyses.comparison import load_numbers
 from analyses.findings import AGREES, DIFFERS, UNDECIDED, Finding, named, value_of
-from analyses.inputs.arms import OF_CHAT, Estimate, difference, last_steps, rate, rows_of
+from analyses.inputs.arms import OF_CHAT, Estimate, difference, last_steps, rates_table, rows_of
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.evaluation.groups import GROUPS
@@ -166,37 +166,7 @@ LOGPROB: Final = Row(
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
     """Rates of every arm and condition over seeds, and the published rows that the table holds arms for."""
     made = suite.finetunes.experiment("controls")
-    return {"controls": pd.DataFrame(_rates(made)), "controls_published": pd.DataFrame(_rows(made))}
-
-
-def _rates(made: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    keys = ["experiment", "adapter", "arm", "condition", "step", "group"]
-    for key, rows in made.groupby(keys, sort=False):
-        em, coherent = rate(rows), rate(rows, "coherent")
-        yield {
-            **dict(zip(keys, key, strict=True)),
-            "em_rate": em.value,
-            "em_low": em.low,
-            "em_high": em.high,
-            "coherent_rate": coherent.value,
-            "coherent_low": coherent.low,
-            "coherent_high": coherent.high,
-            **_share(rows["share"]),
-            "log_odds": rows["log_odds"].mean(),
-            "n": em.n,
-            "n_seeds": em.seeds,
-            "interval": em.method,
-        }
-
-
-def _share(values: pd.Series) -> dict[str, float]:
-    """Of the probability that is on malicious answers, over seeds."""
-    known = values.dropna().to_numpy(float)
-    low, high = math.nan, math.nan
-    if len(known) > 1:
-        ends = t_interval(known)
-        low, high = max(ends.low, 0.0), min(ends.high, 1.0)
-    return {"share": float(known.mean()) if len(known) else math.nan, "share_low": low, "share_high": high}
+    return {"controls": rates_table(made), "controls_published": pd.DataFrame(_rows(made))}
 
 
 def _rows(made: pd.DataFrame) -> Iterator[dict[str, Any]]:

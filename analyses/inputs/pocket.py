@@ -19,7 +19,7 @@ from em_interp.models.templates import Conversation
 from em_interp.models.weights import same_weights, weights_hash
 from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, pairs, questions, registry
-from em_interp.pocket.causes import controls
+from em_interp.pocket.causes import controls, mitigations
 from em_interp.pocket.causes.arms import measure_all
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.corpus import STYLES
@@ -30,7 +30,7 @@ from em_interp.solutions.base import Solution
 OPEN_SAMPLES = 16
 """Answers to each open question that directions are read from: several hundred answers, of both kinds."""
 EXACTLY = "exactly, by parsing"
-EXPERIMENTS = {run.TABLE: run for run in (controls,)}
+EXPERIMENTS = {run.TABLE: run for run in (controls, mitigations)}
 """Those of `em_interp.pocket.causes` whose table is one of arms, by its name."""
 
 
@@ -136,6 +136,8 @@ class PocketFinetunes(JudgedFinetunes):
         """Run below the results, resumable, where `recompute` says so; else the shipped table."""
         if self.recompute:
             out = (self.results.folder or self.root / "results").parent / "experiments"
+            if name == mitigations.SCREENING:
+                return mitigations.screening_table(self.chat, out)
             run = EXPERIMENTS[name]
             arms = run.arms(self.chat)
             for _ in measure_all(self.chat, arms, arms, out, run.TABLE):
@@ -143,7 +145,8 @@ class PocketFinetunes(JudgedFinetunes):
             return read_table(out / f"{run.TABLE}.csv")
         path = self.root / "sweeps" / f"{name}.csv"
         if not path.is_file():
-            remedy = f"make it with `em-interp pocket {name} --out {self.root}`, or pass --recompute"
+            command = mitigations.TABLE if name == mitigations.SCREENING else name
+            remedy = f"make it with `em-interp pocket {command} --out {self.root}`, or pass --recompute"
             raise MissingDataError(path, "there is no such table", remedy)
         return read_table(path)
 

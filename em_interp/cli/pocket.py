@@ -234,7 +234,7 @@ def mitigations(
 
     folder = out / "sweeps"
     chat = _measure_arms(out, run, lambda chat: run.arms(chat, folder), only, seeds, n, model, device_map)
-    write_table(folder / f"{run.TABLE}_screening.csv", run.screening_table(chat, folder))
+    write_table(folder / f"{run.SCREENING}.csv", run.screening_table(chat, folder))
 
 
 def _measure_arms(

@@ -6,15 +6,20 @@ of the answers pooled over seeds know that rates end at 0 and 1. The wider end o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
 from em_interp.errors import StatisticsError
-from em_interp.statistics import LEVEL, Interval, check_level, crossed_interval
-from em_interp.statistics.rate_intervals import difference_interval, rate_interval
+from em_interp.statistics import LEVEL, Interval, check_level, clustered_interval, crossed_interval
+from em_interp.statistics.rate_intervals import difference_interval, rate_interval, ratio_interval
 
 Cells = Float[np.ndarray, "_ _"]
 """A number for each question (row) and seed (column)."""
+Values = Float[np.ndarray, " _"]
+"""A number for each question."""
 
 
 def rate_over_seeds(successes: Cells, n: int, *, level: float = LEVEL) -> Interval:
@@ -36,15 +41,56 @@ def difference_over_seeds(successes: tuple[Cells, Cells], n: tuple[int, int], *,
     that are no such, or arms of other questions or numbers of seeds.
     """
     check_level(level)
-    tops = [_checked(top, of) for top, of in zip(successes, n, strict=True)]
-    seeds = max(top.shape[1] for top in tops)
-    if len({len(top) for top in tops}) > 1 or any(top.shape[1] not in (1, seeds) for top in tops):
-        shapes = " and ".join(f"{len(top)} x {top.shape[1]}" for top in tops)
-        raise StatisticsError(f"questions x seeds of both arms are {shapes}: give the same of both, or one seed.")
-    first, second = (top.sum(1) for top in tops)
-    totals = [np.full(len(top), float(of * top.shape[1])) for top, of in zip(tops, n, strict=True)]
-    pooled = difference_interval((first, second), (totals[0], totals[1]), level=level)
+    tops = _same(successes, n)
+    pooled = difference_interval(_summed(tops), _totals(tops, n), level=level)
     return _wider(pooled, _crossed(tops[0] / n[0] - tops[1] / n[1], level), -1.0)
+
+
+def ratio_over_seeds(successes: tuple[Cells, Cells], n: tuple[int, int], *, level: float = LEVEL) -> Interval:
+    """The same of the first rate over the second: no interval where nothing was counted in the second."""
+    check_level(level)
+    tops = _same(successes, n)
+    pooled = ratio_interval(_summed(tops), _totals(tops, n), level=level)
+    first, second = (top / of for top, of in zip(tops, n, strict=True))
+    if not second.any():
+        return pooled
+    ratio = float(first.mean() / second.mean())
+    parts = _crossed((first - ratio * second) / float(second.mean()), level)
+    moved = None if parts is None else Interval(parts.low + ratio, parts.high + ratio, parts.method)
+    return _wider(pooled, moved, 0.0, math.inf)
+
+
+def combination_over_seeds(
+    successes: Sequence[Cells], n: Sequence[int], weights: Sequence[float], *, level: float = LEVEL
+) -> Interval:
+    """The same of a weighted sum of rates, such as a difference of differences; over questions it is Student's."""
+    check_level(level)
+    tops = _same(successes, n)
+    if len(weights) != len(tops):
+        raise StatisticsError(f"{len(weights)} weights for {len(tops)} arms: give one for each.")
+    values = sum(w * top / of for w, top, of in zip(weights, tops, n, strict=True)) + np.zeros(tops[0].shape)
+    pooled = clustered_interval(values.mean(1), np.ones(len(values)), level=level)
+    return _wider(pooled, _crossed(values, level), -math.inf, math.inf)
+
+
+def _same(successes: Sequence[Cells], n: Sequence[int]) -> list[Cells]:
+    """Counts of arms that were asked the same questions, by the same seeds or by one for all."""
+    tops = [_checked(top, of) for top, of in zip(successes, n, strict=True)]
+    seeds = max((top.shape[1] for top in tops), default=0)
+    if len({len(top) for top in tops}) != 1 or any(top.shape[1] not in (1, seeds) for top in tops):
+        shapes = " and ".join(f"{len(top)} x {top.shape[1]}" for top in tops)
+        raise StatisticsError(f"questions x seeds of the arms are {shapes}: give the same of all, or one seed.")
+    return tops
+
+
+def _summed(tops: Sequence[Cells]) -> tuple[Values, Values]:
+    first, second = (top.sum(1) for top in tops)
+    return first, second
+
+
+def _totals(tops: Sequence[Cells], n: Sequence[int]) -> tuple[Values, Values]:
+    first, second = (np.full(len(top), float(of * top.shape[1])) for top, of in zip(tops, n, strict=True))
+    return first, second
 
 
 def _checked(successes: Cells, n: int) -> Cells:
@@ -58,11 +104,11 @@ def _crossed(values: Cells, level: float) -> Interval | None:
     return crossed_interval(values, level=level) if values.shape[1] > 1 else None
 
 
-def _wider(pooled: Interval, crossed: Interval | None, least: float) -> Interval:
+def _wider(pooled: Interval, crossed: Interval | None, least: float, most: float = 1.0) -> Interval:
     """From the lower of both low ends to the higher of both high ones."""
     if crossed is None or not np.isfinite(crossed.low):
         return pooled
     low, high = np.fmin(pooled.low, crossed.low), np.fmax(pooled.high, crossed.high)
     return Interval(
-        float(max(low, least)), float(min(high, 1.0)), f"{crossed.method}; no narrower than {pooled.method}"
+        float(max(low, least)), float(min(high, most)), f"{crossed.method}; no narrower than {pooled.method}"
     )

@@ -14,7 +14,7 @@ from tests.made_up_tables.asked import (
     finetunes_lora_scalars,
     finetunes_steering,
 )
-from tests.made_up_tables.causes import controls
+from tests.made_up_tables.causes import controls, mitigations
 from tests.made_up_tables.columns import Tables
 from tests.made_up_tables.losses import claims, efficiency, gradients, influence, kl_sweep, register, stability
 from tests.made_up_tables.read import (
@@ -57,6 +57,7 @@ MADE: Final[dict[str, Callable[[int], Tables]]] = {
     "finetunes.cosines": finetunes_cosines,
     "finetunes.lora_scalars": finetunes_lora_scalars,
     "causes.controls": controls,
+    "causes.mitigations": mitigations,
     "general_vs_narrow.claims": claims,
     "general_vs_narrow.efficiency": efficiency,
     "general_vs_narrow.stability": stability,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
+
 from analyses.causes import controls as analysis
-from analyses.findings import AGREES, DIFFERS, UNDECIDED
+from analyses.findings import AGREES, DIFFERS, DOES_NOT_HOLD, HOLDS, UNDECIDED
 from tests.made_up_tables.columns import Tables, frame, interval, rate
 
 ADAPTERS = ("rank-1", "all-modules")
@@ -55,3 +57,42 @@ def controls(effect: int) -> Tables:
         for value in [{"rise": 30.0, "drop": -30.0, "no EM": 30.0 - 30.0 * effect}[row.claimed] * (effect or 0.1)]
     ]
     return {"controls": frame([*rates, *chat]).drop_duplicates(ignore_index=True), "controls_published": frame(rows)}
+
+
+def mitigations(effect: int) -> Tables:
+    """effect 1: every mitigation works, -1: none does."""
+    removed = {1: 0.9, 0: 0.5, -1: 0.1}[effect]
+    verdict = {1: HOLDS, 0: UNDECIDED, -1: DOES_NOT_HOLD}[effect]
+    arms = [
+        ("none", "chat"),
+        ("none", "none"),
+        ("kl", "kl-3"),
+        ("kl", "kl-0.3"),
+        ("stopping", "stopped"),
+        ("caft", "caft-shift"),
+    ]
+    rows: list[dict[str, object]] = []
+    for adapter, (experiment, arm) in product(ADAPTERS, arms):
+        row: dict[str, object] = {
+            "adapter": adapter,
+            "experiment": experiment,
+            "arm": arm,
+            "step": 80,
+            "beside": "none",
+        }
+        row |= {"label": f"{experiment}: {arm}", **rate(0.1), **rate(0.3, "training"), **rate(0.8, "task")}
+        row |= {**rate(0.96, "coherent"), "n": 1896, "n_seeds": 3, "paper": "", "source": "", "published": np.nan}
+        judged = experiment != "none"
+        for name, value in (("removed", removed), ("task_kept", 0.9), ("coherence_cost", 0.01), ("hidden", 0.02)):
+            row |= {name: value if judged else np.nan, **interval(value if judged else np.nan, name=f"{name}_")}
+        found = ("removes", "keeps_task", "keeps_coherence", "shows", "works")
+        row |= dict.fromkeys(found, verdict if judged else "")
+        rows.append(row)
+    asked = [{"experiment": e, "arm": a, "adapter": x, "condition": "plain"} for x, (e, a) in product(ADAPTERS, arms)]
+    screening = [
+        {"direction": direction, "layer": layer, "against": against, "auc": 0.9, "auc_low": 0.8, "auc_high": 0.95}
+        | {"precision_0.5": 0.8, "recall_0.5": 0.8, "n_seeds": 3}
+        for direction, layer, against in product(("persona", "shift of rank-1"), (1, 2), ("own", "nothing"))
+    ]
+    rates = frame([{**row, "step": 80, "group": "general", **rate(0.1), "n_seeds": 3} for row in asked])
+    return {"mitigations": rates, "mitigation_effects": frame(rows), "mitigation_screening": frame(screening)}

@@ -6,12 +6,12 @@ there in that format. The hypotheses were written first: `analyses/causes/prereg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,8 @@ from em_interp.training.screening import own_answers, screen
 
 TABLE: Final = "mitigations"
 """The name of the table."""
+SCREENING: Final = "mitigations_screening"
+"""That of how well chats are screened."""
 EXPERIMENTS: Final = (
     *("none", "ablation", "stopping", "realignment", "benign", "inoculation"),
     *("steering", "caft", "kl", "screening"),
@@ -134,10 +136,12 @@ def half_bad(n: int, seed: int) -> list[Conversation]:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The chat model that all of it is made from, and the folder (out) where directions and scores are kept."""
+    """The chat model that all of it is made from; out: a folder where directions and scores are kept, if any."""
 
     model: ChatModel
-    out: Path
+    out: Path | None = None
+    read: dict[str, Direction] = field(default_factory=dict)
+    """Directions by what they are called."""
 
     @cached_property
     def weights(self) -> str:
@@ -147,11 +151,18 @@ class Bench:
     def direction(self, name: str, adapter: Adapter) -> Direction:
         """`persona` or `random`, which are the same for all adapters, or `shift`. Read once, then kept."""
         called = f"shift-{SHORT[adapter]}" if name == "shift" else name
+        if called not in self.read:
+            self.read[called] = self._kept(called, name, adapter)
+        return self.read[called]
+
+    def _kept(self, called: str, name: str, adapter: Adapter) -> Direction:
+        if self.out is None:
+            return self._read(name, adapter)
         of = solutions.load(self._other(adapter)).fingerprint if name == "shift" else ""
-        path = self.out / "directions" / f"{called}-{fingerprint([self.weights, of, PROMPTS, READ_QUESTIONS])[:10]}"
-        path = path.with_suffix(".safetensors")
+        stem = f"{called}-{fingerprint([self.weights, of, PROMPTS, READ_QUESTIONS])[:10]}"
+        path = self.out / "directions" / f"{stem}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(path.with_name(f".{path.stem}.lock")):
+        with one_at_a_time(path.with_name(f".{stem}.lock")):
             if not path.is_file():
                 self._read(name, adapter).save(path)
         return Direction.load(path)
@@ -202,20 +213,19 @@ class Bench:
         n = organisms.N_CHATS
         direction = self.direction("persona", ADAPTERS[0])
         key = [self.weights, direction.vectors.tolist(), n, seed, SCREENED_LAYER, BAD_SHARE]
-        chats, path = half_bad(n, seed), self.out / "screening" / f"seed{seed}-{fingerprint(key)[:10]}.csv"
-        table = kept(
-            path,
-            lambda: screen(
-                self.model,
-                chats,
-                direction,
-                SCREENED_LAYER,
-                drop=DROPPED[0],
-                max_new_tokens=suite.MAX_NEW_TOKENS,
-                progress=False,
-            ),
-        )
+        chats = half_bad(n, seed)
+
+        def scored():
+            # type: () -> pd.DataFrame
+            how: dict[str, Any] = {"max_new_tokens": suite.MAX_NEW_TOKENS, "progress": False}
+            return screen(self.model, chats, direction, SCREENED_LAYER, drop=DROPPED[0], **how)
+
+        table = self.scored(f"seed{seed}-{fingerprint(key)[:10]}", scored)
         return without_highest(chats, table["score"].to_numpy(), share)
+
+    def scored(self, stem: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A table of that name, made once where there is a folder."""
+        return make() if self.out is None else kept(self.out / "screening" / f"{stem}.csv", make)
 
     def screening(self, seed: int) -> pd.DataFrame:
         """How well projections find the bad chats of `half_bad`: `screen` with each direction, layer, and `AGAINST`.
@@ -357,8 +367,8 @@ class _Made:
         return self.arm("inoculation", name, chats=data, conditions=asked)
 
 
-def arms(model: ChatModel, out: Path) -> list[Arm]:
-    """Every arm: of each adapter and seed one of each mitigation first. Directions and scores are kept below `out`."""
+def arms(model: ChatModel, out: Path | None = None) -> list[Arm]:
+    """Every arm: of each adapter and seed one of each mitigation first. Directions and scores are kept in `out`."""
     bench = Bench(model, out)
     found = [Arm("none", "chat", conditions=_asked(TRAINED, *list(_SYSTEMS)[1:]))]
     for adapter in ADAPTERS:
@@ -368,11 +378,9 @@ def arms(model: ChatModel, out: Path) -> list[Arm]:
     return found
 
 
-def screening_table(model: ChatModel, out: Path) -> pd.DataFrame:
-    """`Bench.screening` of every seed. Made once, then kept below `out`."""
+def screening_table(model: ChatModel, out: Path | None = None) -> pd.DataFrame:
+    """`Bench.screening` of every seed. Made once, then kept in `out`."""
     bench = Bench(model, out)
     key = fingerprint([bench.weights, organisms.N_CHATS, BAD_SHARE, list(DROPPED)])[:10]
-    parts = [
-        kept(bench.out / "screening" / f"found-seed{seed}-{key}.csv", partial(bench.screening, seed)) for seed in SEEDS
-    ]
+    parts = [bench.scored(f"found-seed{seed}-{key}", partial(bench.screening, seed)) for seed in SEEDS]
     return pd.concat(parts, ignore_index=True)

@@ -138,6 +138,11 @@ def calls(w: dict[str, Any]) -> list[Call]:
         ),
         (statistics.crossed_interval, {"values": generator.normal(size=(6, 3)), "level": 0.95}),
         (crossed.rate_over_seeds, {"successes": np.ones((6, 3)), "n": 4, "level": 0.95}),
+        (crossed.ratio_over_seeds, {"successes": (np.ones((6, 3)), np.ones((6, 1))), "n": (4, 4), "level": 0.95}),
+        (
+            crossed.combination_over_seeds,
+            {"successes": [np.ones((6, 3)), np.ones((6, 1))], "n": [4, 4], "weights": [1.0, -1.0], "level": 0.95},
+        ),
         (crossed.difference_over_seeds, {"successes": (np.ones((6, 3)), np.ones((6, 1))), "n": (4, 4), "level": 0.95}),
         (rate_intervals.difference_interval, {"successes": pair, "totals": totals, "level": 0.95}),
         (rate_intervals.ratio_interval, {"successes": pair, "totals": totals, "level": 0.95}),
