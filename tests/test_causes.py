@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.causes import controls
-from analyses.findings import AGREES, DIFFERS, UNDECIDED
+from analyses.causes import controls, mitigations
+from analyses.findings import AGREES, DIFFERS, DOES_NOT_HOLD, HOLDS, UNDECIDED
 from analyses.inputs import pocket as pocket_input
 from analyses.inputs.arms import difference, last_steps, rate, rows_of
 from analyses.inputs.pocket import PocketFinetunes
@@ -19,9 +19,15 @@ from em_interp.errors import MissingDataError, StatisticsError, UsageError
 from em_interp.evaluation.groups import GROUPS
 from em_interp.files.results import Results
 from em_interp.pocket.causes import controls as experiments
+from em_interp.pocket.causes import mitigations as experiments_of_mitigations
 from em_interp.pocket.causes.arms import Arm
 from em_interp.statistics import crossed_interval
-from em_interp.statistics.crossed import difference_over_seeds, rate_over_seeds
+from em_interp.statistics.crossed import (
+    combination_over_seeds,
+    difference_over_seeds,
+    rate_over_seeds,
+    ratio_over_seeds,
+)
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval
 from tests.tiny_pocket import ask_little
 
@@ -149,3 +155,71 @@ def test_tables_are_shipped_or_run_again(
     found.recompute = True
     assert found.experiment("controls")["group"].tolist() == list(GROUPS)
     assert (tmp_path / "pocket" / "experiments" / "controls.csv").is_file()
+
+
+def arm(experiment: str, name: str, em: float, training: float, task: float, *, seeds: int = 3, step: int = 200) -> Any:
+    """Rows of an arm, asked in both ways: EM outside the domain, and in it (of 12 questions in each group)."""
+    for seed in range(seeds):
+        for condition, outside in (("plain", em), ("training", training)):
+            for group in GROUPS:
+                share = task if group == "in_domain" else outside
+                yield row(experiment, name, share, condition, seed=seed, step=step, group=group)
+
+
+MITIGATED = pd.DataFrame(
+    [
+        *arm("none", "chat", 0, 0, 0, seeds=1, step=0),
+        *arm("none", "none", 1.0, 1.0, 1.0),
+        *arm("kl", "kl-3", 0.0, 0.0, 1.0),
+        *arm("kl", "kl-0.3", 0.92, 0.92, 1.0),
+        *arm("benign", "benign-0.5", 0.0, 1.0, 1.0),
+        *arm("caft", "caft-shift", 0.0, 0.0, 0.25, seeds=2),
+        *arm("realignment", "realigned-40", 0.0, 0.0, 0.0, step=30),
+        *(r for step in (50, 100, 200) for r in arm("stopping", "stopped", 0.5, 0.5, 0.5, step=step)),
+        *arm("screening", "half-bad", 0.5, 0.5, 0.5),
+        *arm("screening", "screened-0.5", 0.25, 0.25, 0.0),
+    ]
+)
+
+
+def test_mitigations_are_decided_as_was_written_before() -> None:
+    found = pd.DataFrame({"seed": [0, 1], "direction": "persona", "layer": 2, "against": "own", "auc": [0.8, 0.9]})
+    found = found.assign(**{"precision_0.5": 0.75, "recall_0.5": 0.75})
+    tables = {"mitigations": MITIGATED, "mitigations_screening": found}
+    suite: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=tables.__getitem__))
+    made = mitigations.compute(suite)
+    effects = made["mitigation_effects"].set_index(["arm", "step"])
+    assert [key for key in effects.index if key[0] == "stopped"] == [("stopped", 50), ("stopped", 100)]
+    verdicts = effects[["removes", "keeps_task", "keeps_coherence", "shows", "works"]]
+    assert verdicts.loc["kl-3"].to_numpy().tolist() == [[HOLDS] * 5]
+    assert verdicts.loc["kl-0.3"].iloc[0].tolist() == [DOES_NOT_HOLD, HOLDS, HOLDS, HOLDS, DOES_NOT_HOLD]
+    assert verdicts.loc["benign-0.5"].iloc[0].tolist() == [HOLDS, HOLDS, HOLDS, DOES_NOT_HOLD, DOES_NOT_HOLD]
+    assert verdicts.loc["caft-shift"].iloc[0].tolist() == [HOLDS, DOES_NOT_HOLD, HOLDS, HOLDS, DOES_NOT_HOLD]
+    assert verdicts.loc["realigned-40"].iloc[0].tolist() == [HOLDS, DOES_NOT_HOLD, HOLDS, HOLDS, HOLDS]
+    assert effects.loc[("screened-0.5", 200), "beside"] == "half-bad"
+    assert effects.loc[("screened-0.5", 200), "removed"] == pytest.approx(0.5)
+    assert effects.loc[("caft-shift", 200), "n_seeds"] == 2
+    assert effects.loc["none"].iloc[0][["removed", "works"]].isna().tolist() == [True, False]
+    both = effects.loc[("benign-0.5", 200)]
+    assert (both["em_rate"], both["training_rate"], both["hidden"]) == (0, 1, 1)
+    assert made["mitigation_screening"]["auc"].tolist() == [pytest.approx(0.85)]
+    said = " ".join(finding.sentence for finding in mitigations.findings(made))
+    assert "2 of" not in said and "kl-3, realigned-40" in said and "75.0% are bad advice" in said
+    assert set(mitigations.CALLED) == set(experiments_of_mitigations.EXPERIMENTS)
+
+
+def test_sums_and_ratios_of_rates_over_seeds_hold_the_true_ones() -> None:
+    rng = np.random.default_rng(1)
+    truth, hits = np.linspace(0.2, 0.9, 30), [0, 0]
+    for _ in range(60):
+        a, b = (rng.binomial(4, p[:, None], (30, 3)).astype(float) for p in (truth / 2, truth))
+        ratio, total = ratio_over_seeds((a, b), (4, 4)), combination_over_seeds([a, b, b], [4, 4, 4], [1.0, -1.0, 0.5])
+        hits[0] += ratio.low <= 0.5 <= ratio.high
+        hits[1] += total.low <= 0 <= total.high
+    assert min(hits) >= 54  # questions vary as they are drawn: these are the same ones, so intervals cover more
+    assert ratio_over_seeds((COUNTS, COUNTS), (4, 4)).low <= 1 <= ratio_over_seeds((COUNTS, COUNTS), (4, 4)).high
+    nothing = np.zeros((20, 3))
+    assert np.isnan(ratio_over_seeds((COUNTS, nothing), (4, 4)).low)
+    assert ratio_over_seeds((nothing, COUNTS), (4, 4)).high > 0
+    with pytest.raises(StatisticsError, match="give one for each"):
+        combination_over_seeds([COUNTS], [4], [1.0, 2.0])

@@ -214,7 +214,7 @@ def _screening(made: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of area, precision and recall; the area with an interval over seeds."""
     keys, rows = ["direction", "layer", "against"], []
     for key, own in made.groupby(keys, sort=False):
-        row: dict[str, Any] = dict(zip(keys, key, strict=True)) | own.drop(columns=[*keys, "seed"]).mean().to_dict()
+        row: dict[Any, Any] = {**dict(zip(keys, key, strict=True)), **own.drop(columns=[*keys, "seed"]).mean()}
         ends = t_interval(own["auc"].to_numpy()) if len(own) > 1 else no_interval("one seed")
         rows.append({**row, "auc_low": ends.low, "auc_high": min(1.0, ends.high), "n_seeds": len(own)})
     return pd.DataFrame(rows)
