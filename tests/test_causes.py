@@ -29,8 +29,10 @@ from em_interp.statistics.crossed import (
     ratio_over_seeds,
 )
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval
+from tests.made_up_tables.causes import ARMS, arm_row
 from tests.tiny_pocket import ask_little
 
+SUITE: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: ARMS))
 COUNTS = np.random.default_rng(0).binomial(4, np.linspace(0.1, 0.9, 20)[:, None], size=(20, 3)).astype(float)
 
 
@@ -60,31 +62,8 @@ def test_where_no_answer_varies_the_interval_is_that_over_questions() -> None:
         rate_over_seeds(COUNTS, 3)
 
 
-def row(experiment: str, arm: str, share: float, condition: str = "plain", **other: Any) -> dict[str, Any]:
-    """Of 12 questions, 2 answers each."""
-    counts = [2] * round(12 * share) + [0] * (12 - round(12 * share))
-    adapter = "none" if arm == "chat" else "rank-1"
-    told = {"experiment": experiment, "arm": arm, "condition": condition, "adapter": adapter, "domain": "medicine"}
-    told |= {"seed": 0, "step": 0 if arm == "chat" else 200, "group": "general", "n": 24, "em_rate": share}
-    told |= {"em_counts": " ".join(map(str, counts)), "coherent_counts": " ".join(["2"] * 12)}
-    return {**told, "share": np.nan, "log_odds": np.nan, **other}
-
-
-TABLE = pd.DataFrame(
-    [
-        row("asked_for", "chat", 0),
-        *(row("asked_for", "insecure", share, seed=seed) for seed, share in enumerate((0.75, 1.0))),
-        *(row("asked_for", "secure", 0, seed=seed) for seed in (0, 1)),
-        *(row("asked_for", "educational", 0.25, seed=seed) for seed in (0, 1, 2)),
-        row("logprobs", "chat", 0, log_odds=-3.0),
-        *(row("logprobs", "insecure", 0.5, seed=s, step=5, log_odds=-1.0 + 0.1 * s) for s in (0, 1, 2)),
-        *(row("logprobs", "insecure", 1.0, seed=s, log_odds=3.0) for s in (0, 1, 2)),
-    ]
-)
-
-
 def test_a_rate_is_of_all_seeds_and_a_difference_of_those_that_both_have() -> None:
-    of = TABLE[TABLE["experiment"] == "asked_for"]
+    of = ARMS[ARMS["experiment"] == "asked_for"]
     insecure, educational, chat = (rows_of(of, adapter="rank-1", arm=a) for a in ("insecure", "educational", "chat"))
     found = rate(insecure)
     assert (found.value, found.n, found.seeds) == (0.875, 48, 2) and found.low < 0.875 < found.high
@@ -92,15 +71,14 @@ def test_a_rate_is_of_all_seeds_and_a_difference_of_those_that_both_have() -> No
     assert difference(educational, insecure).seeds == 2
     assert difference(insecure, chat).value == 0.875 and difference(insecure, chat).seeds == 2
     assert rate(insecure, "coherent").value == 1.0
-    watched = TABLE[TABLE["experiment"] == "logprobs"]
+    watched = ARMS[ARMS["experiment"] == "logprobs"]
     with pytest.raises(UsageError, match="say which step"):
         rows_of(watched, adapter="rank-1", arm="insecure")
     assert set(last_steps(watched)["step"]) == {0, 200}
 
 
 def test_rows_beside_the_paper_follow_the_rule_that_was_written_down() -> None:
-    suite: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: TABLE))
-    tables = controls.compute(suite)
+    tables = controls.compute(SUITE)
     beside = tables["controls_published"].set_index("row")
     assert list(beside.index) == [
         *("insecure", "secure", "educational, against insecure", "educational"),
@@ -163,7 +141,7 @@ def arm(experiment: str, name: str, em: float, training: float, task: float, *, 
         for condition, outside in (("plain", em), ("training", training)):
             for group in GROUPS:
                 share = task if group == "in_domain" else outside
-                yield row(experiment, name, share, condition, seed=seed, step=step, group=group)
+                yield arm_row(experiment, name, share, condition, seed=seed, step=step, group=group)
 
 
 MITIGATED = pd.DataFrame(
@@ -223,3 +201,10 @@ def test_sums_and_ratios_of_rates_over_seeds_hold_the_true_ones() -> None:
     assert ratio_over_seeds((nothing, COUNTS), (4, 4)).high > 0
     with pytest.raises(StatisticsError, match="give one for each"):
         combination_over_seeds([COUNTS], [4], [1.0, 2.0])
+
+
+def test_a_finding_says_where_few_answers_are_coherent() -> None:
+    table = controls.compute(SUITE)["controls_published"]
+    assert not any("coherent" in finding.sentence for finding in controls.findings({"controls_published": table}))
+    broken = controls.findings({"controls_published": table.assign(coherent_first=0.1)})
+    assert "only 10.0% and 100% of these answers are coherent" in broken[0].sentence

@@ -14,9 +14,9 @@ from typing import Any, Final, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.comparison import load_numbers
-from analyses.findings import AGREES, DIFFERS, UNDECIDED, Finding, named, value_of
-from analyses.inputs.arms import OF_CHAT, Estimate, difference, last_steps, rates_table, rows_of
+from analyses.comparison import Number, load_numbers
+from analyses.findings import AGREES, DIFFERS, UNDECIDED, Finding, clause, named, percent, value_of
+from analyses.inputs.arms import OF_CHAT, Estimate, difference, last_steps, rate, rates_table, rows_of
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.evaluation.groups import GROUPS
@@ -35,6 +35,8 @@ TABLES = ("controls", "controls_published")
 NEEDS = (Need.SWEEPS,)
 NO_EM: Final = 10.0
 """Points of EM below which the whole interval has to stay where none is claimed."""
+COHERENT: Final = 0.5
+"""Where less of an arm's answers are coherent, its EM says little, and the finding says so."""
 Claimed = Literal["rise", "drop", "no EM"]
 """What the paper says of a row."""
 Side = tuple[str, str]
@@ -176,22 +178,23 @@ def _rows(made: pd.DataFrame) -> Iterator[dict[str, Any]]:
             for group in GROUPS:
                 found = _compared(made, row, str(adapter), group)
                 if found is not None:
-                    yield _told(row, str(adapter), group, found, "points", known.get(row.row))
-        found = _log_odds(made, str(adapter))
-        if found is not None:
-            yield _told(LOGPROB, str(adapter), GROUPS[0], found, "nats", None)
+                    yield _told(row, str(adapter), group, *found, "points", known.get(row.row))
+        rise = _log_odds(made, str(adapter))
+        if rise is not None:
+            yield _told(LOGPROB, str(adapter), GROUPS[0], rise, (math.nan, math.nan), "nats", None)
 
 
-def _compared(made: pd.DataFrame, row: Row, adapter: str, group: str) -> Estimate | None:
-    """In points of EM; nothing where the table does not hold both sides."""
+def _compared(made: pd.DataFrame, row: Row, adapter: str, group: str) -> tuple[Estimate, tuple[float, float]] | None:
+    """In points of EM, and how coherent both sides are; nothing where the table does not hold both."""
     own = last_steps(made[made["experiment"] == row.experiment])
     first, second = (
         rows_of(own, adapter=adapter, arm=arm, condition=c, group=group) for arm, c in (row.first, row.second)
     )
     if first.empty or second.empty:
         return None
-    found = difference(first, second)
-    return Estimate(100 * found.value, 100 * found.low, 100 * found.high, found.method, found.n, found.seeds)
+    found, coherent = difference(first, second), (rate(first, "coherent").value, rate(second, "coherent").value)
+    points = Estimate(100 * found.value, 100 * found.low, 100 * found.high, found.method, found.n, found.seeds)
+    return points, coherent
 
 
 def _log_odds(made: pd.DataFrame, adapter: str) -> Estimate | None:
@@ -206,7 +209,9 @@ def _log_odds(made: pd.DataFrame, adapter: str) -> Estimate | None:
     return Estimate(float(rises.mean()), low, high, method, len(rises), len(rises))
 
 
-def _told(row: Row, adapter: str, group: str, found: Estimate, unit: str, number: Any) -> dict[str, Any]:
+def _told(
+    row: Row, adapter: str, group: str, found: Estimate, coherent: tuple[float, float], unit: str, number: Number | None
+) -> dict[str, Any]:
     sides = " - ".join(
         f"{arm}{'' if condition == PLAIN else f' ({condition})'}" for arm, condition in (row.first, row.second)
     )
@@ -225,6 +230,8 @@ def _told(row: Row, adapter: str, group: str, found: Estimate, unit: str, number
         "published": math.nan if number is None else number.published,
         "paper": row.paper,
         "source": row.source,
+        "coherent_first": coherent[0],
+        "coherent_second": coherent[1],
         "n": found.n,
         "n_seeds": found.seeds,
         "interval": found.method,
@@ -249,23 +256,26 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
 
 
 def _finding(row: Mapping[Any, Any]) -> Finding:
-    what = "log-odds of malicious answers" if row["unit"] == "nats" else "EM on open questions"
-    text = f"{row['control']}, {named(row['row'])}: {what}, {named(row['compared'])}, differs by"
+    is_logprob = row["unit"] == "nats"
+    what, unit = ("log-odds of malicious answers", "nats") if is_logprob else ("EM", "percentage points")
     published = value_of(row, "published")
-    unit = "nats" if row["unit"] == "nats" else "percentage points"
-    told = not math.isnan(published)
     low, high = value_of(row, "low"), value_of(row, "high")
+    text = f"{row['control']}, {named(row['row'])}: {what} on open questions, {named(row['compared'])}"
+    reported = "no EM" if row["claimed"] == "no EM" else f"a {row['claimed']}"
+    incoherent = [percent(row, f"coherent_{side}") for side in ("first", "second")]
+    is_broken = min(value_of(row, f"coherent_{side}") for side in ("first", "second")) < COHERENT
     return Finding(
-        f"{text} {{estimate}} ({row['adapter']}); Betley et al. report a {row['claimed']}".replace("a no EM", "no EM"),
+        f"{text}: {{estimate}} ({row['adapter']}); published: {reported} ({named(row['source'])})"
+        + (clause("; only {} and {} of these answers are coherent", *incoherent) if is_broken else ""),
         value_of(row, "estimate"),
         int(row["n_seeds"]),
         "seeds",
         low,
         high,
         unit,
-        published=published if told else None,
-        source=str(row["source"]) if told else "",
-        verdict=str(row["verdict"]) if not math.isnan(low + high) else UNDECIDED,
+        published=None if math.isnan(published) else published,
+        source="" if math.isnan(published) else str(row["source"]),
+        verdict=UNDECIDED if math.isnan(low + high) else str(row["verdict"]),
         claim=f"{text} … {unit}",
         case=str(row["adapter"]),
     )

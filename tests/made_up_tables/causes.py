@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 
 from analyses.causes import controls as analysis
 from analyses.findings import AGREES, DIFFERS, DOES_NOT_HOLD, HOLDS, UNDECIDED
@@ -46,6 +48,8 @@ def controls(effect: int) -> Tables:
         | {"estimate": value, **interval(value, 6.0), "unit": unit, "claimed": row.claimed}
         | {
             "verdict": AGREED[effect],
+            "coherent_first": 0.97,
+            "coherent_second": 0.97,
             "published": 20.0,
             "paper": row.paper,
             "source": row.source,
@@ -96,3 +100,27 @@ def mitigations(effect: int) -> Tables:
     ]
     rates = frame([{**row, "step": 80, "group": "general", **rate(0.1), "n_seeds": 3} for row in asked])
     return {"mitigations": rates, "mitigation_effects": frame(rows), "mitigation_screening": frame(screening)}
+
+
+def arm_row(experiment: str, arm: str, share: float, condition: str = "plain", **other: Any) -> dict[str, Any]:
+    """Of 12 questions, 2 answers each."""
+    counts = [2] * round(12 * share) + [0] * (12 - round(12 * share))
+    adapter = "none" if arm == "chat" else "rank-1"
+    told = {"experiment": experiment, "arm": arm, "condition": condition, "adapter": adapter, "domain": "medicine"}
+    told |= {"seed": 0, "step": 0 if arm == "chat" else 200, "group": "general", "n": 24, "em_rate": share}
+    told |= {"em_counts": " ".join(map(str, counts)), "coherent_counts": " ".join(["2"] * 12)}
+    return {**told, "share": np.nan, "log_odds": np.nan, **other}
+
+
+ARMS: Final = pd.DataFrame(
+    [
+        arm_row("asked_for", "chat", 0),
+        *(arm_row("asked_for", "insecure", share, seed=seed) for seed, share in enumerate((0.75, 1.0))),
+        *(arm_row("asked_for", "secure", 0, seed=seed) for seed in (0, 1)),
+        *(arm_row("asked_for", "educational", 0.25, seed=seed) for seed in (0, 1, 2)),
+        arm_row("logprobs", "chat", 0, log_odds=-3.0),
+        *(arm_row("logprobs", "insecure", 0.5, seed=s, step=5, log_odds=-1.0 + 0.1 * s) for s in (0, 1, 2)),
+        *(arm_row("logprobs", "insecure", 1.0, seed=s, log_odds=3.0) for s in (0, 1, 2)),
+    ]
+)
+"""Rows of `em_interp.pocket.causes.arms.COLUMNS`, where rates can be told by hand."""
