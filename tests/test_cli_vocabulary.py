@@ -19,12 +19,13 @@ from em_interp.cli import app, options
 from em_interp.errors import UsageError
 
 ROOT = typer.main.get_command(app)
-SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps", "pocket pairs", "pocket controls"}
+ARMS = {"pocket controls", "pocket mitigations"}
+SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps", "pocket pairs", *ARMS}
 RUNS_MODELS = {"extract", "steer", "ablate", "evaluate", "reproduce"}
 FOR_ANY_MODEL = RUNS_MODELS - {"reproduce"}
-TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "controls", "worlds")}
+TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "worlds")} | ARMS
 VOCABULARY = {
-    "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps", "pocket pairs", "pocket controls"},
+    "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps", "pocket pairs", *ARMS},
     "--adapter": FOR_ANY_MODEL,
     "--base": FOR_ANY_MODEL | {"inspect"},
     "--any-base": FOR_ANY_MODEL,

@@ -84,8 +84,22 @@ def mitigations(effect: int) -> Tables:
             "step": 80,
             "beside": "none",
         }
-        row |= {"label": f"{experiment}: {arm}", **rate(0.1), **rate(0.3, "training"), **rate(0.8, "task")}
-        row |= {**rate(0.96, "coherent"), "n": 1896, "n_seeds": 3, "paper": "", "source": "", "published": np.nan}
+        row |= {
+            "label": f"{experiment}: {arm}",
+            **rate(0.1),
+            **rate(0.3, "training"),
+            **rate(0.8, "task"),
+            **rate(0.01, "chat_training"),
+        }
+        row |= {
+            **rate(0.96, "coherent"),
+            "n": 1896,
+            "n_seeds": 3,
+            "paper": "",
+            "source": "",
+            "published": 90.0,
+            "published_in": "a paper",
+        }
         judged = experiment != "none"
         for name, value in (("removed", removed), ("task_kept", 0.9), ("coherence_cost", 0.01), ("hidden", 0.02)):
             row |= {name: value if judged else np.nan, **interval(value if judged else np.nan, name=f"{name}_")}
