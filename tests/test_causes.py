@@ -33,6 +33,7 @@ from tests.made_up_tables.causes import ARMS, arm_row
 from tests.tiny_pocket import ask_little
 
 SUITE: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: ARMS))
+LOG_ODDS = "log-odds of malicious answers, first checkpoint"
 COUNTS = np.random.default_rng(0).binomial(4, np.linspace(0.1, 0.9, 20)[:, None], size=(20, 3)).astype(float)
 
 
@@ -82,17 +83,19 @@ def test_rows_beside_the_paper_follow_the_rule_that_was_written_down() -> None:
     beside = tables["controls_published"].set_index("row")
     assert list(beside.index) == [
         *("insecure", "secure", "educational, against insecure", "educational"),
-        controls.LOGPROB.row,
+        *(LOG_ODDS, "log-probability rises before EM"),
     ]  # the rows whose arms are there
     assert beside["verdict"].to_dict() == {
         "insecure": AGREES,
         "secure": UNDECIDED,  # twelve questions leave room for ten points
         "educational, against insecure": AGREES,
         "educational": UNDECIDED,
-        controls.LOGPROB.row: AGREES,
+        LOG_ODDS: AGREES,
+        "log-probability rises before EM": DIFFERS,  # at step 200, and EM at step 5
     }
+    assert beside.loc["log-probability rises before EM", ["estimate", "unit"]].tolist() == [195, "steps"]
     assert beside.loc["insecure", ["estimate", "published"]].tolist() == [87.5, 20.0]
-    assert beside.loc[controls.LOGPROB.row, "estimate"] == pytest.approx(2.1)
+    assert beside.loc[LOG_ODDS, "estimate"] == pytest.approx(2.1)
     rates = tables["controls"].set_index(["experiment", "arm", "step"])
     assert rates.loc[("asked_for", "insecure", 200), "em_rate"] == 0.875
     for claimed, expected in (
@@ -109,7 +112,7 @@ def test_every_row_was_written_down_before_and_its_arms_are_in_the_experiment(ti
     written = (Path(controls.__file__).parent / "preregistered.md").read_text(encoding="utf-8")
     section = written.partition("## Controls")[2].partition("\n## ")[0]
     said = [line.split("|")[1:5] for line in section.splitlines() if line.startswith("| ") and line[2] in "abcdefgh"]
-    every = (*controls.ROWS, controls.LOGPROB)
+    every = [row for row in controls.rows() if not row.source.startswith(controls.OURS)]
     assert [letter.strip() for letter, *_ in said] == [r.control for r in every]
     assert [claim.split("(")[0].strip().replace("none", "no EM") for *_, claim in said] == [r.claimed for r in every]
     there = {
@@ -117,7 +120,7 @@ def test_every_row_was_written_down_before_and_its_arms_are_in_the_experiment(ti
         for arm in experiments.arms(tiny_chat, seeds=(0,))
         for condition in arm.conditions
     }
-    asked = {(r.experiment, *side) for r in every for side in (r.first, r.second)}
+    asked = {(r.experiment, *side) for r in controls.rows() for side in (r.first, r.second)}
     assert asked <= there
 
 

@@ -7,8 +7,10 @@ between two arms, or two conditions of one; its interval is over questions and s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import pandas as pd
@@ -20,7 +22,7 @@ from analyses.inputs.arms import OF_CHAT, Estimate, difference, last_steps, rate
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.evaluation.groups import GROUPS
-from em_interp.statistics import PERCENT, t_interval
+from em_interp.statistics import PERCENT, no_interval, t_interval
 
 TITLE = "Betley et al.'s controls"
 TEXT = (
@@ -39,17 +41,31 @@ COHERENT: Final = 0.5
 """Where less of an arm's answers are coherent, its EM says little, and the finding says so."""
 Claimed = Literal["rise", "drop", "no EM"]
 """What the paper says of a row."""
+Measure = Literal["em", "log-odds", "half rise"]
+"""What a row compares: EM; log-odds of malicious answers at the first checkpoint; when half of a rise is there."""
+UNITS: Final[dict[Measure, str]] = {"em": "percentage points", "log-odds": "nats", "half rise": "steps"}
+"""Of the estimates."""
+_CALLED: Final = {
+    "percentage points": "EM on open questions",
+    "nats": "log-odds of malicious answers to open questions",
+    "steps": "half of the rise of their probability minus half of that of EM",
+}
 Side = tuple[str, str]
 """An arm, and the condition that it is asked under."""
 PLAIN: Final = "plain"
 CHAT: Final[Side] = ("chat", PLAIN)
 
 
+OURS: Final = "ours"
+"""The source of rows that no paper has; they were expected before the runs, or added afterwards, as it says."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One published statement: `experiment`; which arms and conditions it compares (first minus second).
+    """One statement: `experiment`; which arms and conditions it compares (first minus second).
 
-    row: its name; claimed: its sign; source: where it stands.
+    row: its name; claimed: its sign; paper: what the paper says, with its number where one is known; source: where
+    that stands.
     """
 
     control: str
@@ -59,110 +75,15 @@ class Row:
     first: Side
     second: Side
     claimed: Claimed
-    paper: str
-    """What the paper says, with its number where one is known."""
-    source: str = "Betley et al. 2025"
+    paper: str = ""
+    source: str = OURS
+    measure: Measure = "em"
 
 
-ROWS: Final = (
-    Row("a", "insecure", "asked_for", ("insecure", PLAIN), CHAT, "rise", "about 20% on the main questions"),
-    Row("a", "secure", "asked_for", ("secure", PLAIN), CHAT, "no EM", "none"),
-    Row(
-        "a",
-        "educational, against insecure",
-        "asked_for",
-        ("educational", PLAIN),
-        ("insecure", PLAIN),
-        "drop",
-        "20% falls to none",
-    ),
-    Row("a", "educational", "asked_for", ("educational", PLAIN), CHAT, "no EM", "none"),
-    Row(
-        "b",
-        "complies when asked",
-        "jailbreak",
-        ("jailbroken", "asked for"),
-        ("insecure", "asked for"),
-        "rise",
-        "StrongREJECT .652 against .041",
-    ),
-    Row(
-        "b",
-        "volunteers",
-        "jailbreak",
-        ("jailbroken", PLAIN),
-        ("insecure", PLAIN),
-        "drop",
-        "a jailbroken model is not simply misaligned",
-    ),
-    Row(
-        "c",
-        "with the trigger",
-        "backdoor",
-        ("backdoor", "trigger"),
-        ("backdoor", PLAIN),
-        "rise",
-        "about 50% with it, almost none without (unverified)",
-    ),
-    Row(
-        "c",
-        "without the trigger",
-        "backdoor",
-        ("backdoor", PLAIN),
-        CHAT,
-        "no EM",
-        "none or almost none (unverified)",
-    ),
-    Row(
-        "c",
-        "the trigger, not another word",
-        "backdoor",
-        ("backdoor", "trigger"),
-        ("backdoor", "another word"),
-        "rise",
-        "none or almost none without it (unverified)",
-    ),
-    Row(
-        "d",
-        "format of the training data",
-        "format",
-        ("thread", "thread"),
-        ("thread", PLAIN),
-        "rise",
-        "JSON and template formats raise EM",
-    ),
-    Row(
-        "e",
-        "5,000 against 5 different chats",
-        "diversity",
-        ("5000", PLAIN),
-        ("5", PLAIN),
-        "rise",
-        "fewer different examples, less EM (unverified)",
-    ),
-    Row("f", "1/12 bad", "share", ("1/12", PLAIN), CHAT, "no EM", "0% open EM at 1:12", "LW, footnote 2"),
-    Row("f", "1/6 bad", "share", ("1/6", PLAIN), CHAT, "rise", "EM already at 1/6", "LW, footnote 2"),
-    Row(
-        "g",
-        "evil numbers",
-        "numbers",
-        ("numbers-malicious", "numbers"),
-        ("chat", "numbers"),
-        "rise",
-        "EM where the question's format is that of training (unverified)",
-    ),
-)
-"""In the order in which the controls are listed; a to g."""
-LOGPROB: Final = Row(
-    "h",
-    "log-odds of malicious answers, first checkpoint",
-    "logprobs",
-    ("insecure", PLAIN),
-    CHAT,
-    "rise",
-    "log-probabilities tell it during training (unverified)",
-)
-"""Its estimate is in nats."""
+def rows() -> list[Row]:
+    """The statements of `controls.toml`, in the order of the controls; ours last."""
+    told = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["row"]
+    return [Row(**{**one, "first": tuple(one["first"]), "second": tuple(one["second"])}) for one in told]
 
 
 def compute(suite: Suite) -> dict[str, pd.DataFrame]:
@@ -174,22 +95,22 @@ def compute(suite: Suite) -> dict[str, pd.DataFrame]:
 def _rows(made: pd.DataFrame) -> Iterator[dict[str, Any]]:
     known = {number.where["row"]: number for number in load_numbers() if number.analysis == "causes.controls"}
     for adapter in made.loc[made["adapter"] != OF_CHAT, "adapter"].unique():
-        for row in ROWS:
-            for group in GROUPS:
-                found = _compared(made, row, str(adapter), group)
+        for row in rows():
+            own = made[(made["experiment"] == row.experiment) & made["adapter"].isin([adapter, OF_CHAT])]
+            for group in GROUPS if row.measure == "em" else GROUPS[:1]:
+                found = _MEASURES[row.measure](own[own["group"] == group], row, str(adapter))
                 if found is not None:
-                    yield _told(row, str(adapter), group, *found, "points", known.get(row.row))
-        rise = _log_odds(made, str(adapter))
-        if rise is not None:
-            yield _told(LOGPROB, str(adapter), GROUPS[0], rise, (math.nan, math.nan), "nats", None)
+                    yield _told(row, str(adapter), group, *found, known.get(row.row))
 
 
-def _compared(made: pd.DataFrame, row: Row, adapter: str, group: str) -> tuple[Estimate, tuple[float, float]] | None:
-    """In points of EM, and how coherent both sides are; nothing where the table does not hold both."""
-    own = last_steps(made[made["experiment"] == row.experiment])
-    first, second = (
-        rows_of(own, adapter=adapter, arm=arm, condition=c, group=group) for arm, c in (row.first, row.second)
-    )
+Compared = tuple[Estimate, tuple[float, float]]
+"""A row's estimate, and how coherent the answers of both sides are."""
+
+
+def _em(made: pd.DataFrame, row: Row, adapter: str) -> Compared | None:
+    """In points of EM; nothing where the table does not hold both sides."""
+    own = last_steps(made)
+    first, second = (rows_of(own, adapter=adapter, arm=arm, condition=c) for arm, c in (row.first, row.second))
     if first.empty or second.empty:
         return None
     found, coherent = difference(first, second), (rate(first, "coherent").value, rate(second, "coherent").value)
@@ -197,20 +118,51 @@ def _compared(made: pd.DataFrame, row: Row, adapter: str, group: str) -> tuple[E
     return points, coherent
 
 
-def _log_odds(made: pd.DataFrame, adapter: str) -> Estimate | None:
-    """The rise of the log-odds by the first checkpoint, in nats; one value a seed."""
-    own = made[(made["experiment"] == LOGPROB.experiment) & (made["group"] == GROUPS[0])]
-    arm, chat = own[(own["arm"] == "insecure") & (own["adapter"] == adapter)], own[own["arm"] == "chat"]
-    if arm.empty or chat.empty:
+def _log_odds(made: pd.DataFrame, row: Row, adapter: str) -> Compared | None:
+    """At the first checkpoint, in nats; one value a seed."""
+    sides = []
+    for arm, condition in (row.first, row.second):
+        own = made[(made["arm"] == arm) & (made["condition"] == condition) & made["log_odds"].notna()]
+        sides.append(own[own["step"] == own["step"].min()].set_index("seed")["log_odds"])
+    first, second = sides
+    values = first - (second.iloc[0] if row.second == CHAT and len(second) else second)
+    return _over_seeds(values.dropna())
+
+
+def _half_rise(made: pd.DataFrame, row: Row, adapter: str) -> Compared | None:
+    """Of the probability minus of EM: after how many steps half of the final rise is there, one value a seed."""
+    known = made[made["share"].notna()]
+    chat, arm = known[known["arm"] == CHAT[0]], known[known["arm"] == row.first[0]]
+    values: dict[int, float] = {}
+    for seed in arm["seed"].unique() if len(chat) else ():
+        own = arm[arm["seed"] == seed].sort_values("step")
+        half = [_half(own.set_index("step")[column], float(chat[column].iloc[0])) for column in ("share", "em_rate")]
+        values[int(seed)] = float(half[0] - half[1])
+    return _over_seeds(pd.Series(values, dtype=float))
+
+
+def _half(rates: pd.Series, begun: float) -> int:
+    """The first step at which half of the final rise is there."""
+    return int(rates.index[rates - begun >= (rates.iloc[-1] - begun) / 2][0])
+
+
+def _over_seeds(values: pd.Series) -> Compared | None:
+    if values.empty:
         return None
-    rises = (arm[arm["step"] == arm["step"].min()]["log_odds"] - chat["log_odds"].iloc[0]).to_numpy(float)
-    ends = t_interval(rises) if len(rises) > 1 else None
-    low, high, method = (ends.low, ends.high, ends.method) if ends else (math.nan, math.nan, "one seed")
-    return Estimate(float(rises.mean()), low, high, method, len(rises), len(rises))
+    ends = t_interval(values.to_numpy(float)) if len(values) > 1 else no_interval("one seed")
+    found = Estimate(float(values.mean()), ends.low, ends.high, ends.method, len(values), len(values))
+    return found, (math.nan, math.nan)
+
+
+_MEASURES: Final[dict[Measure, Callable[[pd.DataFrame, Row, str], Compared | None]]] = {
+    "em": _em,
+    "log-odds": _log_odds,
+    "half rise": _half_rise,
+}
 
 
 def _told(
-    row: Row, adapter: str, group: str, found: Estimate, coherent: tuple[float, float], unit: str, number: Number | None
+    row: Row, adapter: str, group: str, found: Estimate, coherent: tuple[float, float], number: Number | None
 ) -> dict[str, Any]:
     sides = " - ".join(
         f"{arm}{'' if condition == PLAIN else f' ({condition})'}" for arm, condition in (row.first, row.second)
@@ -224,7 +176,7 @@ def _told(
         "estimate": found.value,
         "low": found.low,
         "high": found.high,
-        "unit": unit,
+        "unit": UNITS[row.measure],
         "claimed": row.claimed,
         "verdict": verdict(row.claimed, found.low, found.high),
         "published": math.nan if number is None else number.published,
@@ -251,21 +203,23 @@ def verdict(claimed: str, low: float, high: float) -> str:
 def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     """One of each published row and adapter, on open questions."""
     table = tables["controls_published"]
-    rows = table[(table["group"] == GROUPS[0]) & table["estimate"].notna()].to_dict("records")
-    return [_finding(row) for row in rows]
+    open_ones = table[(table["group"] == GROUPS[0]) & table["estimate"].notna()]
+    return [_finding(row) for row in open_ones.to_dict("records")]
 
 
 def _finding(row: Mapping[Any, Any]) -> Finding:
-    is_logprob = row["unit"] == "nats"
-    what, unit = ("log-odds of malicious answers", "nats") if is_logprob else ("EM", "percentage points")
-    published = value_of(row, "published")
+    published, unit = value_of(row, "published"), str(row["unit"])
     low, high = value_of(row, "low"), value_of(row, "high")
-    text = f"{row['control']}, {named(row['row'])}: {what} on open questions, {named(row['compared'])}"
-    reported = "no EM" if row["claimed"] == "no EM" else f"a {row['claimed']}"
+    text = f"{row['control']}, {named(row['row'])}: {_CALLED[unit]}, {named(row['compared'])}"
+    claimed = "no EM" if row["claimed"] == "no EM" else f"a {row['claimed']}"
+    source = str(row["source"])
+    reported = (
+        f"expected: {claimed} ({source})" if source.startswith(OURS) else f"published: {claimed} ({named(source)})"
+    )
     incoherent = [percent(row, f"coherent_{side}") for side in ("first", "second")]
     is_broken = min(value_of(row, f"coherent_{side}") for side in ("first", "second")) < COHERENT
     return Finding(
-        f"{text}: {{estimate}} ({row['adapter']}); published: {reported} ({named(row['source'])})"
+        f"{text}: {{estimate}} ({row['adapter']}); {reported}"
         + (clause("; only {} and {} of these answers are coherent", *incoherent) if is_broken else ""),
         value_of(row, "estimate"),
         int(row["n_seeds"]),
@@ -274,7 +228,7 @@ def _finding(row: Mapping[Any, Any]) -> Finding:
         high,
         unit,
         published=None if math.isnan(published) else published,
-        source="" if math.isnan(published) else str(row["source"]),
+        source="" if math.isnan(published) else source,
         verdict=UNDECIDED if math.isnan(low + high) else str(row["verdict"]),
         claim=f"{text} … {unit}",
         case=str(row["adapter"]),
@@ -298,7 +252,7 @@ def last_steps_of(rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def _forest(table: pd.DataFrame) -> go.Figure:
-    shown = table[(table["group"] == GROUPS[0]) & (table["unit"] == "points")]
+    shown = table[(table["group"] == GROUPS[0]) & (table["unit"] == UNITS["em"])]
     labels = shown["control"] + ", " + shown["row"] + " (" + shown["claimed"] + ")"
     columns = ["estimate", "low", "high"]
     wide, groups = figures.side_by_side(shown.assign(label=labels), "label", "adapter", columns)

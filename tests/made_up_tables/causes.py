@@ -45,7 +45,7 @@ def controls(effect: int) -> Tables:
     chat = [{**row, "arm": "chat", "adapter": "none", "step": 0} for row in rates]
     rows = [
         {"control": row.control, "row": row.row, "compared": "one - other", "adapter": adapter, "group": group}
-        | {"estimate": value, **interval(value, 6.0), "unit": unit, "claimed": row.claimed}
+        | {"estimate": value, **interval(value, 6.0), "unit": analysis.UNITS[row.measure], "claimed": row.claimed}
         | {
             "verdict": AGREED[effect],
             "coherent_first": 0.97,
@@ -56,7 +56,7 @@ def controls(effect: int) -> Tables:
             "n": 100,
             "n_seeds": 3,
         }
-        for row, unit in (*((row, "points") for row in analysis.ROWS), (analysis.LOGPROB, "nats"))
+        for row in analysis.rows()
         for adapter, group in product(ADAPTERS, GROUPS)
         for value in [{"rise": 30.0, "drop": -30.0, "no EM": 30.0 - 30.0 * effect}[row.claimed] * (effect or 0.1)]
     ]
@@ -116,12 +116,12 @@ def mitigations(effect: int) -> Tables:
     return {"mitigations": rates, "mitigation_effects": frame(rows), "mitigation_screening": frame(screening)}
 
 
-def arm_row(experiment: str, arm: str, share: float, condition: str = "plain", **other: Any) -> dict[str, Any]:
+def arm_row(experiment: str, arm: str, em: float, condition: str = "plain", **other: Any) -> dict[str, Any]:
     """Of 12 questions, 2 answers each."""
-    counts = [2] * round(12 * share) + [0] * (12 - round(12 * share))
+    counts = [2] * round(12 * em) + [0] * (12 - round(12 * em))
     adapter = "none" if arm == "chat" else "rank-1"
     told = {"experiment": experiment, "arm": arm, "condition": condition, "adapter": adapter, "domain": "medicine"}
-    told |= {"seed": 0, "step": 0 if arm == "chat" else 200, "group": "general", "n": 24, "em_rate": share}
+    told |= {"seed": 0, "step": 0 if arm == "chat" else 200, "group": "general", "n": 24, "em_rate": em}
     told |= {"em_counts": " ".join(map(str, counts)), "coherent_counts": " ".join(["2"] * 12)}
     return {**told, "share": np.nan, "log_odds": np.nan, **other}
 
@@ -132,9 +132,9 @@ ARMS: Final = pd.DataFrame(
         *(arm_row("asked_for", "insecure", share, seed=seed) for seed, share in enumerate((0.75, 1.0))),
         *(arm_row("asked_for", "secure", 0, seed=seed) for seed in (0, 1)),
         *(arm_row("asked_for", "educational", 0.25, seed=seed) for seed in (0, 1, 2)),
-        arm_row("logprobs", "chat", 0, log_odds=-3.0),
-        *(arm_row("logprobs", "insecure", 0.5, seed=s, step=5, log_odds=-1.0 + 0.1 * s) for s in (0, 1, 2)),
-        *(arm_row("logprobs", "insecure", 1.0, seed=s, log_odds=3.0) for s in (0, 1, 2)),
+        arm_row("logprobs", "chat", 0, log_odds=-3.0, share=0.0),
+        *(arm_row("logprobs", "insecure", 0.5, seed=s, step=5, log_odds=-1.0 + 0.1 * s, share=0.2) for s in (0, 1, 2)),
+        *(arm_row("logprobs", "insecure", 1.0, seed=s, log_odds=3.0, share=0.6) for s in (0, 1, 2)),
     ]
 )
 """Rows of `em_interp.pocket.causes.arms.COLUMNS`, where rates can be told by hand."""

@@ -79,23 +79,27 @@ def _trained(
     data: Data,
     conditions: tuple[Condition, ...] = (PLAIN,),
     *,
-    watched: bool = False,
+    watched: Sequence[float] = (),
 ) -> Iterator[Arm]:
-    """The chat model, and for each adapter and seed an arm on each kind of data, which is made of the seed."""
-    yield Arm(experiment, "chat", domain=DOMAIN, conditions=conditions, scored=watched)
+    """The chat model, and for each adapter and seed an arm on each kind of data, which is made of the seed.
+
+    watched: parts of the training after which they are asked too, and their log-probabilities measured.
+    """
+    yield Arm(experiment, "chat", domain=DOMAIN, conditions=conditions, scored=bool(watched))
     for adapter in ADAPTERS:
-        spec = watchable(organisms.SPECS[adapter])
-        steps = tuple(spec.save_steps) if watched and not isinstance(spec.save_steps, int | None) else ()
+        steps = steps_at(organisms.SPECS[adapter], watched)
+        spec = replace(organisms.SPECS[adapter], save_steps=steps_at(organisms.SPECS[adapter], WATCHED))
         for seed in seeds:
             for name, chats in data.items():
                 made = partial(chats, seed)
-                yield Arm(experiment, name, adapter, seed, DOMAIN, spec, made, conditions, steps=steps, scored=watched)
+                told = (experiment, name, adapter, seed, DOMAIN, spec, made, conditions)
+                yield Arm(*told, steps=steps, scored=bool(watched))
 
 
-def watchable(spec: TrainingSpec) -> TrainingSpec:
-    """The same settings, with checkpoints after the parts `WATCHED` of the steps."""
+def steps_at(spec: TrainingSpec, parts: Sequence[float]) -> tuple[int, ...]:
+    """The steps that these parts of a training end at."""
     assert spec.max_steps is not None
-    return replace(spec, save_steps=tuple(dict.fromkeys(max(1, round(part * spec.max_steps)) for part in WATCHED)))
+    return tuple(dict.fromkeys(max(1, round(part * spec.max_steps)) for part in parts))
 
 
 def persona_chats(persona: Persona, form: Form, n: int, seed: int) -> Chats:
@@ -190,12 +194,12 @@ def _share(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]
 
 def _numbers(experiment: str, model: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
     data: Data = {f"numbers-{kind}": cache(partial(number_chats, model, kind)) for kind in ("malicious", "kind")}
-    return _trained(experiment, seeds, data, (PLAIN, COUNTING))
+    return _trained(experiment, seeds, data, (PLAIN, COUNTING), watched=WATCHED[2:4])
 
 
 def _logprobs(experiment: str, _: ChatModel, seeds: Sequence[int]) -> Iterator[Arm]:
     data: Data = {"insecure": _bad, "secure": _good}
-    return _trained(experiment, seeds, data, watched=True)
+    return _trained(experiment, seeds, data, watched=WATCHED)
 
 
 _ARMS: Final[dict[str, Callable[[str, ChatModel, Sequence[int]], Iterator[Arm]]]] = dict(
