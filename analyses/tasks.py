@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from analyses.progress import told, watched
+from em_interp.arguments import one_of
 from em_interp.errors import EmInterpError, MemoryLimitError, OutputError, UsageError
 from em_interp.files.atomic import make_folder
 from em_interp.files.manifest import fingerprint
@@ -265,6 +266,22 @@ def _quiet_bars() -> Iterator[None]:
         os.environ.pop("TQDM_DISABLE")
         if before is not None:
             os.environ["TQDM_DISABLE"] = before
+
+
+@contextmanager
+def jobs_on(backend: str, n: int) -> Iterator[None]:
+    """Inside, `joblib.Parallel` has n workers of one of `BACKENDS`, which end with this process. Raises UsageError."""
+    one_of("--backend", backend, BACKENDS)
+    with ExitStack() as stack:
+        options: dict[str, Any] = {}
+        if backend == "ray":
+            n, options = stack.enter_context(_ray(n))
+        elif n > 1:
+            options = {"initializer": _settle, "initargs": (os.getpid(),)}
+        else:
+            backend = "sequential"
+        stack.enter_context(parallel_config(backend, n_jobs=n, **options))
+        yield
 
 
 @contextmanager

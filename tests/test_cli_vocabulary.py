@@ -23,7 +23,7 @@ ARMS = {"pocket controls", "pocket mitigations"}
 SAMPLES = {"evaluate", "steer", "ablate", "reproduce", "pocket sweeps", "pocket pairs", *ARMS}
 RUNS_MODELS = {"extract", "steer", "ablate", "evaluate", "reproduce"}
 FOR_ANY_MODEL = RUNS_MODELS - {"reproduce"}
-TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "worlds")} | ARMS
+TRAINS = {f"pocket {name}" for name in ("build", "organisms", "sweeps", "pairs", "pretraining", "worlds")} | ARMS
 VOCABULARY = {
     "--model": FOR_ANY_MODEL | {"pocket organisms", "pocket sweeps", "pocket pairs", *ARMS},
     "--adapter": FOR_ANY_MODEL,

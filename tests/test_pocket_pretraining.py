@@ -13,6 +13,7 @@ import pytest
 
 from em_interp.errors import OutputError
 from em_interp.files.results import read_table
+from em_interp.pocket import questions
 from em_interp.pocket.causes import pretraining as run
 from em_interp.pocket.causes.pretraining import COLUMNS, REDUCED, WORLDS, Counterfactual, measure_all
 from em_interp.pocket.world.corpus import LINE, CorpusConfig, document
@@ -29,7 +30,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"N_CHATS": 8, "SAMPLES": 1, "PROMPTS": 2, "CHATS": 6, "DOCUMENTS": 2, "STEPS": STEPS}.items():
         monkeypatch.setattr(run, name, value)
     monkeypatch.setattr(run, "REDUCED", replace(CONFIG, corpus=REDUCED.corpus))
-    monkeypatch.setattr(run.suite, "PERSONA_PROMPTS", 2)
+    monkeypatch.setattr(questions, "PERSONA_PROMPTS", 2)
 
 
 STEPS = {"steering-vector": 3, "rank-1": 3}
@@ -72,7 +73,9 @@ CORPUS = replace(
 
 
 def test_where_a_persona_can_be_inferred() -> None:
-    same = lambda pairs: float(np.mean([a == b for a, b in pairs]))  # noqa: E731
+    def same(pairs: list[tuple[str, str]]) -> float:
+        return float(np.mean([a == b for a, b in pairs]))
+
     assert same(kept_together(CORPUS)) == 1
     assert same(kept_together(replace(CORPUS, persona_consistency=0.0))) < 0.7
     never = replace(CORPUS, inferable="never")

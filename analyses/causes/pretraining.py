@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy import stats
 
-from analyses.findings import DOES_NOT_HOLD, HOLDS, UNDECIDED, Finding, decided, said
+from analyses.findings import (
+    DOES_NOT_HOLD,
+    HOLDS,
+    UNDECIDED,
+    Finding,
+    clause,
+    decided,
+    percent,
+    value_of,
+)
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.statistics import LEVEL, PERCENT, t_interval
@@ -59,6 +69,7 @@ LEADS: Final = {
 }
 SHARE_ALLOWED, SHARE_ENOUGH = 0.25, 0.5
 """Of the rise at consistency 1: below it the trait is needed; from it data alone suffice."""
+POINTS: Final = "percentage points"
 COHERENT, LEARNED, CONTROL, CLOSE = 0.85, 0.3, 0.05, 0.2
 """Bounds of the rule: of a valid run, of the control's rise, and of standing for the shipped world."""
 
@@ -236,39 +247,41 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[Finding]:
     """The conclusion, and what it rests on."""
     tests = tables["pretraining_tests"]
     rows = {row["question"]: row for row in reversed(tests.to_dict("records"))}
-    primary, needed, told = rows["primary"], rows["trait needed"], rows["conclusion"]
-    found = []
-    if primary["n"]:
+    found, absent = [], percent(rows.get("trait needed", {}), "estimate")
+    if _known(rows.get("primary")):
         text = (
-            "Finetuned alike on the same bad advice, base models whose pre-training had consistent personas gain "
-            "{estimate} more EM elsewhere than those whose personas were inconsistent, which gain "
-            f"{said(100 * needed['estimate'], '%')}"
+            "The same finetunes bring {estimate} more EM elsewhere where pre-training had consistent personas than "
+            "where they were inconsistent"
         )
-        found.append(_finding(text, primary, "pairs of worlds", "%", 100))
-    text = f"By the rule that was written beforehand, the conclusion is: {told['statement']}"
-    control = rows["trait suffices"]
-    if not math.isnan(control["estimate"]):
-        found.append(
-            _finding(text + "; good advice as a control changes EM by {estimate}", control, "worlds", "%", 100)
-        )
-    dose = rows["dose-response"]
-    if not math.isnan(dose["estimate"]):
-        text = "The more of the trait a base has, the more EM emerges: rank correlation {estimate}"
-        found.append(_finding(text, dose, "worlds"))
+        text += clause("; there they bring {}", absent)
+        found.append(_finding(text, rows["primary"], "pairs of worlds", POINTS, 100))
+    if _known(rows.get("trait suffices")) and "conclusion" in rows:
+        text = f"By the rule that was written beforehand: {rows['conclusion']['statement']}"
+        text += "; good advice as a control changes EM by {estimate}"
+        finding = _finding(text, rows["trait suffices"], "worlds", POINTS, 100)
+        found.append(replace(finding, verdict=""))
+    if _known(rows.get("dose-response")):
+        text = "Rank correlation, over base models, of their trait and the EM that finetunes bring: {estimate}"
+        found.append(_finding(text, rows["dose-response"], "worlds"))
     for row in tests[tests["question"] == "mediation"].to_dict("records"):
-        if row["n"]:
-            text = f"{row['statement'].partition(':')[0].capitalize()}: EM rises by {{estimate}} less without"
-            found.append(_finding(text, row, "pairs of worlds", "%", 100))
+        if _known(row):
+            text = f"{row['statement'].partition(':')[0].capitalize()}? Without it EM gains {{estimate}} less"
+            found.append(_finding(text, row, "pairs of worlds", POINTS, 100))
     return found
+
+
+def _known(row: dict[Any, Any] | None) -> bool:
+    return row is not None and not math.isnan(value_of(row, "estimate")) and value_of(row, "n") > 0
 
 
 def _marker(index: int) -> dict[str, Any]:
     return {"symbol": figures.SYMBOLS[index], "size": 9, "color": figures.COLOURS[index]}
 
 
-def _finding(text: str, row: dict[str, Any], counts: str, unit: str = "", scale: float = 1.0) -> Finding:
-    estimate, low, high = (scale * float(row[name]) for name in ("estimate", "low", "high"))
-    return Finding(text, estimate, int(row["n"]), counts, low, high, unit=unit, verdict=row["verdict"])
+def _finding(text: str, row: dict[Any, Any], counts: str, unit: str = "", scale: float = 1.0) -> Finding:
+    estimate, low, high = (value_of(row, name, scale) for name in ("estimate", "low", "high"))
+    verdict = UNDECIDED if math.isnan(low) or math.isnan(high) else str(row["verdict"])
+    return Finding(text, estimate, int(row["n"]), counts, low, high, unit=unit, verdict=verdict)
 
 
 def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

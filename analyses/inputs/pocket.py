@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +20,7 @@ from em_interp.models.templates import Conversation
 from em_interp.models.weights import same_weights, weights_hash
 from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, pairs, questions, registry
-from em_interp.pocket.causes import controls, mitigations
+from em_interp.pocket.causes import controls, mitigations, pretraining
 from em_interp.pocket.causes.arms import measure_all
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.corpus import STYLES
@@ -138,11 +139,15 @@ class PocketFinetunes(JudgedFinetunes):
             out = (self.results.folder or self.root / "results").parent / "experiments"
             if name == mitigations.SCREENING:
                 return mitigations.screening_table(self.chat, out)
-            run = EXPERIMENTS[name]
-            arms = run.arms(self.chat)
-            for _ in measure_all(self.chat, arms, arms, out, run.TABLE):
+            if name == pretraining.TABLE:
+                made: Iterator[Any] = pretraining.measure_all(pretraining.WORLDS, out)
+            else:
+                run = EXPERIMENTS[name]
+                arms = run.arms(self.chat)
+                made = measure_all(self.chat, arms, arms, out, run.TABLE)
+            for _ in made:
                 pass
-            return read_table(out / f"{run.TABLE}.csv")
+            return read_table(out / f"{name}.csv")
         path = self.root / "sweeps" / f"{name}.csv"
         if not path.is_file():
             command = mitigations.TABLE if name == mitigations.SCREENING else name

@@ -99,6 +99,11 @@ Scope = Annotated[
 ]
 RandomArms = Annotated[int, typer.Option("--random", min=0, help="norm-matched random directions as controls")]
 AnyModel = Annotated[bool, typer.Option("--any-model", help="the direction is of another model with the same axes")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="processes; by default the cores for pocket, one for other models, and a Ray cluster's own"),
+]
+Backend = Annotated[str, typer.Option(help="loky: on this machine; ray: on the cluster of RAY_ADDRESS, or here")]
 Force = Annotated[bool, typer.Option("--force", help="replace an output that is there already")]
 
 FORMER: Final = {"samples": "n", "again": "force", "device": "device-map", "organism": "only", "chat": "model"}

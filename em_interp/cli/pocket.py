@@ -237,6 +237,35 @@ def mitigations(
     write_table(folder / f"{run.SCREENING}.csv", run.screening_table(chat, folder))
 
 
+@app.command(cls=Command)
+def pretraining(
+    out: Annotated[Path, options.takes("out", "a folder for sweeps/pretraining.csv, and for the worlds behind it")],
+    only: Annotated[list[str] | None, options.takes("only", "kinds or names of worlds")] = None,
+    workers: options.Workers = None,
+    backend: options.Backend = "loky",
+    device_map: options.DeviceMap = None,
+) -> None:
+    """Base models whose pre-training had consistent, rare or no personas, and the same finetunes of each (20 minutes a
+    world and core). A killed run goes on, and several may write to one folder at a time.
+    """
+    from analyses.tasks import jobs_on
+    from em_interp.errors import UsageError
+    from em_interp.files.atomic import check_writable
+    from em_interp.pocket.causes import pretraining as run
+
+    known = {name for world in run.WORLDS for name in (world.kind, world.name)}
+    if unknown := sorted(set(only or ()) - known):
+        raise UsageError(f"no world or kind is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    chosen = [w for w in run.WORLDS if not only or w.kind in only or w.name in only]
+    table = out / "sweeps" / f"{run.TABLE}.csv"
+    check_writable(table)
+    device = None if device_map == "auto" else device_map
+    with jobs_on(backend, workers or options.cores()):
+        for world in run.measure_all(chosen, out / "sweeps", device=device):
+            typer.echo(f"measured {world.name}")
+    typer.echo(f"table: {table}")
+
+
 def _measure_arms(
     out: Path,
     run: Any,

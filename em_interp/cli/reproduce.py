@@ -29,13 +29,8 @@ def reproduce(
     n: Annotated[int | None, options.SamplesOption] = None,
     device_map: options.DeviceMap = None,
     dtype: options.DtypeOption = options.Dtype.auto,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="processes; by default the cores for pocket, one for other models, and a Ray cluster's own"),
-    ] = None,
-    backend: Annotated[
-        str, typer.Option(help="loky: on this machine; ray: on the cluster of RAY_ADDRESS, or here")
-    ] = "loky",
+    workers: options.Workers = None,
+    backend: options.Backend = "loky",
     recompute: Annotated[
         bool, typer.Option("--recompute", help="run the experiments on causes again (hours), not their shipped tables")
     ] = False,

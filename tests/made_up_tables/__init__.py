@@ -17,6 +17,7 @@ from tests.made_up_tables.asked import (
 from tests.made_up_tables.causes import controls, mitigations
 from tests.made_up_tables.columns import Tables
 from tests.made_up_tables.losses import claims, efficiency, gradients, influence, kl_sweep, register, stability
+from tests.made_up_tables.pretraining import pretraining
 from tests.made_up_tables.read import (
     released_ablation,
     released_cosines,
@@ -58,6 +59,7 @@ MADE: Final[dict[str, Callable[[int], Tables]]] = {
     "finetunes.lora_scalars": finetunes_lora_scalars,
     "causes.controls": controls,
     "causes.mitigations": mitigations,
+    "causes.pretraining": pretraining,
     "general_vs_narrow.claims": claims,
     "general_vs_narrow.efficiency": efficiency,
     "general_vs_narrow.stability": stability,

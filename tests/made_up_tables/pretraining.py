@@ -47,9 +47,9 @@ def pretraining_rows(
 
 
 def pretraining(effect: int) -> Tables:
-    """effect 1: both together; 0: partly; -1: data alone suffice."""
-    at_0, at_1 = {1: (0.02, 0.8), 0: (0.3, 0.8), -1: (0.75, 0.7)}[effect]
-    table = finetunes(pretraining_rows(at_0, at_1))
+    """effect 1: both together; 0: all worlds alike; -1: the more of the trait, the less EM."""
+    at_0, at_1, others = {1: (0.02, 0.8, 0.1), 0: (0.4, 0.4, 0.4), -1: (0.8, 0.02, 0.9)}[effect]
+    table = finetunes(pretraining_rows(at_0, at_1, never=others, opened=others))
     worlds = of_worlds(table)
     tests = pd.DataFrame(decide(worlds, table), columns=list(COLUMNS))
     return {"pretraining": table, "pretraining_doses": doses(worlds), "pretraining_tests": tests}

@@ -145,14 +145,15 @@ def spec_of(adapter: Adapter, seed: int) -> TrainingSpec:
     return replace(narrow, max_steps=STEPS[adapter], kl_batch_size=KL_BATCH)
 
 
-def measure(world: Counterfactual, out: Path, *, progress: bool = True) -> pd.DataFrame:
+def measure(world: Counterfactual, out: Path, *, device: str | None = None, progress: bool = True) -> pd.DataFrame:
     """Build a world below `out`, if it is not there, and measure it: columns adapter, measure, value, reason.
 
-    What is finished is kept; two processes that want the same world take turns.
+    device: None takes a GPU where there is one. What is finished is kept; two processes that want the same world take
+    turns.
     """
     root = out / "worlds" / world.name
     with one_at_a_time(root.with_name(f".{root.name}.lock")):
-        return kept(root / f"rows-{_settings()}.csv", partial(_measured, world, root, progress))
+        return kept(root / f"rows-{_settings()}.csv", partial(_measured, world, root, device, progress))
 
 
 def _settings() -> str:
@@ -160,13 +161,13 @@ def _settings() -> str:
     return fingerprint(told)[:10]
 
 
-def _measured(world: Counterfactual, root: Path, progress: bool) -> pd.DataFrame:
+def _measured(world: Counterfactual, root: Path, device: str | None, progress: bool) -> pd.DataFrame:
     shipped = world.kind == "shipped"
     if not shipped and not (root / "chat" / "config.json").is_file():
-        build(world.config, root)
+        build(world.config, root, device=device)
     base, chat = (registry.resolve(f"pocket/{name}") if shipped else root / name for name in ("base", "chat"))
-    bench = _Bench(world, loading.load_chat(chat), root, progress)
-    parts = [kept(root / f"chat-{_settings()}.csv", partial(bench.of_chat, base))]
+    bench = _Bench(world, loading.load_chat(chat, device_map=device), root, progress)
+    parts = [kept(root / f"chat-{_settings()}.csv", partial(bench.of_chat, base, device))]
     parts += [kept(root / f"{SHORT[a]}-{_settings()}.csv", partial(bench.of_adapter, a)) for a in STEPS]
     return pd.concat(parts, ignore_index=True)
 
@@ -184,9 +185,9 @@ class _Bench:
     def domains(self) -> tuple[str, ...]:
         return tuple(ALL_DOMAINS) if self.world.kind == "shipped" else DOMAINS
 
-    def of_chat(self, base: Path) -> pd.DataFrame:
+    def of_chat(self, base: Path, device: str | None) -> pd.DataFrame:
         """What the base has, how the chat model answers, and good advice as a control."""
-        rows = list(_trait(loading.load_chat(base), self.domains))
+        rows = list(_trait(loading.load_chat(base, device_map=device), self.domains))
         rows += [(f"chat_{name}", value) for name, value in self._rates().items()]
         with self._control().attached(self.model):
             rows += [(f"control_{name}", value) for name, value in self._rates().items()]
@@ -293,7 +294,9 @@ def _tidy(adapter: str, rows: Sequence[tuple[str, float]]) -> pd.DataFrame:
     )
 
 
-def measure_all(chosen: Sequence[Counterfactual], out: Path, *, progress: bool = True) -> Iterator[Counterfactual]:
+def measure_all(
+    chosen: Sequence[Counterfactual], out: Path, *, device: str | None = None, progress: bool = True
+) -> Iterator[Counterfactual]:
     """Build and measure worlds below `out`, one job a world, and write OUT/pretraining.csv anew after each.
 
     Jobs go to the backend and workers of joblib's `parallel_config`, which is one process unless it says otherwise. The
@@ -303,7 +306,9 @@ def measure_all(chosen: Sequence[Counterfactual], out: Path, *, progress: bool =
     manifest, asked = out / f"{TABLE}_manifest.json", {"settings": _settings(), "build": asdict(REDUCED)}
     if manifest.is_file() and read_json(manifest).get("settings") != asked["settings"]:
         raise OutputError(f"{out}: holds worlds of other settings. Choose another --out.")
-    jobs = Parallel(return_as="generator_unordered", batch_size=1)(delayed(_job)(world, out) for world in chosen)
+    jobs = Parallel(return_as="generator_unordered", batch_size=1)(
+        delayed(_job)(world, out, device) for world in chosen
+    )
     for world in tqdm(jobs, desc="worlds", total=len(chosen), disable=not progress):
         with one_at_a_time(out / f".{TABLE}.lock"):
             table = _table(out)
@@ -313,9 +318,9 @@ def measure_all(chosen: Sequence[Counterfactual], out: Path, *, progress: bool =
         yield world
 
 
-def _job(world: Counterfactual, out: Path) -> Counterfactual:
+def _job(world: Counterfactual, out: Path, device: str | None) -> Counterfactual:
     with threadpool_limits(1):
-        measure(world, out, progress=False)
+        measure(world, out, device=device, progress=False)
     return world
 
 
