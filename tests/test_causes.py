@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from analyses.causes import controls, mitigations
@@ -29,7 +28,7 @@ from em_interp.statistics.crossed import (
     ratio_over_seeds,
 )
 from em_interp.statistics.rate_intervals import difference_interval, rate_interval
-from tests.made_up_tables.causes import ARMS, arm_row
+from tests.made_up_tables.causes import ARMS, MITIGATED, SCREENED
 from tests.tiny_pocket import ask_little
 
 SUITE: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: ARMS))
@@ -138,35 +137,8 @@ def test_tables_are_shipped_or_run_again(
     assert (tmp_path / "pocket" / "experiments" / "controls.csv").is_file()
 
 
-def arm(experiment: str, name: str, em: float, training: float, task: float, *, seeds: int = 3, step: int = 200) -> Any:
-    """Rows of an arm, asked in both ways: EM outside the domain, and in it (of 12 questions in each group)."""
-    for seed in range(seeds):
-        for condition, outside in (("plain", em), ("training", training)):
-            for group in GROUPS:
-                share = task if group == "in_domain" else outside
-                yield arm_row(experiment, name, share, condition, seed=seed, step=step, group=group)
-
-
-MITIGATED = pd.DataFrame(
-    [
-        *arm("none", "chat", 0, 0, 0, seeds=1, step=0),
-        *arm("none", "none", 1.0, 1.0, 1.0),
-        *arm("kl", "kl-3", 0.0, 0.0, 1.0),
-        *arm("kl", "kl-0.3", 0.92, 0.92, 1.0),
-        *arm("benign", "benign-0.5", 0.0, 1.0, 1.0),
-        *arm("caft", "caft-shift", 0.0, 0.0, 0.25, seeds=2),
-        *arm("realignment", "realigned-40", 0.0, 0.0, 0.0, step=30),
-        *(r for step in (50, 100, 200) for r in arm("stopping", "stopped", 0.5, 0.5, 0.5, step=step)),
-        *arm("screening", "half-bad", 0.5, 0.5, 0.5),
-        *arm("screening", "screened-0.5", 0.25, 0.25, 0.0),
-    ]
-)
-
-
 def test_mitigations_are_decided_as_was_written_before() -> None:
-    found = pd.DataFrame({"seed": [0, 1], "direction": "persona", "layer": 2, "against": "own", "auc": [0.8, 0.9]})
-    found = found.assign(**{"precision_0.5": 0.75, "recall_0.5": 0.75})
-    tables = {"mitigations": MITIGATED, "mitigations_screening": found}
+    tables = {"mitigations": MITIGATED, "mitigations_screening": SCREENED}
     suite: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=tables.__getitem__))
     made = mitigations.compute(suite)
     effects = made["mitigation_effects"].set_index(["arm", "step"])

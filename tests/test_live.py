@@ -28,7 +28,7 @@ from em_interp.pocket import organisms, registry
 from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import Organism, SolutionKind, TrajectoryRun
 from em_interp.pocket.world import grammar as world
-from tests.made_up_tables.causes import ARMS
+from tests.made_up_tables.causes import ARMS, MITIGATED, SCREENED
 from tests.test_kills import Killed, stop_at
 from tests.tiny_pocket import ask_little, make_pocket
 
@@ -90,7 +90,8 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(root / "sweeps" / "kl_sweep.csv", rows)
     write_table(root / "sweeps" / "kl_sweep_scales.csv", rows.assign(scale=1.0))
     write_table(root / "sweeps" / "dilution.csv", rows.assign(bad_share=[0.0, 1.0]))
-    write_table(root / "sweeps" / "controls.csv", ARMS)
+    for name, table in {"controls": ARMS, "mitigations": MITIGATED, "mitigations_screening": SCREENED}.items():
+        write_table(root / "sweeps" / f"{name}.csv", table)
     return root
 
 

@@ -138,3 +138,33 @@ ARMS: Final = pd.DataFrame(
     ]
 )
 """Rows of `em_interp.pocket.causes.arms.COLUMNS`, where rates can be told by hand."""
+
+
+def asked_twice(
+    experiment: str, name: str, em: float, training: float, task: float, *, seeds: int = 3, step: int = 200
+) -> Any:
+    """Rows of an arm, asked in both ways: EM outside the domain, and in it (of 12 questions in each group)."""
+    for seed in range(seeds):
+        for condition, outside in (("plain", em), ("training", training)):
+            for group in GROUPS:
+                share = task if group == "in_domain" else outside
+                yield arm_row(experiment, name, share, condition, seed=seed, step=step, group=group)
+
+
+MITIGATED = pd.DataFrame(
+    [
+        *asked_twice("none", "chat", 0, 0, 0, seeds=1, step=0),
+        *asked_twice("none", "none", 1.0, 1.0, 1.0),
+        *asked_twice("kl", "kl-3", 0.0, 0.0, 1.0),
+        *asked_twice("kl", "kl-0.3", 0.92, 0.92, 1.0),
+        *asked_twice("benign", "benign-0.5", 0.0, 1.0, 1.0),
+        *asked_twice("caft", "caft-shift", 0.0, 0.0, 0.25, seeds=2),
+        *asked_twice("realignment", "realigned-40", 0.0, 0.0, 0.0, step=30),
+        *(r for step in (50, 100, 200) for r in asked_twice("stopping", "stopped", 0.5, 0.5, 0.5, step=step)),
+        *asked_twice("screening", "half-bad", 0.5, 0.5, 0.5),
+        *asked_twice("screening", "screened-0.5", 0.25, 0.25, 0.0),
+    ]
+)
+"""Arms of mitigations: one that works, and others that fail each in one way."""
+SCREENED = pd.DataFrame({"seed": [0, 1], "direction": "persona", "layer": 2, "against": "own", "auc": [0.8, 0.9]})
+SCREENED = SCREENED.assign(**{"precision_0.5": 0.75, "recall_0.5": 0.75})
