@@ -65,6 +65,7 @@ matrix: install
 search: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bad_inputs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.kill_sweep
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=search \
 	  $$(grep -l "@given" tests/test_*.py)
 
