@@ -153,8 +153,15 @@ def test_mitigations_are_decided_as_was_written_before() -> None:
     assert effects.loc[("screened-0.5", 200), "removed"] == pytest.approx(0.5)
     assert effects.loc[("caft-shift", 200), "n_seeds"] == 2
     assert effects.loc["none"].iloc[0][["removed", "works"]].isna().tolist() == [True, False]
+    controlled = effects.loc[["caft-shift", "ablated-shift", "kl-3"], ["control", "beyond_control"]]
+    assert controlled.to_numpy().tolist() == [["caft-random", HOLDS], ["ablated-random", UNDECIDED], ["", ""]]
+    assert effects.loc[("caft-shift", 200), "control_removed"] == pytest.approx(1 / 12)
     both = effects.loc[("benign-0.5", 200)]
     assert (both["em_rate"], both["training_rate"], both["hidden"]) == (0, 1, 1)
+    alone = {**tables, "mitigations": MITIGATED[MITIGATED["seed"] == 0]}
+    one_seed: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=alone.__getitem__))
+    of_one = mitigations.compute(one_seed)
+    assert set(of_one["mitigation_effects"]["works"]) == {"", UNDECIDED}
     assert made["mitigation_screening"]["auc"].tolist() == [pytest.approx(0.85)]
     said = " ".join(finding.sentence for finding in mitigations.findings(made))
     assert "2 of" not in said and "kl-3, realigned-40" in said and "75.0% are bad advice" in said
