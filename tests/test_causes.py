@@ -181,8 +181,9 @@ def test_sums_and_ratios_of_rates_over_seeds_hold_the_true_ones() -> None:
     nothing = np.zeros((20, 3))
     assert np.isnan(ratio_over_seeds((COUNTS, nothing), (4, 4)).low)
     assert ratio_over_seeds((nothing, COUNTS), (4, 4)).high > 0
-    with pytest.raises(StatisticsError, match="give one for each"):
-        combination_over_seeds([COUNTS], [4], [1.0, 2.0])
+    for wrong in (([COUNTS], [4], [1.0, 2.0]), ([COUNTS], [], [1.0]), ([], [], [])):
+        with pytest.raises(StatisticsError, match="give one of each"):
+            combination_over_seeds(*wrong)
 
 
 def test_a_finding_says_where_few_answers_are_coherent() -> None:

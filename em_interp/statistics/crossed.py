@@ -65,9 +65,10 @@ def combination_over_seeds(
 ) -> Interval:
     """The same of a weighted sum of rates, such as a difference of differences; over questions it is Student's."""
     check_level(level)
+    if not len(successes) or not len(successes) == len(n) == len(weights):
+        told = f"{len(n)} numbers of answers and {len(weights)} weights for {len(successes)} arms"
+        raise StatisticsError(f"{told}: give one of each for each.")
     tops = _same(successes, n)
-    if len(weights) != len(tops):
-        raise StatisticsError(f"{len(weights)} weights for {len(tops)} arms: give one for each.")
     values = sum(w * top / of for w, top, of in zip(weights, tops, n, strict=True)) + np.zeros(tops[0].shape)
     pooled = clustered_interval(values.mean(1), np.ones(len(values)), level=level)
     return _wider(pooled, _crossed(values, level), -math.inf, math.inf)
