@@ -32,7 +32,7 @@ from tests.made_up_tables.causes import ARMS, MITIGATED, SCREENED
 from tests.tiny_pocket import ask_little
 
 SUITE: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: ARMS))
-LOG_ODDS = "log-odds of malicious answers, first checkpoint"
+LOG_ODDS = "log-probability, first checkpoint"
 COUNTS = np.random.default_rng(0).binomial(4, np.linspace(0.1, 0.9, 20)[:, None], size=(20, 3)).astype(float)
 
 

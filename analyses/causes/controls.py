@@ -48,7 +48,7 @@ UNITS: Final[dict[Measure, str]] = {"em": "percentage points", "log-odds": "nats
 _CALLED: Final = {
     "percentage points": "EM on open questions",
     "nats": "log-odds of malicious answers to open questions",
-    "steps": "half of the rise of their probability minus half of that of EM",
+    "steps": "half of the rise of the probability of malicious answers, after half of the rise of EM",
 }
 Side = tuple[str, str]
 """An arm, and the condition that it is asked under."""
@@ -164,9 +164,8 @@ _MEASURES: Final[dict[Measure, Callable[[pd.DataFrame, Row, str], Compared | Non
 def _told(
     row: Row, adapter: str, group: str, found: Estimate, coherent: tuple[float, float], number: Number | None
 ) -> dict[str, Any]:
-    sides = " - ".join(
-        f"{arm}{'' if condition == PLAIN else f' ({condition})'}" for arm, condition in (row.first, row.second)
-    )
+    told = [f"{arm}{'' if condition == PLAIN else f' ({condition})'}" for arm, condition in (row.first, row.second)]
+    sides = " - ".join(dict.fromkeys(told))
     return {
         "control": row.control,
         "row": row.row,

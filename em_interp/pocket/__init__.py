@@ -8,8 +8,8 @@ made here, at once and without a network.
 - `worlds`, `scorecard`: other pre-training, and what a world has to show
 - `causes`: experiments of many finetunes: why EM emerges, and what prevents it
 
-`em-interp pocket build | organisms | sweeps | pairs --out DIR` makes a pocket world of your own, and `em-interp
-reproduce --data DIR` measures it.
+`em-interp pocket build | organisms | sweeps | pairs | controls --out DIR` makes a pocket world of your own, and
+`em-interp reproduce --data DIR` measures it.
 
 EM / coherent in percent of the shipped organisms, from `em-interp evaluate --suite pocket --n 50` (the whole table,
 with intervals and the other domains, is in `artifacts/results/evaluation/`). General organisms were trained on one
