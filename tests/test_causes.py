@@ -186,6 +186,12 @@ def test_sums_and_ratios_of_rates_over_seeds_hold_the_true_ones() -> None:
             combination_over_seeds(*wrong)
 
 
+def test_one_seed_decides_no_row() -> None:
+    one: Any = SimpleNamespace(finetunes=SimpleNamespace(experiment=lambda _: ARMS[ARMS["seed"] == 0]))
+    beside = controls.compute(one)["controls_published"]
+    assert len(beside) > 4 and set(beside["verdict"]) == {UNDECIDED} and set(beside["n_seeds"]) == {1}
+
+
 def test_a_finding_says_where_few_answers_are_coherent() -> None:
     table = controls.compute(SUITE)["controls_published"]
     assert not any("coherent" in finding.sentence for finding in controls.findings({"controls_published": table}))

@@ -30,7 +30,8 @@ TEXT = (
     "reason, on request alone, after a trigger, in a fixed format, few of them or diluted with good answers, and a "
     "wordless carrier. Each row is EM on open questions of one arm or condition minus that of another, beside the sign "
     "that Betley et al. report: a rise, a drop, or no EM (less than 10 points). The rows and the rule were written "
-    f"down before the runs. Intervals ({PERCENT}) are over questions and training seeds. These take many finetunes, so "
+    f"down before the runs. Intervals ({PERCENT}) are over questions and training seeds; one seed decides "
+    "nothing. These take many finetunes, so "
     "their table is shipped; `em-interp pocket controls` makes it."
 )
 TABLES = ("controls", "controls_published")
@@ -177,7 +178,7 @@ def _told(
         "high": found.high,
         "unit": UNITS[row.measure],
         "claimed": row.claimed,
-        "verdict": verdict(row.claimed, found.low, found.high),
+        "verdict": verdict(row.claimed, found.low, found.high) if found.seeds > 1 else UNDECIDED,
         "published": math.nan if number is None else number.published,
         "paper": row.paper,
         "source": row.source,
