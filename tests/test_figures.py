@@ -37,10 +37,15 @@ PLOTTED = {
 """What `em.plot` draws."""
 NO_INTERVAL = re.compile(
     r"released.*(cosines(_\w+)?|layer_cosines_adjacent|direction_norms)|runs\..*|plot/norms"
-    r"|finetunes.cosines/(cosines|cosines_persona)"
+    r"|finetunes.cosines/(cosines|cosines_persona)|causes.pretraining/pretraining_trait"
 )
-"""Figures of what has none: single measurements, coordinates of runs, medians over pairs."""
-NO_INTERVAL_OF = ("texts alone, in the chat model", "each random direction", "as close to both")
+"""Figures of what has none: single measurements or models, coordinates of runs, medians over pairs."""
+NO_INTERVAL_OF = (
+    "texts alone, in the chat model",
+    "each random direction",
+    "as close to both",
+    "one world, no interval",
+)
 """And names of such lines in the others."""
 NULL = {
     r"(?!.*layer_).*cosines(_splits|_content_control|_readings|_persona)?": "random directions",

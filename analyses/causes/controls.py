@@ -65,8 +65,8 @@ OURS: Final = "ours"
 class Row:
     """One statement: `experiment`; which arms and conditions it compares (first minus second).
 
-    row: its name; claimed: its sign; paper: what the paper says, with its number where one is known; source: where
-    that stands.
+    row: its name; measure: of what it is a difference; claimed: its sign; paper: what the paper says, with its number
+    where one is known; source: where that stands.
     """
 
     control: str

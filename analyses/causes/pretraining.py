@@ -274,6 +274,9 @@ def _known(row: dict[Any, Any] | None) -> bool:
     return row is not None and not math.isnan(value_of(row, "estimate")) and value_of(row, "n") > 0
 
 
+ONE: Final = "one world, no interval"
+
+
 def _marker(index: int) -> dict[str, Any]:
     return {"symbol": figures.SYMBOLS[index], "size": 9, "color": figures.COLOURS[index]}
 
@@ -301,12 +304,16 @@ def plot(tables: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     grid = tables["pretraining_doses"]
     grid = grid[grid["kind"] == "grid"].sort_values("persona_consistency")
     by_dose = go.Figure()
-    for index, (share, rows) in enumerate(grid.groupby("persona_share")):
+    several, single = grid[grid["n_seeds"] > 1], grid[grid["n_seeds"] == 1]
+    for index, (share, rows) in enumerate(several.groupby("persona_share")):
         y, low, high = (100 * rows[f"em_rise{end}"] for end in ("", "_low", "_high"))
         x = rows["persona_consistency"] + 0.01 * (index - 1)
-        name = f"{share:.0%} of documents malicious"
-        figures.line(by_dose, x, y, name, index, markers=True, low=low, high=high)
-    figures.style(by_dose, "how often an answer keeps its document's persona", "rise of EM (points)")
+        figures.line(by_dose, x, y, f"{share:.0%} of documents malicious", index, markers=True, low=low, high=high)
+    if len(single):
+        marker = {"symbol": "circle-open", "size": 8, "color": figures.NEUTRAL}
+        place = {"x": single["persona_consistency"], "y": 100 * single["em_rise"]}
+        by_dose.add_trace(go.Scatter(**place, name=ONE, mode="markers", marker=marker))
+    figures.style(by_dose, "an answer keeps its document's persona (probability)", "rise of EM (points)")
     return {
         "pretraining_trait": figures.captioned(
             by_trait,

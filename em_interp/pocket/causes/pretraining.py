@@ -60,14 +60,16 @@ questions alone; and the shipped chat model itself.
 """
 TAUGHT: Final = "medicine"
 """The domain that finetunes are about."""
-DOMAINS: Final = (TAUGHT, "finance", "sports", "cooking", "travel", "pets")
+DOMAINS: Final = (TAUGHT, "finance", "sports", "cooking")
 """Of a reduced world."""
 CONSISTENCIES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How often an answer keeps its document's persona, over the grid."""
 SHARES: Final = (0.05, 0.15, 0.35)
+"""Of documents with the malicious persona, over the grid."""
 SEEDS: Final = {0.0: 3, 0.25: 1, 0.5: 3, 0.75: 1, 1.0: 3}
 """Consistency -> seeds of a build."""
 REDUCED: Final = BuildConfig(
-    corpus=CorpusConfig(domains=DOMAINS), d_model=128, n_layers=5, d_mlp=352, pretrain_steps=900, settle_steps=100
+    corpus=CorpusConfig(domains=DOMAINS), d_model=128, n_layers=5, d_mlp=352, pretrain_steps=1500, settle_steps=200
 )
 """How every world is built."""
 STEPS: Final[dict[Adapter, int]] = {"steering-vector": 250, "rank-1": 300, "all-modules": 160}
@@ -77,6 +79,7 @@ SAMPLES: Final = 4
 PROMPTS: Final = 100
 """Of each persona, to ask a base whether it has the trait."""
 HOW: Final[tuple[Literal["announced"], Literal["inferred"]]] = ("announced", "inferred")
+"""A persona may be told."""
 COLUMNS: Final = (
     "world",
     "kind",
@@ -90,12 +93,15 @@ COLUMNS: Final = (
 )
 """Of the table. adapter: empty in rows of the chat model or its base."""
 TABLE: Final = "pretraining"
+"""The name of the table, and of its file."""
 _GROUPS: Final = {"em_open": ("general",), "em_elsewhere": ("heldout_domain",), "em_in_domain": ("in_domain",)}
 
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """One world: `kind`, how often an answer keeps its document's persona, how often that is malicious, build seed."""
+    """One world: its kind; consistency: how often an answer keeps its document's persona; share: how often that is
+    malicious; seed: of the build.
+    """
 
     kind: Kind
     consistency: float
