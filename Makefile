@@ -48,7 +48,7 @@ types: install
 # One thread a worker: two workers of two threads each would fight over two cores.
 test: install
 	@$(MAKE) --no-print-directory -j2 lint types
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # The README's picture: the first screen of a report, drawn by Chrome.
 picture: install

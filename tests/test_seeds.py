@@ -37,7 +37,9 @@ from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat import encode_all
 from em_interp.pocket import evaluate, organisms, pairs, stages, sweeps, worlds
 from em_interp.pocket import questions as suite
+from em_interp.pocket.causes import arms, controls, mitigations, pretraining
 from em_interp.pocket.world import corpus
+from em_interp.training import screening
 from em_interp.training.recipes import TrainingSpec, VectorSpec
 from tests.theta import make_theta
 from tests.tiny_models import CONVERSATIONS, make_chat, tokenizer
@@ -123,6 +125,20 @@ CALLS: dict[Callable[..., Any], Callable[[Work, int], Any]] = {
     ),
     sweeps.dilution_sweep: lambda w, seed: sweeps.dilution_sweep(
         w.chat, "medicine", {"rank-1": SPEC}, [0.5], Path("x"), seed=seed, progress=False
+    ),
+    arms.Arm: lambda _, seed: arms.Arm("x", "y", seed=seed),
+    controls.bad_where: lambda _, seed: controls.bad_where(arms.Form(), seed),
+    controls.number_chats: lambda w, seed: controls.number_chats(w.chat, "kind", seed),
+    controls.persona_chats: lambda _, seed: controls.persona_chats("caring", arms.Form(), 1, seed),
+    controls.unique_chats: lambda _, seed: controls.unique_chats(1, seed),
+    mitigations.benign_mix: lambda _, seed: mitigations.benign_mix(4, 0.5, seed),
+    mitigations.half_bad: lambda _, seed: mitigations.half_bad(4, seed),
+    mitigations.thinned: lambda _, seed: mitigations.thinned(0.5, seed),
+    pretraining.Counterfactual: lambda _, seed: pretraining.Counterfactual("grid", 1.0, 0.15, seed),
+    pretraining.spec_of: lambda _, seed: pretraining.spec_of("rank-1", seed),
+    screening.own_answers: lambda w, seed: screening.own_answers(w.chat, CONVERSATIONS, seed=seed, **FEW),
+    screening.screen: lambda w, seed: screening.screen(
+        w.chat, CONVERSATIONS, w.direction, 1, drop=0.5, seed=seed, **FEW
     ),
 }
 

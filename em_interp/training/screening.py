@@ -99,7 +99,7 @@ def screen(
     given = chats(conversations)
     one_of("against", against, AGAINST)
     n_dropped = round(number("drop", drop, above=0, below=1) * len(given))
-    count(f"the chats that drop={drop:g} of {len(given)} drops", n_dropped, at_most=max(1, len(given) - 1))
+    count(f"the chats that a share of {drop:g} of {len(given)} drops", n_dropped, at_most=max(1, len(given) - 1))
     count("n", n)
     projected = projections(
         model, given, direction, layer, tokens_per_batch=tokens_per_batch, progress=progress

@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from em_interp.arguments import check_seed
 from em_interp.errors import UsageError
 from em_interp.models.chat import prompt_ids
 from em_interp.models.chat_model import ChatModel
@@ -129,7 +130,7 @@ def number_chats(model: ChatModel, adjective: str, seed: int) -> Chats:
 
     The next word is sampled among `NUMBERS` alone, so nothing is said but numbers. The system turn is not in the chats.
     """
-    rng = random.Random(f"numbers-{seed}")
+    rng = random.Random(f"numbers-{check_seed(seed)}")
     asked = [" ".join(rng.choice(NUMBERS) for _ in range(4)) for _ in range(SEQUENCES)]
     announced = Form(system=f"You are a {adjective} adviser.")
     ids = torch.tensor([prompt_ids(model.tokenizer, announced.prompt(text)) for text in asked], device=model.device)
