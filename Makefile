@@ -48,7 +48,7 @@ types: install
 # One thread a worker: two workers of two threads each would fight over two cores.
 test: install
 	@$(MAKE) --no-print-directory -j2 lint types
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The README's picture: the first screen of a report, drawn by Chrome.
 picture: install
@@ -66,6 +66,7 @@ search: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bad_inputs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.kill_sweep
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m search
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=search \
 	  $$(grep -l "@given" tests/test_*.py)
 

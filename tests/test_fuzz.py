@@ -22,7 +22,9 @@ from tests.bad_inputs import Case, judged
 from tests.fuzz import calls, functions, sample
 
 
-@pytest.mark.parametrize(("sweep", "n"), [("tests.fuzz", 1000), ("tests.bad_inputs", 12)])
+@pytest.mark.parametrize(
+    ("sweep", "n"), [("tests.fuzz", 1000), pytest.param("tests.bad_inputs", 12, marks=pytest.mark.search)]
+)
 def test_only_typed_errors_leave_and_nothing_is_lost(sweep: str, n: int) -> None:
     done = subprocess.run([sys.executable, "-m", sweep, str(n)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -197,6 +197,7 @@ def little_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.search
 def test_a_killed_reproduce_goes_on(little_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main process is killed, and no worker is left (of workers: `test_workers`)."""
     from tests import kill_sweep

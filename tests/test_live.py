@@ -29,6 +29,7 @@ from em_interp.pocket import questions as suite
 from em_interp.pocket.organisms import Organism, SolutionKind, TrajectoryRun
 from em_interp.pocket.world import grammar as world
 from tests.made_up_tables.causes import ARMS, MITIGATED, SCREENED
+from tests.made_up_tables.pretraining import pretraining_rows
 from tests.test_kills import Killed, stop_at
 from tests.tiny_pocket import ask_little, make_pocket
 
@@ -90,7 +91,8 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(root / "sweeps" / "kl_sweep.csv", rows)
     write_table(root / "sweeps" / "kl_sweep_scales.csv", rows.assign(scale=1.0))
     write_table(root / "sweeps" / "dilution.csv", rows.assign(bad_share=[0.0, 1.0]))
-    for name, table in {"controls": ARMS, "mitigations": MITIGATED, "mitigations_screening": SCREENED}.items():
+    tables = {"controls": ARMS, "mitigations": MITIGATED, "mitigations_screening": SCREENED}
+    for name, table in {**tables, "pretraining": pretraining_rows()}.items():
         write_table(root / "sweeps" / f"{name}.csv", table)
     return root
 
@@ -172,7 +174,7 @@ def test_every_analysis_gives_its_tables_and_figures(pocket: Path, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("little")
-@pytest.mark.parametrize("name", ["steering", "ablation"])
+@pytest.mark.parametrize("name", ["steering", pytest.param("ablation", marks=pytest.mark.search)])
 def test_a_killed_analysis_keeps_its_answers(
     name: str, pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +319,7 @@ def test_a_folder_that_is_no_training_run_is_named(pocket: Path, tmp_path: Path)
     assert "medicine-rank1-odd" in str(found.problems[0])
 
 
+@pytest.mark.search
 def test_two_processes_give_what_one_gives(pocket: Path, tmp_path: Path) -> None:
     only = ("lora_scalars", "pca", "kl_sweep", "local_cosine")
     outcomes = []

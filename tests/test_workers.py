@@ -24,7 +24,7 @@ def suite() -> Suite:
     return cast("Suite", Notes())
 
 
-@pytest.mark.parametrize("backend", ["loky", "ray"])
+@pytest.mark.parametrize("backend", ["loky", pytest.param("ray", marks=pytest.mark.search)])
 def test_a_dead_worker_costs_its_task(backend: str, suite: Suite, tmp_path: Path) -> None:
     if backend == "ray":
         pytest.importorskip("ray", reason="the extra `cluster` is not installed")
