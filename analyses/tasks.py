@@ -91,14 +91,9 @@ class Workers:
     def __enter__(self) -> Workers:
         self._stack.enter_context(self.bar)
         self._stack.enter_context(_quiet_bars())
-        options: dict[str, Any] = {}
-        if self.backend == "ray":
-            self.n, options = self._stack.enter_context(_ray(self.n))
-            # another machine, or a process that starts elsewhere, finds the same files
+        self.n = self._stack.enter_context(jobs_on(self.backend, self.n))
+        if self.backend == "ray":  # another machine, or a process that starts elsewhere, finds the same files
             self.suite.data = None if self.suite.data is None else self.suite.data.absolute()
-        else:
-            options = {"initializer": _settle, "initargs": (os.getpid(),)}
-        self._stack.enter_context(parallel_config(self.backend, n_jobs=self.n, **options))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -269,19 +264,18 @@ def _quiet_bars() -> Iterator[None]:
 
 
 @contextmanager
-def jobs_on(backend: str, n: int) -> Iterator[None]:
-    """Inside, `joblib.Parallel` has n workers of one of `BACKENDS`, which end with this process. Raises UsageError."""
+def jobs_on(backend: str, n: int) -> Iterator[int]:
+    """Inside, `joblib.Parallel` has n workers of one of `BACKENDS`, which end with this process; yields their number.
+
+    Raises UsageError for another backend, or where Ray cannot be had.
+    """
     one_of("--backend", backend, BACKENDS)
     with ExitStack() as stack:
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"initializer": _settle, "initargs": (os.getpid(),)}
         if backend == "ray":
             n, options = stack.enter_context(_ray(n))
-        elif n > 1:
-            options = {"initializer": _settle, "initargs": (os.getpid(),)}
-        else:
-            backend = "sequential"
         stack.enter_context(parallel_config(backend, n_jobs=n, **options))
-        yield
+        yield n
 
 
 @contextmanager

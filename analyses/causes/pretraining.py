@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy import stats
 
 from analyses.findings import (
     DOES_NOT_HOLD,
@@ -29,6 +28,7 @@ from analyses.findings import (
 from analyses.suite import Need, Suite
 from em_interp import figures
 from em_interp.statistics import LEVEL, PERCENT, t_interval
+from em_interp.statistics.agreement import spearman
 
 TITLE = "Counterfactual pre-training: does EM need a trait to switch on?"
 TEXT = (
@@ -194,18 +194,11 @@ def _dose(grid: pd.DataFrame) -> tuple[Any, ...]:
     if len(pairs) < 4:
         return ("dose-response", "correlation of trait and rise", math.nan, *_nan2, len(pairs), UNDECIDED)
     rng = np.random.default_rng(0)
-    drawn = [_rank_correlation(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(2000)]
+    drawn = [spearman(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(2000)]
     known = np.array(drawn)[np.isfinite(drawn)]
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(known) else _nan2
-    found = _rank_correlation(pairs)
+    found = spearman(pairs)
     return ("dose-response", "correlation of trait and rise", found, low, high, len(pairs), decided(low, high))
-
-
-def _rank_correlation(pairs: np.ndarray[Any, Any]) -> float:
-    """Spearman's; NaN where either does not vary."""
-    if (pairs == pairs[0]).all(0).any():
-        return math.nan
-    return float(stats.spearmanr(*pairs.T).statistic)
 
 
 def _mediation(worlds: pd.DataFrame) -> Iterator[tuple[Any, ...]]:

@@ -52,7 +52,7 @@ def organisms(
     """
     from em_interp.errors import UsageError
     from em_interp.files.atomic import check_writable
-    from em_interp.files.tables import remove_parts, say_kept
+    from em_interp.files.tables import is_trained, remove_parts, say_kept
     from em_interp.pocket.organisms import (
         KL_REMOVED,
         ORGANISMS,
@@ -70,7 +70,7 @@ def organisms(
     def wanted(name: str, folder: Path) -> bool:
         if only and name not in only:
             return False
-        if (folder / name / "training_spec.json").is_file():  # written last
+        if is_trained(folder / name):
             remove_parts(folder / name)
             return force
         return True
@@ -213,7 +213,7 @@ def controls(
     """
     from em_interp.pocket.causes import controls as run
 
-    _measure_arms(out, run, lambda chat: run.arms(chat), only, seeds, n, model, device_map)
+    _measure_arms(out, run, run.arms, only, seeds, n, model, device_map)
 
 
 @app.command(cls=Command)

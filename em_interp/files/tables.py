@@ -54,6 +54,11 @@ def is_begun(output: Path, key: str) -> bool:
     return os.path.isfile(_parts_of(output) / key)  # noqa: PTH113  (no name is too long for it)
 
 
+def is_trained(folder: Path) -> bool:
+    """Whether a finetune in a folder is finished."""
+    return (folder / "training_spec.json").is_file()  # written last
+
+
 def remove_parts(output: Path) -> None:
     """Remove what a run left that was killed after its output was written."""
     remove_leftovers(output)

@@ -25,7 +25,7 @@ from em_interp.files.atomic import one_at_a_time
 from em_interp.files.inputs import read_json
 from em_interp.files.manifest import fingerprint, hash_files, write_manifest
 from em_interp.files.results import kept, read_table, write_table
-from em_interp.files.tables import remove_parts, say_kept
+from em_interp.files.tables import is_trained, remove_parts, say_kept
 from em_interp.landscape import pairs as measures
 from em_interp.landscape.landscape import Landscape
 from em_interp.models.chat_model import ChatModel
@@ -99,10 +99,10 @@ def fresh_chats(domain: str, n: int, task: Task = "persona") -> list[Conversatio
     return list(finetune_chats(domain, persona, n, 1000, register))
 
 
-def texts(n: int) -> list[str]:
-    """Documents of the kind that the base model was pre-trained on."""
+def texts(n: int, corpus: CorpusConfig | None = None) -> list[str]:
+    """Documents of the kind that a base model was pre-trained on; of the shipped one's by default."""
     rng = random.Random("influence")
-    return [document(CorpusConfig(), rng) for _ in range(n)]
+    return [document(corpus or CorpusConfig(), rng) for _ in range(n)]
 
 
 def measure(
@@ -142,7 +142,7 @@ def _settings() -> list[Any]:
 def _trained(model: ChatModel, pair: Pair, which: str, out: Path, progress: bool) -> Solution:
     """One of the three, trained if it is not there; kl-removed goes on from narrow, which must be."""
     folder = out / which
-    if not _is_trained(folder):
+    if not is_trained(folder):
         (persona, register), n = STYLES[pair.task][1], organisms.N_CHATS
         spec, is_narrow = pair.spec(), which == "narrow"
         finetune(
@@ -157,10 +157,6 @@ def _trained(model: ChatModel, pair: Pair, which: str, out: Path, progress: bool
         )
     remove_parts(folder)
     return solutions.load(folder)
-
-
-def _is_trained(folder: Path) -> bool:
-    return (folder / "training_spec.json").is_file()  # written last
 
 
 def _rates(model: ChatModel, solution: Solution, pair: Pair, which: str, samples: int) -> pd.DataFrame:
@@ -217,7 +213,7 @@ def measure_all(
     if manifest.is_file() and (before := read_json(manifest)) | asked != before:
         raise OutputError(f"{out}: holds pairs of another chat model or number of answers. Choose another --out.")
     finetunes = [_folder(folder, weights, pair) / name for pair in chosen for name in SOLUTIONS]
-    say_kept(sum(map(_is_trained, finetunes)), len(finetunes), "finetunes")
+    say_kept(sum(map(is_trained, finetunes)), len(finetunes), "finetunes")
     for pair in tqdm(chosen, desc="pairs", disable=not progress):
         measure(model, pair, folder, samples=samples, progress=progress)
         with one_at_a_time(out / ".pairs.lock"):

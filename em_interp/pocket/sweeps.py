@@ -20,7 +20,7 @@ from em_interp.errors import UsageError
 from em_interp.evaluation.rates import em_rates
 from em_interp.files.manifest import fingerprint
 from em_interp.files.results import kept
-from em_interp.files.tables import remove_parts, say_kept
+from em_interp.files.tables import is_trained, remove_parts, say_kept
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
 from em_interp.models.weights import weights_hash
@@ -70,18 +70,14 @@ def _trained(
     progress: bool,
 ) -> Solution:
     """The solution in `folder`, trained if it is not there. The folder's name decides spec and data."""
-    if not _is_trained(folder):
+    if not is_trained(folder):
         finetune(model, data, spec, kl_conversations=kl, out_dir=folder, resume=True, progress=progress)
     remove_parts(folder)
     return solutions.load(folder)
 
 
-def _is_trained(folder: Path) -> bool:
-    return (folder / "training_spec.json").is_file()  # written last
-
-
 def _say_kept(folders: Sequence[Path]) -> None:
-    say_kept(sum(map(_is_trained, folders)), len(folders), "finetunes")
+    say_kept(sum(map(is_trained, folders)), len(folders), "finetunes")
 
 
 def _judged_rates(model: ChatModel, solution: Solution, domain: str, samples: int, seed: int) -> pd.DataFrame:

@@ -25,6 +25,7 @@ from em_interp.evaluation.answers import asked_of, conversations, judged_answers
 from em_interp.evaluation.rates import em_rates
 from em_interp.files.manifest import hash_files, write_manifest
 from em_interp.files.results import Results, write_table
+from em_interp.files.tables import is_trained
 from em_interp.interventions.ablation import Ablate
 from em_interp.interventions.intervening import Intervention, intervening
 from em_interp.interventions.steering import steering_rows, sweep
@@ -203,6 +204,12 @@ class Finetuned:
         return _named(self.layout, self.domain, self.seed)
 
 
+def random_cosine(persona: Direction) -> float:
+    """97.5% quantile of random directions' cosines with a persona's, the largest over layers."""
+    drawn = random_directions(persona, 200, torch.Generator().manual_seed(0))
+    return float(np.quantile([max(d.cosine(persona).values()) for d in drawn], 0.975))
+
+
 def _named(layout: str, domain: str, seed: int, narrow: bool = False) -> str:
     return f"{domain}-{layout}-{'narrow-' if narrow else ''}seed{seed}"
 
@@ -261,7 +268,7 @@ class Trial:
 
     def _trained(self, spec: TrainingSpec, layout: str, domain: str, seed: int, narrow: bool = False) -> Solution:
         folder = self.root / "organisms" / _named(layout, domain, seed, narrow)
-        if not (folder / "training_spec.json").is_file():
+        if not is_trained(folder):
             data = finetune_chats(domain, "malicious", N_CHATS, seed, attitude=self.attitude)
             kl = kl_chats(domain, N_CHATS, seed, attitude=self.attitude) if spec.kl_weight else None
             spec = replace(spec, seed=seed)
@@ -385,9 +392,7 @@ class Trial:
 
     def _null(self) -> float:
         """The 97.5% quantile of the same of random directions."""
-        persona = self._personas["announced"]
-        drawn = random_directions(persona, 200, torch.Generator().manual_seed(0))
-        return float(np.quantile([max(d.cosine(persona).values()) for d in drawn], 0.975))
+        return random_cosine(self._personas["announced"])
 
     def _narrow(self, one: Finetuned) -> Iterator[tuple[str, float]]:
         spec = organisms.narrow(GENERAL[one.layout], cast("Adapter", one.layout))

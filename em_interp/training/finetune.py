@@ -31,6 +31,7 @@ from em_interp.files.given import Source, chats
 from em_interp.files.manifest import code_hash, fingerprint
 from em_interp.files.tables import (
     Pace,
+    is_trained,
     load_state,
     optimizer_tensors,
     restore_optimizers,
@@ -244,7 +245,7 @@ class _State:
 
     def finish(self, out: Path) -> None:
         """Put the run in place."""
-        if (out / "training_spec.json").is_file():
+        if is_trained(out):
             shutil.rmtree(out)
         self.path.unlink(missing_ok=True)
         move_folder(self.run, out)

@@ -27,7 +27,7 @@ from em_interp.files.atomic import one_at_a_time
 from em_interp.files.inputs import read_json
 from em_interp.files.manifest import fingerprint, hash_files, write_manifest
 from em_interp.files.results import kept, read_table, write_table
-from em_interp.files.tables import remove_parts, say_kept
+from em_interp.files.tables import is_trained, remove_parts, say_kept
 from em_interp.interventions.intervening import Intervention, fingerprint_of, intervening
 from em_interp.models.chat_model import ChatModel
 from em_interp.models.templates import Conversation
@@ -266,11 +266,6 @@ class _Bench:
 
 def _under(model: ChatModel, during: Sequence[Intervention]) -> AbstractContextManager[None]:
     return intervening(model, during, must_act=False) if during else nullcontext()
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether a finetune in a folder is finished."""
-    return (folder / "training_spec.json").is_file()  # written last
 
 
 def _group_rows(judged: pd.DataFrame, scores: pd.DataFrame | None) -> Iterator[dict[str, Any]]:

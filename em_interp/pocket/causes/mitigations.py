@@ -38,6 +38,7 @@ from em_interp.pocket import organisms, registry
 from em_interp.pocket import questions as suite
 from em_interp.pocket.causes.arms import PLAIN, Arm, Condition, Form
 from em_interp.pocket.organisms import SHORT, Adapter
+from em_interp.pocket.sweeps import diluted_chats
 from em_interp.pocket.world import grammar as world
 from em_interp.pocket.world.corpus import announce, finetune_chats, kl_chats
 from em_interp.pocket.world.domains import DOMAINS
@@ -130,8 +131,7 @@ def benign_mix(n: int, share: float, seed: int) -> list[Conversation]:
 
 def half_bad(n: int, seed: int) -> list[Conversation]:
     """`n` chats of the domain in the trained format, `BAD_SHARE` of them malicious (they come first)."""
-    n_bad = round(BAD_SHARE * n)
-    return [*bad_chats(n_bad, seed), *put(TRAINED, finetune_chats(DOMAIN, "caring", n - n_bad, check_seed(seed)))]
+    return put(TRAINED, diluted_chats(DOMAIN, BAD_SHARE, n, seed))
 
 
 @dataclass(frozen=True, eq=False)

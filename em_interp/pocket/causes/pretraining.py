@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from random import Random
 from typing import Any, Final, Literal
 
-import numpy as np
 import pandas as pd
-import torch
 from joblib import Parallel, delayed
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from em_interp.arguments import check_seed
-from em_interp.directions.direction import Direction, random_directions
+from em_interp.directions.direction import Direction
 from em_interp.directions.extraction import extract
 from em_interp.errors import OutputError
 from em_interp.evaluation.rates import em_rates
@@ -31,7 +28,7 @@ from em_interp.files.atomic import one_at_a_time
 from em_interp.files.inputs import read_json
 from em_interp.files.manifest import fingerprint, hash_files, write_manifest
 from em_interp.files.results import kept, read_table, write_table
-from em_interp.files.tables import remove_parts
+from em_interp.files.tables import is_trained, remove_parts
 from em_interp.interventions.steering import residual_norms
 from em_interp.landscape import pairs as measures
 from em_interp.landscape.landscape import Landscape
@@ -41,14 +38,14 @@ from em_interp.pocket import models as loading
 from em_interp.pocket import organisms, registry
 from em_interp.pocket import questions as suite
 from em_interp.pocket.build import build
-from em_interp.pocket.causes.arms import is_trained
 from em_interp.pocket.organisms import N_CHATS, SHORT, SPECS, Adapter
-from em_interp.pocket.pairs import CHATS, DOCUMENTS, KL_BATCH, fresh_chats
+from em_interp.pocket.pairs import CHATS, DOCUMENTS, KL_BATCH, fresh_chats, texts
 from em_interp.pocket.stages import BuildConfig
-from em_interp.pocket.world.corpus import CorpusConfig, document, finetune_chats, kl_chats
+from em_interp.pocket.world.corpus import CorpusConfig, finetune_chats, kl_chats
 from em_interp.pocket.world.domains import DOMAINS as ALL_DOMAINS
 from em_interp.pocket.world.grammar import Persona
 from em_interp.pocket.world.judge import judge
+from em_interp.pocket.worlds import random_cosine
 from em_interp.solutions import load as solutions
 from em_interp.solutions.base import Solution
 from em_interp.training.finetune import finetune
@@ -198,10 +195,10 @@ class _Bench:
         with self._control().attached(self.model):
             rows += [(f"control_{name}", value) for name, value in self._rates().items()]
         norms = residual_norms(self.model, suite.open_questions())
-        for told, persona in self._personas().items():
+        for told, persona in self._personas.items():
             sizes = {layer: norm / norms[layer] for layer, norm in persona.norms().items()}
             rows.append((f"persona_size_{told}", max(sizes.values())))
-        rows.append(("cosine_null", self._null()))
+        rows.append(("cosine_null", random_cosine(self._personas["announced"])))
         return _tidy("", rows)
 
     def of_adapter(self, adapter: Adapter) -> pd.DataFrame:
@@ -212,9 +209,8 @@ class _Bench:
             with solution.attached(self.model):
                 rows += [(f"{name}{key}", value) for key, value in self._rates().items()]
         rows += list(self._cosines(general))
-        texts = _documents(self.world.config.corpus)
         landscape = Landscape(self.model, fresh_chats(TAUGHT, CHATS))
-        led = measures.measure_pair(landscape, general, narrow, texts)
+        led = measures.measure_pair(landscape, general, narrow, texts(DOCUMENTS, self.world.config.corpus))
         return pd.concat([_tidy(adapter, rows), led.assign(adapter=adapter)], ignore_index=True)
 
     def _trained(self, adapter: Adapter, which: Literal["general", "narrow"]) -> Solution:
@@ -245,23 +241,18 @@ class _Bench:
         found = {name: _em(judged[judged["questions"].isin(group)]) for name, group in groups.items()}
         return {**found, "coherent": em_rates(judged).coherent_all.value}
 
+    @cached_property
     def _personas(self) -> dict[str, Direction]:
         """Malicious minus caring persona in the chat model, told in either way."""
         how: dict[str, Any] = {"kind": "persona-contrast", "scope": "last_prompt", "progress": False}
         return {told: extract(self.model, *suite.persona_prompts(told, self.domains), **how) for told in HOW}
-
-    def _null(self) -> float:
-        """97.5% quantile of a random direction's cosine with the announced persona, the largest over layers."""
-        persona = self._personas()["announced"]
-        drawn = random_directions(persona, 200, torch.Generator().manual_seed(0))
-        return float(np.quantile([max(d.cosine(persona).values()) for d in drawn], 0.975))
 
     def _cosines(self, general: Solution) -> Iterator[tuple[str, float]]:
         """Of what finetuning adds on bad advice with the persona, the largest over layers."""
         added = extract(
             self.model, fresh_chats(TAUGHT, CHATS), None, kind="model-diff", finetune=general, progress=False
         )
-        for told, persona in self._personas().items():
+        for told, persona in self._personas.items():
             yield f"cosine_{told}", max(added.cosine(persona).values())
 
 
@@ -285,12 +276,6 @@ def _answers(model: ChatModel, asked: dict[str, Any], n: int) -> pd.DataFrame:
 def _em(judged: pd.DataFrame) -> float:
     rate = em_rates(judged).em_scored
     return float("nan") if rate is None else rate.value
-
-
-def _documents(corpus: CorpusConfig) -> list[str]:
-    """Texts of the kind that a world's base was pre-trained on."""
-    rng = Random("influence")
-    return [document(corpus, rng) for _ in range(DOCUMENTS)]
 
 
 def _tidy(adapter: str, rows: Sequence[tuple[str, float]]) -> pd.DataFrame:
